@@ -1,0 +1,123 @@
+"""Intervals and differences over the seeds of an arm.
+
+Student's t, not the percentile bootstrap: with 3, 5 and 10 seeds the bootstrap's 95 % intervals
+cover the truth in 73, 82 and 91 % of cases, those of t in 95.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+FEWEST_SEEDS = 3  # fewer never carry a claim: with two, chance alone looks certain too often
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Difference(NamedTuple):
+    """a - b with its interval and the two-sided p of no difference; n: pairs, or the smaller group.
+
+    `sd` is that of one pair's difference (unpaired: of one value of a less one of b).
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+    sd: float
+    paired: bool
+
+
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Interval of the mean of independent values."""
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 seeds, got {n}")
+    mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = _quantile(n - 1, confidence) * sd / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def difference(
+    a: Mapping[Hashable, float], b: Mapping[Hashable, float], confidence: float = CONFIDENCE
+) -> Difference | None:
+    """a - b from seed -> value. Paired over common seeds (two or more), else Welch's.
+
+    None if either side has fewer than two values: then nothing is known of chance.
+    """
+    common = [seed for seed in a if seed in b]
+    if len(common) >= 2:
+        gaps = [a[seed] - b[seed] for seed in common]
+        n, sd = len(gaps), float(np.std(gaps, ddof=1))
+        error = sd / math.sqrt(n)
+        return _difference(float(np.mean(gaps)), error, n - 1, n, sd, True, confidence)
+    if min(len(a), len(b)) < 2:
+        return None
+    of_a, of_b = list(a.values()), list(b.values())
+    share_a = float(np.var(of_a, ddof=1)) / len(of_a)
+    share_b = float(np.var(of_b, ddof=1)) / len(of_b)
+    freedom = 1.0
+    if share_a + share_b > 0:
+        freedom = (share_a + share_b) ** 2 / (
+            share_a**2 / (len(of_a) - 1) + share_b**2 / (len(of_b) - 1)
+        )
+    return _difference(
+        float(np.mean(of_a) - np.mean(of_b)),
+        math.sqrt(share_a + share_b),
+        freedom,
+        min(len(of_a), len(of_b)),
+        float(np.sqrt(np.var(of_a, ddof=1) + np.var(of_b, ddof=1))),
+        False,
+        confidence,
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p in the given order: the family-wise error stays below the level (Holm 1979)."""
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def detectable_difference(sd: float, n: int, power: float = 0.8, level: float = 0.05) -> float:
+    """Smallest true paired difference that n pairs show with this power; sd of one pair's."""
+    if n < 2:
+        raise ValueError(f"a detectable difference needs at least 2 seeds, got {n}")
+    critical = float(stats.t.ppf(1 - level / 2, n - 1))
+    # scipy's noncentral t is NaN in its far tail: average over the estimated sd instead
+    shares = (np.arange(2000) + 0.5) / 2000
+    reach = critical * np.sqrt(stats.chi2.ppf(shares, n - 1) / (n - 1))
+
+    def missing_power(effect: float) -> float:
+        shift = effect * math.sqrt(n)
+        shown = stats.norm.sf(reach - shift) + stats.norm.cdf(-reach - shift)
+        return float(np.mean(shown)) - power
+
+    return sd * float(optimize.brentq(missing_power, 1e-6, 50.0))
+
+
+def _difference(
+    mean: float, error: float, freedom: float, n: int, sd: float, paired: bool, confidence: float
+) -> Difference:
+    half = _quantile(freedom, confidence) * error
+    # identical values are copies, not replicates: they show nothing
+    p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if error > 0 else 1.0
+    return Difference(mean, mean - half, mean + half, p, n, sd, paired)
+
+
+def _quantile(freedom: float, confidence: float) -> float:
+    return float(stats.t.ppf((1 + confidence) / 2, freedom))

@@ -1,0 +1,361 @@
+"""A study's ledger as tables for statistics, figures and the report.
+
+Reads through `study.ledger` only, takes no lock, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from study.folder import StudyFolder
+from study.ledger import (
+    Result,
+    Suggestion,
+    read_environment,
+    read_results,
+    read_rows,
+    read_spec,
+    read_suggestions,
+)
+from trainables.errors import StorageError, UserError
+from trainables.schedules import SCHEDULES
+
+PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"
+LARGEST_TEXT = 256 * 1024
+
+TITLES = {
+    "probe_psnr": "probe PSNR",
+    "probe_ssim": "probe SSIM",
+    "probe_gain": "gain over the mean fill",
+    "native_psnr_hidden": "native PSNR, hidden pixels",
+    "native_psnr_all": "native PSNR, all pixels",
+    "miou": "mIoU",
+    "miou_with_background": "mIoU with background",
+    "dice": "Dice",
+    "object_f1": "object F1",
+    "test_miou": "test mIoU",
+    "planned_flops": "planned FLOPs",
+    "device_seconds": "device time",
+    "peak_memory": "peak memory",
+    "images_per_second": "throughput",
+}
+
+
+class Measure(NamedTuple):
+    """A metric as figures name it. `key` is phase/metric."""
+
+    key: str
+    title: str
+    unit: str
+    maximize: bool
+
+    @property
+    def axis(self) -> str:
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def show(self, value: float | None, signed: bool = False) -> str:
+        """The value with as many digits as mean something."""
+        if value is None or not np.isfinite(value):
+            return "–"
+        digits = 2 if self.unit == "dB" else 3 if abs(value) < 10 else 1
+        number = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+        number = number.replace("-", "\N{MINUS SIGN}")
+        return f"{number} {self.unit}" if self.unit else number
+
+
+@dataclass(frozen=True, eq=False)
+class StudyTables:
+    """What a study's folder says.
+
+    suggestions: number, trial, arm, seed, origin. arms (index arm): origin, group ("search",
+    "control", "random-init", "frozen"), label, patch, unit, schedule, ratio (mean over progress),
+    settings (flattened). results (index trial): outcome, seconds, error, pretrain, segment.
+    """
+
+    folder: StudyFolder
+    name: str
+    spec: dict[str, Any]
+    spec_text: str
+    environment: dict[str, Any]
+    suggestions: pd.DataFrame
+    arms: pd.DataFrame
+    rows: pd.DataFrame
+    results: pd.DataFrame
+
+    def label(self, arm: str) -> str:
+        return str(self.arms.at[arm, "label"])
+
+    def measure(self, key: str) -> Measure:
+        """The metric's goal and unit, as its rows state them."""
+        phase, _, metric = key.partition("/")
+        named = self.rows[(self.rows["phase"] == phase) & (self.rows["metric"] == metric)]
+        unit, goal = ("", "maximize")
+        if len(named):
+            unit, goal = str(named["unit"].iloc[0] or ""), str(named["goal"].iloc[0])
+        unit = "" if unit in ("1", "none", "None", "nan") else unit
+        title = TITLES.get(metric, metric.replace("_", " "))
+        return Measure(key, title, unit, goal != "minimize")
+
+    @cached_property
+    def objectives(self) -> list[Measure]:
+        """What the study asked for, in its order, as far as there are rows of it."""
+        asked = self.spec.get("objectives")
+        found = []
+        for item in asked if isinstance(asked, list) else []:
+            if isinstance(item, dict) and isinstance(item.get("metric"), str):
+                measure = self.measure(item["metric"])
+                found.append(measure._replace(maximize=item.get("goal") != "minimize"))
+        pairs = self.rows[["phase", "metric"]].drop_duplicates()
+        known = {f"{phase}/{metric}" for phase, metric in pairs.to_numpy()}
+        found = [measure for measure in found if measure.key in known]
+        return found or [self.measure(key) for key in (MIOU, PSNR) if key in known]
+
+
+def load(folder: Path | StudyFolder) -> StudyTables:
+    """Read a study's folder. Unreadable parts are named in a StorageError, never skipped."""
+    place = folder if isinstance(folder, StudyFolder) else StudyFolder(Path(folder))
+    spec_text = _spec_text(place)
+    return assemble(
+        place,
+        _spec(place.spec, spec_text),
+        spec_text,
+        read_environment(place),
+        read_suggestions(place),
+        read_results(place),
+        read_rows(place),
+    )
+
+
+def assemble(
+    folder: StudyFolder,
+    spec: dict[str, Any],
+    spec_text: str,
+    environment: dict[str, Any],
+    suggestions: Iterable[Suggestion],
+    results: Mapping[str, Result],
+    rows: pd.DataFrame,
+) -> StudyTables:
+    """Tables from what the ledger's readers return."""
+    drawn = sorted(suggestions, key=lambda suggestion: suggestion.number)
+    return StudyTables(
+        folder=folder,
+        name=str(spec.get("study") or folder.root.name),
+        spec=spec,
+        spec_text=spec_text,
+        environment=environment,
+        suggestions=pd.DataFrame(
+            [[s.number, s.trial, s.arm, s.seed, s.origin] for s in drawn],
+            columns=["number", "trial", "arm", "seed", "origin"],
+        ),
+        arms=_arms(drawn, rows),
+        rows=rows,
+        results=_results(results),
+    )
+
+
+def lines_of(frame: pd.DataFrame) -> Iterator[Any]:
+    """The lines of a table, its columns as attributes; `Index` is the index."""
+    yield from frame.itertuples()
+
+
+def complete_trials(tables: StudyTables) -> set[str]:
+    """Trials that spent their whole budget."""
+    outcomes = tables.results["outcome"]
+    return set(outcomes.index[outcomes == "complete"])
+
+
+@lru_cache(maxsize=4)  # nearly every figure asks for it
+def final(tables: StudyTables) -> pd.DataFrame:
+    """One line per complete trial: arm, seed, origin, then `phase/metric` at progress 1."""
+    rows = tables.rows
+    done = rows[(rows["progress"] >= 1 - 1e-9) & rows["trial"].isin(complete_trials(tables))]
+    keys = done["phase"] + "/" + done["metric"]
+    wide = done.assign(key=keys).pivot(index="trial", columns="key", values="value")
+    drawn = tables.suggestions.drop_duplicates("trial").set_index("trial")
+    return drawn.join(wide, how="inner").sort_values("number").drop(columns="number")
+
+
+def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None) -> pd.DataFrame:
+    """arm, seed, trial, value of one metric: the values that may speak for an arm.
+
+    Once an arm was confirmed with fresh seeds, the trials that made it stand out are left out: they
+    were picked for being high. The controls were not picked, so all their seeds count.
+    """
+    finals = final(tables) if finals is None else finals
+    if key not in finals:
+        return pd.DataFrame(columns=["arm", "seed", "trial", "value", "fresh"])
+    found = finals[["arm", "seed", "origin", key]].dropna(subset=[key]).reset_index()
+    found = found.rename(columns={key: "value"})
+    found["fresh"] = found["origin"] == "confirm"
+    confirmed = set(found.loc[found["fresh"], "arm"])
+    groups = found["arm"].map(tables.arms["group"])
+    picked = found["arm"].isin(confirmed) & ~found["fresh"] & (groups == "search")
+    return found.loc[~picked, ["arm", "seed", "trial", "value", "fresh"]].reset_index(drop=True)
+
+
+def mean_ratio(schedule: Mapping[str, Any]) -> float | None:
+    """The hidden share averaged over progress; None for a schedule unknown here."""
+    function: Any = SCHEDULES.get(str(schedule.get("name")))
+    options = {key: value for key, value in schedule.items() if key != "name"}
+    if function is None:
+        return None
+    try:
+        shares = [function((index + 0.5) / 200, **options) for index in range(200)]
+        return float(np.mean(shares))
+    except (TypeError, ValueError):
+        return None
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _spec_text(folder: StudyFolder) -> str:
+    if folder.spec.is_file() and folder.spec.stat().st_size > LARGEST_TEXT:
+        raise StorageError(f"{folder.spec}: a study file has at most {LARGEST_TEXT} bytes")
+    text = read_spec(folder)
+    if text is None:
+        raise UserError(
+            f"{folder.root}: no study lies here ({folder.spec.name} is missing); give the folder "
+            f"of a study, <storage>/<study>"
+        )
+    return text
+
+
+def _spec(path: Path, text: str) -> dict[str, Any]:
+    try:
+        spec = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise StorageError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(spec, dict):
+        raise StorageError(f"{path}: a study's settings are expected, got {type(spec).__name__}")
+    return spec
+
+
+def _results(results: Mapping[str, Result]) -> pd.DataFrame:
+    lines = [
+        [
+            trial,
+            str(result.outcome),
+            result.seconds,
+            result.error,
+            result.progress.get("pretrain"),
+            result.progress.get("segment"),
+        ]
+        for trial, result in sorted(results.items())
+    ]
+    columns = ["trial", "outcome", "seconds", "error", "pretrain", "segment"]
+    return pd.DataFrame(lines, columns=columns).set_index("trial")
+
+
+def _arms(suggestions: list[Suggestion], rows: pd.DataFrame) -> pd.DataFrame:
+    first: dict[str, Suggestion] = {}
+    for suggestion in suggestions:
+        first.setdefault(suggestion.arm, suggestion)
+    lines = []
+    for arm, suggestion in first.items():
+        config = suggestion.config
+        masking = _child(config, "masking")
+        ratio = _child(masking, "ratio")
+        patch = _child(config, "model").get("patch")
+        mean = mean_ratio(ratio)
+        lines.append(
+            {
+                "arm": arm,
+                "origin": suggestion.origin,
+                "group": _group(suggestion.origin),
+                "label": _label(suggestion),
+                "patch": patch,
+                "unit": masking.get("unit") or patch,
+                "schedule": _schedule(suggestion),
+                "ratio": _measured_ratio(rows, arm) if mean is None else mean,
+                "settings": flatten(config),
+            }
+        )
+    columns = ["arm", "origin", "group", "label", "patch", "unit", "schedule", "ratio", "settings"]
+    arms = pd.DataFrame(lines, columns=columns).set_index("arm")
+    shared = arms["label"].duplicated(keep=False)
+    arms.loc[shared, "label"] += " [" + arms.index[shared].astype(str) + "]"
+    return arms
+
+
+def _measured_ratio(rows: pd.DataFrame, arm: str) -> float | None:
+    """For a schedule of a newer version: the mean of what was realised."""
+    found = rows[(rows["arm"] == arm) & (rows["phase"] == "pretrain") & (rows["metric"] == "ratio")]
+    return float(found["value"].mean()) if len(found) else None
+
+
+def _group(origin: str) -> str:
+    if origin.startswith("control"):
+        return origin.partition(":")[2] or "control"
+    return "search"
+
+
+def _schedule(suggestion: Suggestion) -> str:
+    named = suggestion.labels.get("masking.ratio")
+    if isinstance(named, str):
+        return named
+    return str(_child(_child(suggestion.config, "masking"), "ratio").get("name", "unknown"))
+
+
+def _label(suggestion: Suggestion) -> str:
+    """An arm in words: patch, ratio, then whatever else was searched."""
+    config = suggestion.config
+    masking = _child(config, "masking")
+    patch = _child(config, "model").get("patch")
+    words = [f"patch {patch}", _ratio_words(_child(masking, "ratio"), suggestion)]
+    if (masking.get("unit") or patch) != patch:
+        words.insert(1, f"unit {masking['unit']}")
+    strategy = _child(masking, "strategy").get("name", "random")
+    if strategy != "random":
+        words.append(str(strategy))
+    for path, value in suggestion.labels.items():
+        if path not in ("model.patch", "masking.ratio", "masking.ratio.value", "masking.unit"):
+            words.append(f"{path.rpartition('.')[2]} {_short(value)}")
+    prefix = {"control": "control: ", "search": ""}.get(group := _group(suggestion.origin))
+    return (f"{group}: " if prefix is None else prefix) + ", ".join(words)
+
+
+def _ratio_words(ratio: dict[str, Any], suggestion: Suggestion) -> str:
+    name = str(ratio.get("name", "?"))
+    if name == "constant":
+        words = f"ratio {_short(ratio.get('value'))}"
+    elif "start" in ratio and "end" in ratio:
+        words = f"ratio {_short(ratio['start'])}→{_short(ratio['end'])} {name}"
+    else:
+        options = " ".join(_short(value) for key, value in ratio.items() if key != "name")
+        words = f"ratio {name} {options}".strip()
+    label = suggestion.labels.get("masking.ratio")
+    if isinstance(label, str) and label not in (name, "constant"):
+        words += f" {label}"
+    return words
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}" if 0.1 <= abs(value) < 10 else f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return "/".join(_short(item) for item in value)
+    return str(value)
+
+
+def _child(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = settings.get(key)
+    if isinstance(value, str):
+        return {"name": value}
+    return dict(value) if isinstance(value, Mapping) else {}

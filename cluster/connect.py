@@ -1,0 +1,75 @@
+"""Connect to Ray: a cluster that is there (`RAY_ADDRESS`, or the one a submitted job runs on), or one
+of our own on this machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+ADVISED_RAY = (2, 55)  # fixes CVE-2026-41486; older versions are refused
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What the driver is connected to."""
+
+    is_local: bool
+    dashboard: str | None
+    cpus: float
+    gpus: float
+    nodes: int
+    job_id: str | None  # inside a submitted job
+
+
+def connect(*, env_vars: dict[str, str], address: str | None = None) -> Connection:
+    """Initialise Ray: `address`, else `RAY_ADDRESS`, else a private cluster on this machine."""
+    check_version(ray.__version__)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    is_local = address == "local"
+    # workers inherit the environment of a cluster that we start; elsewhere it travels with the job
+    if is_local:
+        os.environ.update(env_vars)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": env_vars},
+        )
+    resources = ray.cluster_resources()
+    dashboard = getattr(ray._private.worker._global_node, "webui_url", None) or None
+    return Connection(
+        is_local=is_local,
+        dashboard=None if is_local else dashboard,
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+        job_id=submission_id(),
+    )
+
+
+def submission_id() -> str | None:
+    """The id under which Ray's job server runs this process; None outside a submitted job."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    found = config.get("metadata", {}).get("job_submission_id")
+    return str(found) if found else None
+
+
+def check_version(version: str) -> None:
+    """Refuse a Ray with known remote-code-execution advisories."""
+    if tuple(int(part) for part in version.split(".")[:2]) < ADVISED_RAY:
+        advised = ".".join(map(str, ADVISED_RAY))
+        raise RuntimeError(
+            f"Ray {version} has known security advisories; at least {advised} is needed: "
+            f"pip install 'ray>={advised}'"
+        )

@@ -1,0 +1,168 @@
+"""The command line: `maskstudy ...`, the same as `python -m study ...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainables.errors import StorageError, UserError
+
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="How should I mask? Studies of masked-autoencoder pretraining on your own images.",
+)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="the study file")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="a study's name, folder or file")]
+Storage = Annotated[
+    Path | None,
+    typer.Option(help="folder of studies; default: $MASKSTUDY_STORAGE, else ./studies"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="of the cluster's dashboard, such as http://127.0.0.1:8265"),
+]
+
+
+@app.command()
+def check(study: StudyFile) -> None:
+    """Validate a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
+    from study import commands
+
+    commands.check(study)
+
+
+@app.command(name="try")
+def try_(
+    study: StudyFile,
+    seconds: Annotated[float, typer.Option(help="roughly how long it may take")] = 20,
+) -> None:
+    """Run one tiny trial in this process, without Ray: a breakpoint works."""
+    from study import commands
+
+    commands.try_(study, seconds)
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
+) -> None:
+    """Run a study, or go on where it stopped: here, or on the cluster at $RAY_ADDRESS."""
+    from study import commands
+
+    raise typer.Exit(commands.run(study, build_report=_report_builder() if report else None))
+
+
+@app.command()
+def submit(
+    study: StudyFile,
+    address: Annotated[str, typer.Option(help="of the cluster's dashboard")],
+    storage: Annotated[
+        str | None, typer.Option(help="a folder that every node of the cluster sees")
+    ] = None,
+) -> None:
+    """Run a study as a Ray job; prints the job, the link to it, and how to resume."""
+    from study import commands
+
+    commands.submit(study, address, storage)
+
+
+@app.command()
+def resume(name: Name, address: Address = None, storage: Storage = None) -> None:
+    """Go on with a study by name: here, or as a new job of the cluster at --address."""
+    from study import commands
+
+    raise typer.Exit(commands.resume(name, address, storage, build_report=_report_builder()))
+
+
+@app.command()
+def stop(name: Name, address: Address = None, storage: Storage = None) -> None:
+    """Ask a running study to stop; nothing is lost."""
+    from study import commands
+
+    commands.stop(name, address, storage)
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    storage: Storage = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="refresh until it ends")] = False,
+) -> None:
+    """Show where a study, or every study of the storage, stands."""
+    from study import commands
+
+    commands.status(name, storage, follow)
+
+
+@app.command()
+def report(
+    name: Name,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the HTML file")] = None,
+    storage: Storage = None,
+) -> None:
+    """Write the interactive report: one HTML file that needs nothing else."""
+    from analysis.report import build_report
+    from study import commands
+
+    folder = commands.find_study(name, storage)
+    typer.echo(build_report(folder.root, output))
+
+
+@app.command()
+def export(
+    name: Name,
+    output: Annotated[Path, typer.Option("--output", "-o", help="a new folder")] = Path("encoder"),
+    arm: Annotated[str | None, typer.Option(help="an arm's id; default: the best")] = None,
+    storage: Storage = None,
+) -> None:
+    """Hand over a pretrained encoder as safetensors + JSON that timm loads."""
+    from study import commands
+
+    commands.export(name, output, arm, storage)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of study files, for editors."""
+    from study.spec import schema as study_schema
+
+    typer.echo(json.dumps(study_schema(), indent=2))
+
+
+def _report_builder() -> Callable[[Path], Path]:
+    from analysis.report import build_report
+
+    return build_report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: the user's errors become one message and an exit code."""
+    try:
+        app(args=arguments, standalone_mode=True)
+    except UserError as error:
+        _fail(error, EXIT_USER)
+    except StorageError as error:
+        _fail(error, getattr(error, "exit_code", 74))
+    except KeyboardInterrupt:
+        print("interrupted; nothing is lost: the same command goes on", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _fail(error: Any, code: int) -> None:
+    print(f"maskstudy: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

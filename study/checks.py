@@ -1,0 +1,341 @@
+"""What a study file must fulfil beyond the types of its settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from study import space
+from study.mistakes import Problems, Where, explain, listed, near, nested_problem
+from study.reader import Document
+from study.space import SearchItem
+from trainables.config import ProbeConfig, TrialConfig, geometry_errors
+from trainables.metrics import METRICS
+from trainables.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from study.spec import StudySpec
+
+if TYPE_CHECKING:
+    pass
+
+PHASES = ("pretrain", "segment")
+WITH_CLASS = ("iou", "dice", "object_f1")  # also measured per class or size: iou/platelet
+WITH_RATIO = ("probe_psnr", "probe_ssim")  # also measured per ratio: probe_psnr@0.25
+MOST_COMBINATIONS = 10_000
+
+
+def check_metrics(spec: Any, problems: Problems) -> None:
+    given: list[tuple[Where, str, str | None]] = [
+        (("objectives", index), objective.metric, objective.goal)
+        for index, objective in enumerate(spec.objectives or [])
+    ]
+    stopping = spec.stopping.options() if spec.stopping is not None else {}
+    if "metric" in stopping:
+        given.append((("stopping",), stopping["metric"], None))
+    for path, name, goal in given:
+        problem = _metric_problem(name, spec.probe)
+        if problem:
+            problems.add((*path, "metric"), problem)
+            continue
+        best = METRICS[_metric_key(name)].goal
+        if goal is not None and goal != best:
+            problems.add((*path, "goal"), f"given {goal!r}; expected {best!r} for {name}")
+    names = [objective.metric for objective in spec.objectives or []]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            problems.add(("objectives", index, "metric"), f"given {name!r} twice; expected once")
+
+
+def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
+    """Why this cannot be an objective; None if it can."""
+    phase, _, metric = name.partition("/")
+    key = _metric_key(name)
+    known = _objective_names()
+    base = f"{phase}/{key}"
+    if phase not in PHASES or base not in [*known, "segment/iou"]:
+        if key.startswith("test_"):
+            return f"given {name!r}; expected no test score, as nothing may be chosen by it"
+        if key == "loss":
+            return (
+                f"given {name!r}; expected a metric that compares arms, such as "
+                f"pretrain/probe_psnr: losses differ with ratio, patch and target"
+            )
+        of_phase = [other for other in known if other.startswith(f"{phase}/")] or known
+        same = [other for other in known if other.endswith(f"/{name.rpartition('/')[2]}")]
+        hint = f" (did you mean {same[0]!r}?)" if same else near(name, known)
+        return f"given {name!r}; expected one of {listed(of_phase)}{hint}"
+    suffix = metric[len(key) :]
+    if key == "iou" and len(suffix) < 2:
+        return f"given {name!r}; expected segment/iou/<class>, or segment/miou for their mean"
+    if suffix.startswith("/") and (key not in WITH_CLASS or len(suffix) < 2):
+        return f"given {name!r}; expected {base!r}, which is not measured per class"
+    if suffix.startswith("@"):
+        ratios = [] if probe is None else [f"{ratio:g}" for ratio in probe.ratios]
+        if key not in WITH_RATIO:
+            return f"given {name!r}; expected {base!r}, which is not measured per ratio"
+        if probe is not None and suffix[1:] not in ratios:
+            return f"given {name!r}; expected one of the probe's ratios: {listed(ratios)}"
+    return None
+
+
+def _metric_key(name: str) -> str:
+    return re.split("[@/]", name.partition("/")[2], maxsplit=1)[0]
+
+
+def _objective_names() -> list[str]:
+    """Metrics by which arms can be compared."""
+    shared = ("images_per_second", "device_seconds", "flops", "planned_flops", "peak_memory")
+    names = []
+    for key, metric in METRICS.items():
+        if metric.goal == "none" or key in ("loss", "iou") or key.startswith("test_"):
+            continue
+        is_segment = key.startswith(("miou", "iou", "dice", "object_"))
+        phases = PHASES if key in shared else PHASES[1:] if is_segment else PHASES[:1]
+        names += [f"{phase}/{key}" for phase in phases]
+    return sorted(names)
+
+
+def schedule_problem(config: TrialConfig) -> str | None:
+    """Options that are valid one by one, but do not fit together."""
+    ratio = config.masking.ratio
+    try:
+        SCHEDULES[ratio.name](0.0, **ratio.options())
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_search(spec: Any, problems: Problems) -> None:
+    """Every searched path is a setting of the trial, and every option of it makes a valid one."""
+    known = list(_paths(spec.trial.model_dump(mode="json")))
+    for path, item in spec.search.items():
+        if path not in known:
+            hint = near(path.removeprefix("trial."), known) or _same_end(path, known)
+            what = f"expected the dotted path of a setting of `trial`{hint}"
+            problems.add(("search", path), f"`trial` has no such setting; {what}")
+            continue
+        for other in spec.search:
+            if path.startswith(f"{other}."):
+                problem = f"lies within {other}, which is searched too; expected one of them"
+                problems.add(("search", path), problem)
+        try:
+            parameters = space.parameters({path: item})
+        except ValidationError as error:
+            for detail in error.errors():
+                problems.add(("search", path), nested_problem(detail))
+            continue
+        _check_options(spec, path, item, problems)
+        _check_grid(spec, parameters.values(), problems)
+
+
+def _check_options(spec: Any, path: str, item: SearchItem, problems: Problems) -> None:
+    """Every option alone, ranges at both ends, must make a trial that is valid."""
+    search = {path: item}
+    known = space.parameters(search)
+
+    def ends(parameter: space.Parameter) -> list[Any]:
+        if parameter.item.choices is not None:
+            return list(parameter.item.choices)
+        return [parameter.item.low, parameter.item.high]
+
+    for point in islice(space.combinations(search, ends), MOST_COMBINATIONS):
+        settings = spec.trial.model_dump(mode="json")
+        space.set_at(settings, path.split("."), point.overrides[path])
+        found, config = _trial_problems(settings)
+        if config is not None and path.startswith("masking"):
+            misfit = schedule_problem(config)
+            found = [(tuple(path.split(".")), misfit)] if misfit else []
+        for where, problem in found:
+            if where[: path.count(".") + 1] == tuple(path.split(".")):
+                problems.add(_blamed(path, item, point.params[path], where), problem)
+        for name in point.params:
+            parameter = known[name]
+            if parameter.item.choices is None and parameter.item.is_integer:
+                _check_whole(settings, parameter, problems)
+
+
+def _check_whole(settings: Any, parameter: space.Parameter, problems: Problems) -> None:
+    """A range of whole numbers for a setting that takes fractions is a slip of the pen."""
+    settings = json.loads(json.dumps(settings))
+    space.set_at(settings, parameter.path, space.get_at(settings, parameter.path) + 0.5)
+    _, config = _trial_problems(settings)
+    item = parameter.item
+    if config is not None and item.step is None and item.num is None:
+        problems.add(
+            parameter.where,
+            f"given whole numbers from {item.low} to {item.high} for a setting that takes "
+            f"fractions; expected {float(item.low)} and {float(item.high)}, or step: 1",
+        )
+
+
+def _trial_problems(settings: Any) -> tuple[list[tuple[Where, str]], TrialConfig | None]:
+    try:
+        return [], TrialConfig.model_validate_json(json.dumps(settings), strict=True)
+    except ValidationError as error:
+        return explain(error, TrialConfig, settings), None
+
+
+def _blamed(path: str, item: SearchItem, chosen: Any, where: Where) -> Where:
+    """The place in the study file of what an option put at `where` of the trial."""
+    inside = where[len(path.split(".")) :]
+    if item.choices is None:
+        return ("search", path)
+    if isinstance(item.choices, dict):
+        return ("search", path, "choices", chosen, *inside)
+    return ("search", path, "choices", item.choices.index(chosen))
+
+
+def _check_grid(spec: Any, parameters: Iterable[space.Parameter], problems: Problems) -> None:
+    if spec.sampler is None:
+        return
+    for parameter in parameters:
+        item = parameter.item
+        if spec.sampler.name != "grid" and item.num is not None:
+            problem = f"given num with sampler {spec.sampler.name}; expected it with grid only"
+            problems.add((*parameter.where, "num"), problem)
+        if spec.sampler.name == "grid" and space.grid_values(item) is None:
+            problem = "given a range without points; expected `num` or `step` for sampler grid"
+            problems.add(parameter.where, problem)
+
+
+def geometry_problems(spec: StudySpec, size: tuple[int, ...]) -> list[str]:
+    """What does not fit on images of this size, for data whose size the study file does not say."""
+    problems = Problems(spec.study, Document())
+    configs = [config for config, _ in _variants(spec, ("model.patch", "masking.unit"))]
+    assert spec.probe.unit is not None
+    _check_geometry(spec, configs, size, spec.probe.unit, problems)
+    return [f"{'.'.join(map(str, path))}: {problem}" for _, path, problem in problems.found]
+
+
+def check_together(spec: Any, problems: Problems) -> Any:
+    """Patches, units, probe and batches of every arm; the spec with the probe's unit set."""
+    if spec.resources is not None:
+        for config, _ in _variants(spec, ("pretrain.batch", "segment.batch")):
+            for phase in PHASES:
+                batch = getattr(config, phase).batch
+                if batch % spec.resources.workers:
+                    problems.add(
+                        _source(spec, phase, "batch"),
+                        f"given {batch}; expected a multiple of resources.workers: "
+                        f"{spec.resources.workers}",
+                    )
+    variants = list(_variants(spec, ("model.patch", "masking.unit")))
+    if len(variants) >= MOST_COMBINATIONS:
+        problems.add(("search",), "given too many patches and units to check; expected fewer")
+    if spec.probe is None:
+        return spec
+    patches = {config.model.patch for config, _ in variants}
+    unit = spec.probe.unit or max(patches)
+    size = image_size(spec.data)
+    if size is not None:
+        _check_geometry(spec, [config for config, _ in variants], size, unit, problems)
+    probe = spec.probe.model_copy(update={"unit": unit})
+    return spec.model_copy(update={"probe": probe})
+
+
+def image_size(data: Any) -> tuple[int, ...] | None:
+    """The size of images that a data setting asks for; None if only the data can tell."""
+    size = getattr(data, "size", None)
+    if isinstance(size, int):
+        return (size, size)
+    return tuple(size) if size is not None else None
+
+
+def _variants(spec: Any, paths: Sequence[str]) -> Iterator[tuple[TrialConfig, space.Point | None]]:
+    """The control, and it with every combination of what the search may put at these paths."""
+    yield spec.trial, None
+    parts = [tuple(path.split(".")) for path in paths]
+
+    def values(parameter: space.Parameter) -> list[Any]:
+        every = any(parameter.path == part[: len(parameter.path)] for part in parts)
+        finite = space.finite_values(parameter.item)
+        return finite if every and finite else (finite or [parameter.item.low])[:1]
+
+    relevant = {
+        path: item
+        for path, item in spec.search.items()
+        if any(part[: path.count(".") + 1] == tuple(path.split(".")) for part in parts)
+    }
+    if relevant:
+        for point in islice(space.combinations(relevant, values), MOST_COMBINATIONS):
+            yield space.override(spec.trial, point.overrides), point
+
+
+def _check_geometry(
+    spec: Any, configs: Sequence[TrialConfig], size: tuple[int, ...], unit: int, problems: Problems
+) -> None:
+    shape = "x".join(map(str, size))
+    multiple = math.lcm(*(config.model.patch for config in configs))
+    divisors = listed([d for d in range(2, min(size)) if not any(e % d for e in size)])
+    is_misfit = any(edge % unit for edge in size) or math.prod(e // unit for e in size) < 2
+    if is_misfit and spec.probe.unit is not None:
+        problems.add(
+            ("probe", "unit"),
+            f"the probe's unit {unit} does not divide the image size {shape} into at least two; "
+            f"expected one of {divisors}",
+        )
+    for config in configs:
+        for name, problem in geometry_errors(config, size, unit).items():
+            if name == "masking.unit" and config.masking.unit is None:
+                continue  # the patch itself is at fault, and told
+            if "probe" in problem and is_misfit:
+                continue  # so is the patch that the probe's unit follows
+            if "probe" in problem:
+                way_out = f"set probe.unit to a multiple of every patch, such as {multiple}"
+            elif "multiple" in problem:
+                way_out = (
+                    f"leave masking.unit out, so that it follows the patch, or take a multiple of "
+                    f"every patch, such as {multiple}"
+                )
+            else:
+                way_out = f"take one of {divisors}"
+            problems.add(_source(spec, *name.split(".")), f"{problem}; {way_out}")
+        units = math.prod(edge // config.unit for edge in size)
+        if units < 2:
+            section, key = ("masking", "unit") if config.masking.unit else ("model", "patch")
+            problems.add(
+                _source(spec, section, key),
+                f"{config.unit} makes {units} mask units of an image of {shape}; expected at least "
+                f"2, so that one can be hidden; take a smaller one or a larger data.size",
+            )
+
+
+def _source(spec: Any, section: str, key: str) -> Where:
+    """Where the study file decides a setting: under `search` if it is searched."""
+    for path in (f"{section}.{key}", section):
+        if path in spec.search:
+            return ("search", path)
+    return ("trial", section, key)
+
+
+def check_budget(spec: Any, problems: Problems) -> None:
+    if spec.budget is None or spec.controls is None or spec.seeds is None:
+        return
+    least = (1 + len(spec.controls)) * spec.seeds
+    if spec.budget.trials < least:
+        problems.add(
+            ("budget", "trials"),
+            f"given {spec.budget.trials}; expected at least {least}: the control arm and "
+            f"{len(spec.controls)} of `controls`, {spec.seeds} seed(s) each",
+        )
+
+
+def _same_end(path: str, known: Sequence[str]) -> str:
+    """The setting of that name somewhere else in the trial."""
+    end = path.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == end]
+    return f" (did you mean {same[0]!r}?)" if same else ""
+
+
+def _paths(settings: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")

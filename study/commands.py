@@ -1,0 +1,396 @@
+"""What the commands do. Each is a function of plain arguments; `__main__` only parses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from study.environment import environment
+from study.folder import StudyFolder
+from study.ledger import (
+    Ledger,
+    Outcome,
+    Suggestion,
+    read_environment,
+    read_results,
+    read_rows,
+    read_spec,
+    read_suggestions,
+)
+from trainables.errors import UserError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def check(path: Path) -> None:
+    """Validate, prepare the data, print the plan."""
+    from study.plan import plan
+    from study.spec import load_spec
+    from trainables.data import open_dataset
+
+    spec = load_spec(path)
+    dataset = open_dataset(_prepare(spec))
+    console.print(f"{path}: sound", markup=False)
+    _print_pairs("data", dataset.describe())
+    _print_pairs("plan", plan(spec, dataset).describe())
+
+
+def try_(path: Path, seconds: float) -> None:
+    """One trial in this process: the study's own, cut down to about `seconds`."""
+    import torch
+
+    from study.spec import load_spec
+    from trainables.context import Context
+    from trainables.data import open_dataset
+    from trainables.trial import run_trial
+
+    spec = load_spec(path)
+    dataset = open_dataset(_prepare(spec))
+    config = spec.trial.model_copy(
+        update={
+            "pretrain": spec.trial.pretrain.model_copy(update={"epochs": 1}),
+            "segment": spec.trial.segment.model_copy(update={"epochs": 1}),
+        }
+    )
+    deadline = time.monotonic() + seconds
+
+    def report(rows: list[dict[str, Any]]) -> bool:
+        for row in rows:
+            name = f"{row['phase']}/{row['metric']}"
+            console.print(f"  {row['progress']:4.0%} {name:<34} {row['value']:.5g} {row['unit']}")
+        return time.monotonic() > deadline
+
+    with tempfile.TemporaryDirectory(prefix="maskstudy-try-") as folder:
+        context = Context(
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            folder=Path(folder),
+            attempt="try",
+            rungs=tuple(spec.rungs),
+            report=report,
+            heartbeat=lambda *_: None,
+        )
+        console.print("one epoch of each phase, in this process; its numbers are worth nothing")
+        outcome = run_trial(config, spec.seed, dataset, spec.probe, context)
+    console.print(f"{outcome}: the study's trial runs", markup=False)
+
+
+def run(path: Path, *, build_report: Callable[[Path], Path] | None) -> int:
+    """Run or resume the study of a file; the exit code."""
+    from study.spec import load_spec
+
+    return _run(load_spec(path), None, build_report)
+
+
+def resume(
+    name: str,
+    address: str | None,
+    storage: Path | None,
+    *,
+    build_report: Callable[[Path], Path] | None,
+) -> int:
+    """Go on by name: as a new job at `address`, or here from the study folder alone."""
+    if address:
+        from cluster import jobs
+
+        job, link = _jobs(jobs.resubmit, address, name)
+        console.print(f"resumed as job {job}\n{link}", markup=False)
+        return 0
+    from study.spec import parse_spec
+
+    folder = find_study(name, storage)
+    text = read_spec(folder)
+    assert text is not None  # find_study looked for it
+    spec = parse_spec(text, folder.root, where=str(folder.spec))
+    return _run(spec, folder, build_report)
+
+
+def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], Path] | None) -> int:
+    from cluster.connect import submission_id
+    from study.conductor import Conductor, DataView
+    from study.driver import drive
+    from trainables.data import open_dataset
+
+    is_by_name = folder is not None
+    folder = folder or StudyFolder(spec.storage_path() / spec.study)
+    if spec.storage_note and not is_by_name:
+        console.print(spec.storage_note, markup=False)
+    holder = {"job": submission_id()}
+    with Ledger.open(folder, holder) as ledger:
+        folder.stop_request.unlink(missing_ok=True)
+        decoded = _prepared_before(folder) if is_by_name else _prepare(spec)
+        dataset = open_dataset(decoded)
+        _freeze(ledger, spec, dataset)
+        is_labelled = len(dataset.rows("train")) > 0
+        view = DataView(spec.folder_of_yaml, dataset.fingerprint, is_labelled)
+        conductor = Conductor(spec, ledger, view)
+        try:
+            drive(conductor)
+        finally:
+            ledger.compact()
+        conductor.progress.say(f"study folder: {folder.root}")
+        if build_report is not None:
+            conductor.progress.say(f"report: {build_report(folder.root)}")
+        if conductor.num_failed:
+            conductor.progress.say(
+                f"{conductor.num_failed} trial(s) failed; see error.txt in their folders under "
+                f"{folder.trials}"
+            )
+        return 1 if conductor.num_failed else 0
+
+
+def submit(path: Path, address: str, storage: str | None) -> None:
+    """Submit as a Ray job."""
+    from cluster import jobs
+    from study.spec import load_spec
+
+    spec = load_spec(path)
+    job, link = _jobs(
+        jobs.submit,
+        address,
+        path,
+        study=spec.study,
+        question=spec.question or "",
+        storage=storage,
+    )
+    console.print(
+        f"submitted as job {job}\n{link}\n"
+        f"to stop it:   maskstudy stop {spec.study} --address {address}\n"
+        f"to resume it: maskstudy resume {spec.study} --address {address}",
+        markup=False,
+    )
+
+
+def stop(name: str, address: str | None, storage: Path | None) -> None:
+    """Ask the driver to stop, wherever it runs."""
+    if address:
+        from cluster import jobs
+
+        job = _jobs(jobs.stop, address, name)
+        text = f"stopped job {job}" if job else f"no job of study {name!r} is running"
+        console.print(text, markup=False)
+        return
+    folder = find_study(name, storage)
+    if not is_held(folder):
+        console.print(f"{folder.root.name} is not running", markup=False)
+        return
+    folder.stop_request.touch()
+    console.print(f"{folder.root.name} has been asked to stop", markup=False)
+
+
+def status(name: str | None, storage: Path | None, follow: bool) -> None:
+    """A table of all studies of the storage, or of one study's arms."""
+    if name is None:
+        console.print(_studies_table(_storage(storage)))
+        return
+    folder = find_study(name, storage)
+    if not follow:
+        console.print(_arms_table(folder))
+        return
+    with Live(_arms_table(folder), console=console, refresh_per_second=1) as live:
+        while is_held(folder):
+            time.sleep(2)
+            live.update(_arms_table(folder))
+
+
+def export(name: str, output: Path, arm: str | None, storage: Path | None) -> None:
+    """Copy the pretrained encoder of an arm's best trial into a new folder."""
+    from study.resume import best_arms
+    from study.spec import parse_spec
+    from study.stopping import collect, final_value
+
+    folder = find_study(name, storage)
+    text = read_spec(folder)
+    assert text is not None
+    spec = parse_spec(text, folder.root, where=str(folder.spec))
+    suggestions = read_suggestions(folder)
+    measured = collect(
+        read_rows(folder)[["trial", "phase", "metric", "progress", "value"]].to_dict("records")
+    )
+    with_encoder = [s for s in suggestions if folder.encoder(s.trial).is_dir()]
+    ranked = best_arms(spec, suggestions, measured) or sorted({s.arm for s in with_encoder})
+    candidates = [a for a in ranked if any(s.arm == a for s in with_encoder)]
+    chosen = arm or (candidates[0] if candidates else None)
+    trials = [s for s in with_encoder if s.arm == chosen]
+    if not trials:
+        known = ", ".join(candidates) or "none yet"
+        raise UserError(f"{name}: no encoder of arm {chosen!r}; arms with one: {known}")
+    objective = spec.objectives[0]
+    sign = 1 if objective.goal == "maximize" else -1
+
+    def score(suggestion: Suggestion) -> float:
+        value = final_value(measured, suggestion.trial, objective.metric)
+        return float("-inf") if value is None else sign * value
+
+    best = max(trials, key=score)
+    if output.exists():
+        raise UserError(f"{output}: exists already; name a new folder with --output")
+    shutil.copytree(folder.encoder(best.trial), output)
+    console.print(f"arm {best.arm}, trial {best.trial}: {output}", markup=False)
+    described = json.loads((output / "encoder.json").read_text())
+    console.print(described["usage"], markup=False)
+
+
+def find_study(name: str, storage: Path | None) -> StudyFolder:
+    """The study folder of a name, a path to the folder, or a study file."""
+    given = Path(name)
+    if given.suffix in (".yaml", ".yml") and given.is_file():
+        from study.spec import load_spec
+
+        spec = load_spec(given)
+        given = spec.storage_path() / spec.study
+    for root in (given, _storage(storage) / name):
+        if StudyFolder(root).spec.is_file():
+            return StudyFolder(root)
+    known = ", ".join(folder.root.name for folder in _studies(_storage(storage))) or "none"
+    raise UserError(
+        f"{name}: no such study in {_storage(storage)}; studies there: {known}. Name the study's "
+        f"folder, its YAML file, or its storage with --storage"
+    )
+
+
+def is_held(folder: StudyFolder) -> bool:
+    """Whether a driver holds the study now."""
+    import fcntl
+
+    if not folder.lock.exists():
+        return False
+    descriptor = os.open(folder.lock, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call the Jobs API; what it refuses is the user's to mend."""
+    try:
+        return call(*arguments, **options)
+    except (RuntimeError, ConnectionError) as error:
+        raise UserError(str(error)) from error
+
+
+def _prepare(spec: Any) -> Path:
+    from trainables.data import default_cache, prepare
+
+    return prepare(spec.data, spec.folder_of_yaml, default_cache())
+
+
+def _prepared_before(folder: StudyFolder) -> Path:
+    """The decoded data of a study that is resumed by name, away from its file."""
+    from trainables.data import default_cache
+
+    fingerprint = read_environment(folder)["data_fingerprint"]
+    decoded = default_cache() / fingerprint
+    if not decoded.is_dir():
+        raise UserError(
+            f"{folder.root}: the decoded data ({fingerprint[:12]}) are not in {default_cache()}; "
+            f"resume with the study file, which says where the images are: maskstudy run STUDY.yaml"
+        )
+    return decoded
+
+
+def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
+    """Keep the study file; a changed one goes on only if the change is harmless."""
+    from study.spec import difference
+
+    frozen = read_spec(ledger.folder)
+    code = Path(__file__).resolve().parent.parent
+    facts = {
+        **environment(code),
+        "data_fingerprint": dataset.fingerprint,
+        "data": dataset.describe(),
+    }
+    if frozen is None or frozen == spec.text:
+        ledger.freeze(spec.text, facts)
+    else:
+        changes = difference(frozen, spec.text)
+        refused = [str(change) for change in changes if not change.is_compatible]
+        if refused:
+            raise UserError(
+                f"{ledger.folder.root.name} was begun with other settings:\n  "
+                + "\n  ".join(refused)
+                + "\ngive the changed study another name, or undo the change"
+            )
+        ledger.freeze(spec.text, facts, extends=True)
+    before = read_environment(ledger.folder)["data_fingerprint"]
+    if before != dataset.fingerprint:
+        raise UserError(
+            f"{ledger.folder.root.name} was begun on other data (fingerprint {before[:12]}, now "
+            f"{dataset.fingerprint[:12]}): results could not be compared; restore the images, or "
+            f"give the study another name"
+        )
+
+
+def _storage(storage: Path | None) -> Path:
+    return storage or Path(os.environ.get("MASKSTUDY_STORAGE") or "studies")
+
+
+def _studies(storage: Path) -> list[StudyFolder]:
+    folders = sorted(storage.iterdir()) if storage.is_dir() else []
+    return [StudyFolder(path) for path in folders if StudyFolder(path).spec.is_file()]
+
+
+def _studies_table(storage: Path) -> Table:
+    table = Table(title=f"studies in {storage}")
+    for column in ("study", "state", "trials", *(outcome.value for outcome in Outcome)):
+        table.add_column(column)
+    for folder in _studies(storage):
+        results = read_results(folder)
+        counts = [sum(r.outcome is outcome for r in results.values()) for outcome in Outcome]
+        table.add_row(
+            folder.root.name,
+            "running" if is_held(folder) else "at rest",
+            str(len(read_suggestions(folder))),
+            *(str(count or "") for count in counts),
+        )
+    return table
+
+
+def _arms_table(folder: StudyFolder) -> Table:
+    from study.progress import arm_text
+    from study.spec import parse_spec
+
+    text = read_spec(folder)
+    assert text is not None
+    spec = parse_spec(text, folder.root, where=str(folder.spec))
+    rows, results = read_rows(folder), read_results(folder)
+    state = "running" if is_held(folder) else "at rest"
+    table = Table(title=f"{spec.study} ({state})")
+    metrics = [objective.metric for objective in spec.objectives]
+    for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *metrics):
+        table.add_column(column)
+    for suggestion in read_suggestions(folder):
+        mine = rows[rows.trial == suggestion.trial]
+        newest = mine.sort_values(["phase", "progress"]).groupby(mine.phase + "/" + mine.metric)
+        values = newest.value.last()
+        result = results.get(suggestion.trial)
+        last = mine.iloc[-1] if len(mine) else None
+        table.add_row(
+            suggestion.trial[:6],
+            suggestion.arm,
+            str(suggestion.seed),
+            arm_text(suggestion),
+            result.outcome.value if result else "unfinished",
+            f"{last.phase} {last.progress:.0%}" if last is not None else "",
+            *(f"{values[metric]:.4g}" if metric in values else "" for metric in metrics),
+        )
+    return table
+
+
+def _print_pairs(title: str, pairs: dict[str, Any]) -> None:
+    console.print(f"\n{title}", style="bold")
+    for key, value in pairs.items():
+        console.print(f"  {key:<22} {value}", markup=False)

@@ -1,0 +1,197 @@
+"""What happens to a study, step by step: the next trial, its rows, its end. Knows no Ray.
+
+Every event is written to the ledger before anybody is told of it. Thread-free: one caller.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study.ledger import (
+    Ledger,
+    Outcome,
+    Result,
+    Suggestion,
+    read_results,
+    read_rows,
+    read_suggestions,
+)
+from study.progress import Progress
+from study.resume import (
+    AskSampler,
+    Continue,
+    Finished,
+    Start,
+    Wait,
+    infrastructure_error,
+    next_step,
+)
+from study.samplers import Brain
+from study.spec import StudySpec
+from study.stopping import Measured, collect, goes_on
+from trainables.config import TrialConfig, arm_id, trial_id
+from trainables.job import make_job
+
+STOPPED_HERE = "stopped_here"  # the row that keeps the decision to stop beside the values
+
+
+@dataclass(frozen=True)
+class DataView:
+    """What the driver knows of the study's data."""
+
+    root: Path  # the folder that relative paths count from
+    fingerprint: str
+    is_labelled: bool
+
+
+class Conductor:
+    """The study's state in memory, rebuilt from the ledger at the start."""
+
+    def __init__(self, spec: StudySpec, ledger: Ledger, data: DataView) -> None:
+        self.spec, self.ledger, self.data = spec, ledger, data
+        self.suggestions: list[Suggestion] = read_suggestions(ledger.folder)
+        self.results: dict[str, Result] = read_results(ledger.folder)
+        self.running: dict[str, float] = {}  # trial -> when it was handed out
+        self.is_exhausted = False
+        rows = read_rows(ledger.folder)
+        columns = ["trial", "phase", "metric", "progress", "value"]
+        self.measured: Measured = collect(rows[columns].to_dict("records"))
+        self.brain = Brain(spec)
+        self.brain.replay(self.suggestions, self.results, self.measured)
+        self.progress = Progress(
+            study=spec.study,
+            total=self.num_planned(),
+            done=sum(not self._is_open(s.trial) for s in self.suggestions),
+            metrics=[objective.metric for objective in spec.objectives],
+            goals=[objective.goal for objective in spec.objectives],
+        )
+        self._finish_stopped()
+
+    def num_planned(self) -> int:
+        """Trials of the whole study, if its space has that many arms."""
+        confirm = self.spec.confirm
+        return self.spec.budget.trials + ((confirm.arms + 1) * confirm.seeds if confirm else 0)
+
+    def next(self) -> Suggestion | Wait | Finished:
+        """The next trial to run, written down and handed out; or why there is none now."""
+        step = self.next_step()
+        if isinstance(step, AskSampler):
+            proposal = self.brain.ask(step.number)
+            if proposal is None:
+                self.is_exhausted = True
+                self.progress.say("every arm of the search space has been tried")
+                return self.next()
+            start = Start("search", proposal.config, step.seed, proposal.params, proposal.labels)
+            return self._begin(start)
+        if isinstance(step, Start):
+            return self._begin(step)
+        if isinstance(step, Continue):
+            self.running[step.suggestion.trial] = time.monotonic()
+            self.progress.suggested(step.suggestion, resumed=True)
+            return step.suggestion
+        return step
+
+    def next_step(self) -> Any:
+        """What `next` would do, without doing it."""
+        return next_step(
+            self.spec,
+            self.suggestions,
+            self.results,
+            self.running.keys(),
+            self.measured,
+            is_labelled=self.data.is_labelled,
+            is_exhausted=self.is_exhausted,
+        )
+
+    def job(self, suggestion: Suggestion) -> dict[str, Any]:
+        """What a worker group needs for this launch of the trial."""
+        job = make_job(
+            trial=suggestion.trial,
+            config=suggestion.config,
+            seed=suggestion.seed,
+            probe=self.spec.probe,
+            rungs=list(self.spec.rungs),
+            folder=self.ledger.folder.trial(suggestion.trial),
+            data=self.spec.data,
+            data_root=self.data.root,
+            fingerprint=self.data.fingerprint,
+        )
+        attempt = self.ledger.new_attempt()
+        return {**job, "attempt": attempt, "serial": attempt, "decided": time.time()}
+
+    def rows(self, suggestion: Suggestion, rows: list[dict[str, Any]], attempt: str) -> bool:
+        """Keep a rung's rows; True when the trial is to stop there."""
+        trial = suggestion.trial
+        collect(({**row, "trial": trial} for row in rows), self.measured)
+        phase, progress = rows[-1]["phase"], float(rows[-1]["progress"])
+        values = {f"{row['phase']}/{row['metric']}": row["value"] for row in rows}
+        self.brain.report(trial, progress, values)
+        stop = not goes_on(self.spec, self.suggestions, self.measured, trial, phase, progress)
+        if stop:
+            decision = {"metric": STOPPED_HERE, "value": 1.0, "goal": "none", "unit": ""}
+            rows = [*rows, {**rows[-1], **decision}]
+        self.ledger.commit(suggestion, rows, attempt)
+        shown = {o.metric: values[o.metric] for o in self.spec.objectives if o.metric in values}
+        self.progress.rung(suggestion, phase, progress, shown)
+        return stop
+
+    def done(self, suggestion: Suggestion, outcome: str, error: str | None) -> None:
+        """Keep how a trial ended. Outcome "lost": the infrastructure failed, not the trial."""
+        trial = suggestion.trial
+        if outcome == "lost":
+            error = infrastructure_error(self.results.get(trial), error or "no reason given")
+            outcome = Outcome.FAILED
+        began = self.running.pop(trial, None)
+        reached: dict[str, float] = {}
+        for metric, curve in self.measured.get(trial, {}).items():
+            phase = metric.partition("/")[0]
+            reached[phase] = max(reached.get(phase, 0.0), *curve)
+        result = Result(
+            trial=trial,
+            outcome=Outcome(outcome),
+            seconds=0.0 if began is None else time.monotonic() - began,
+            error=error,
+            progress=reached,
+        )
+        self.ledger.finish(result)
+        self.results[trial] = result
+        self.brain.tell(result)
+        self.progress.finished(suggestion, result.outcome, error)
+
+    @property
+    def num_failed(self) -> int:
+        return sum(result.outcome is Outcome.FAILED for result in self.results.values())
+
+    def _begin(self, start: Start) -> Suggestion:
+        config: TrialConfig = start.config
+        suggestion = Suggestion(
+            number=len(self.suggestions),
+            trial=trial_id(config, start.seed, self.data.fingerprint),
+            arm=arm_id(config),
+            seed=start.seed,
+            origin=start.origin,
+            config=config.model_dump(mode="json"),
+            params=start.params,
+            labels=start.labels,
+        )
+        self.ledger.suggest(suggestion)
+        self.suggestions.append(suggestion)
+        self.brain.add(suggestion)
+        self.running[suggestion.trial] = time.monotonic()
+        self.progress.suggested(suggestion, resumed=False)
+        return suggestion
+
+    def _is_open(self, trial: str) -> bool:
+        return trial not in self.results
+
+    def _finish_stopped(self) -> None:
+        """Trials whose stop was decided, but which a crash kept from ending."""
+        for suggestion in self.suggestions:
+            metrics = self.measured.get(suggestion.trial, {})
+            was_stopped = any(name.endswith(f"/{STOPPED_HERE}") for name in metrics)
+            if was_stopped and self._is_open(suggestion.trial):
+                self.progress.suggested(suggestion, resumed=True)
+                self.done(suggestion, "stopped", None)

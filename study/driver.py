@@ -1,0 +1,263 @@
+"""Run or resume a study on Ray. The only file that imports ray.tune.
+
+Ray Tune executes: it asks for trials through a `Searcher` and passes results to a `TrialScheduler`.
+Both are thin adapters of the `Conductor`, who decides, with the ledger as the only state. A Tune
+trial is a relay: it lays a job on the desk of a warm slot and passes on what comes back. Nothing of
+Tune's own state is ever read back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+
+from cluster.connect import Connection, connect
+from cluster.placement import num_slots
+from study.conductor import Conductor
+from study.ledger import Suggestion
+from study.resume import Finished, Wait
+from trainables.errors import UserError
+from trainables.job import run_job
+from trainables.ray_worker import Slot, quiet_environment
+
+POLL_SECONDS = 0.5  # of heartbeats and of the request to stop
+FAREWELL_SECONDS = 20  # that idle workers get to go home
+
+
+def drive(conductor: Conductor) -> None:
+    """Run what is left of the study. KeyboardInterrupt: asked to stop; everything is kept."""
+    if isinstance(conductor.next_step(), Finished):
+        conductor.progress.say("nothing is left to do: every trial of the study has ended")
+        return
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables would fight with ours
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    connection = connect(env_vars=quiet_environment())
+    scratch = Path(tempfile.mkdtemp(prefix="maskstudy-"))
+    try:
+        with _interruptible(conductor):
+            _drive(conductor, connection, scratch)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
+    resources, progress = conductor.spec.resources, conductor.progress
+    try:
+        count = num_slots(
+            cpus=connection.cpus,
+            gpus=connection.gpus,
+            workers=resources.workers,
+            cpus_per_worker=resources.cpus_per_worker,
+            gpus_per_worker=resources.gpus_per_worker,
+            asked=resources.concurrent,
+        )
+    except ValueError as error:
+        raise UserError(f"resources: {error}") from error
+    progress.slots = count = min(count, max(1, progress.total - progress.num_done))
+    progress.say(
+        f"{count} trial(s) at once on {connection.cpus:g} CPUs, {connection.gpus:g} GPUs; "
+        f"starting {count} x {resources.workers} workers"
+    )
+    slots = [
+        Slot(
+            f"{conductor.spec.study}-{conductor.ledger.epoch}-slot-{index}",
+            run_job,
+            workers=resources.workers,
+            cpus_per_worker=resources.cpus_per_worker,
+            gpus_per_worker=resources.gpus_per_worker,
+            # what Ray Train keeps of a slot is never read: trials have checkpoints of their own
+            storage=_ray_folder(conductor, connection, scratch),
+        )
+        for index in range(count)
+    ]
+    relay = ray.tune.with_resources(
+        ray.tune.with_parameters(_relay, desks=[slot.desk for slot in slots]),
+        {"memory": 1 << 20},  # Tune wants a resource; the slots have the CPUs
+    )
+    tuner = ray.tune.Tuner(
+        relay,
+        tune_config=ray.tune.TuneConfig(
+            search_alg=_Searcher(conductor, slots),
+            scheduler=_Scheduler(conductor, slots),
+            num_samples=-1,
+            max_concurrent_trials=count,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=ray.tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=ray.tune.FailureConfig(max_failures=3),  # a relay picks up its thread
+        ),
+    )
+    progress.start()
+    try:
+        with _watching(conductor, slots):
+            tuner.fit()
+    except KeyboardInterrupt:
+        for slot in slots:
+            if slot.error is not None:
+                raise RuntimeError(f"the worker group {slot.name} is gone") from slot.error
+        raise
+    finally:
+        progress.stop()
+    for slot in slots:
+        slot.close(FAREWELL_SECONDS)
+
+
+def _relay(config: dict[str, Any], desks: list[Any]) -> None:
+    """The Tune trial: lay the job on the slot's desk, pass on every event.
+
+    Started again after a failure it passes on all events once more; the ledger keeps each once.
+    """
+    desk = desks[config["slot"]]
+    ray.get(desk.place.remote(config["job"]))
+    number = 0
+    while True:
+        event = ray.get(desk.next_event.remote(number))
+        ray.tune.report({**event, "number": number})
+        if "outcome" in event:
+            return
+        number += 1
+
+
+class _Adapter:
+    """What both adapters know. Tune pickles them at its start; their state is the ledger."""
+
+    def __init__(self, conductor: Conductor, slots: list[Slot]) -> None:
+        super().__init__()
+        self.conductor, self.slots = conductor, slots
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Searcher(_Adapter, Searcher):
+    """Tune asks for trials here, and says when one has ended."""
+
+    def __init__(self, conductor: Conductor, slots: list[Slot]) -> None:
+        super().__init__(conductor, slots)
+        self._free = list(reversed(range(len(slots))))
+        self._taken: dict[str, tuple[int, Suggestion]] = {}  # by Tune's id
+
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        step = self.conductor.next()
+        if isinstance(step, Finished):
+            return str(Searcher.FINISHED)
+        if isinstance(step, Wait):
+            return None
+        slot = self._free.pop()
+        self._taken[trial_id] = (slot, step)
+        return {"slot": slot, "job": self.conductor.job(step), "number": step.number}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        pass
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        slot, suggestion = self._taken.pop(trial_id)
+        self._free.append(slot)
+        if error or result is None or "outcome" not in result:
+            self.conductor.done(suggestion, "lost", "its relay in Ray Tune died")
+        else:
+            self.conductor.done(suggestion, result["outcome"], result.get("error"))
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise RuntimeError("a study is resumed from its ledger, not from Tune's state")
+
+
+class _Scheduler(_Adapter, FIFOScheduler):
+    """Tune passes rows here. Stopping is a request to the workers; Tune itself stops nothing."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "rows" in result:
+            suggestion = self.conductor.suggestions[trial.config["number"]]
+            stop = self.conductor.rows(suggestion, result["rows"], result["attempt"])
+            desk = self.slots[trial.config["slot"]].desk
+            desk.decide.remote(result["number"], stop)
+        return str(self.CONTINUE)
+
+
+def _ray_folder(conductor: Conductor, connection: Connection, scratch: Path) -> Path:
+    """Ray Train insists on storage that all nodes see."""
+    if connection.nodes == 1:
+        return scratch
+    return conductor.ledger.folder.root / ".ray"
+
+
+@contextmanager
+def _interruptible(conductor: Conductor) -> Iterator[None]:
+    """Let SIGTERM (`ray job stop`, a cluster's time limit) end the run as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
+    """Beside Tune's loop: show heartbeats, and heed `maskstudy stop`."""
+    ended = threading.Event()
+    stop_request = conductor.ledger.folder.stop_request
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            was_asked = stop_request.exists()
+            if was_asked:
+                stop_request.unlink(missing_ok=True)
+                conductor.progress.say("asked to stop")
+            if was_asked or any(slot.error is not None for slot in slots):
+                os.kill(os.getpid(), signal.SIGINT)  # Tune's loop has the main thread
+                return
+            for slot in slots:
+                # a desk answers as long as the driver lives; at its end nobody looks any more
+                with suppress(ray.exceptions.RayError):
+                    beat = ray.get(slot.desk.last_beat.remote(), timeout=5)
+                    if beat:
+                        conductor.progress.beat(
+                            beat["trial"],
+                            beat["phase"],
+                            beat["progress"],
+                            beat["images_per_second"],
+                        )
+
+    thread = threading.Thread(target=watch, name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(10)

@@ -1,0 +1,107 @@
+"""Where everything of a study lies. The only module that knows file names.
+
+Everything can be read by a person or by pandas, and no file holds an absolute path, so that a study
+folder can be moved, copied and renamed.
+
+    study.yaml  environment.json       what was asked, and with which software and hardware
+    suggestions/000000.json            one per trial, in the order they were drawn; never changed
+    trials/<id>/config.json            a copy of its suggestion
+    trials/<id>/rows/                  immutable Parquet parts <epoch>-<sequence>-<crc32>.parquet
+    trials/<id>/outcome.json           how it ended; error.txt beside it if it failed
+    trials/<id>/{checkpoints,pictures,encoder}/
+    results.parquet  arms.parquet      all rows and all arms; may be deleted and come back
+    epochs/000001.json  lock           one epoch per driver; the lock of the living one
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_TRIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def is_trial_id(text: str) -> bool:
+    return bool(_TRIAL.fullmatch(text))
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The paths of one study; touches no file."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "study.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def suggestions(self) -> Path:
+        return self.root / "suggestions"
+
+    def suggestion(self, number: int) -> Path:
+        return self.suggestions / f"{number:06d}.json"
+
+    @property
+    def trials(self) -> Path:
+        return self.root / "trials"
+
+    def trial(self, trial: str) -> Path:
+        """The folder of a trial; an id that could lead out of the study is refused."""
+        if not is_trial_id(trial):
+            raise ValueError(f"a trial id is letters, digits, '-' and '_', got {trial!r}")
+        return self.trials / trial
+
+    def trial_config(self, trial: str) -> Path:
+        return self.trial(trial) / "config.json"
+
+    def rows(self, trial: str) -> Path:
+        return self.trial(trial) / "rows"
+
+    def checkpoints(self, trial: str) -> Path:
+        return self.trial(trial) / "checkpoints"
+
+    def pictures(self, trial: str) -> Path:
+        return self.trial(trial) / "pictures"
+
+    def encoder(self, trial: str) -> Path:
+        return self.trial(trial) / "encoder"
+
+    def outcome(self, trial: str) -> Path:
+        return self.trial(trial) / "outcome.json"
+
+    def error(self, trial: str) -> Path:
+        return self.trial(trial) / "error.txt"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.parquet"
+
+    @property
+    def arms(self) -> Path:
+        return self.root / "arms.parquet"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def epochs(self) -> Path:
+        return self.root / "epochs"
+
+    def epoch(self, number: int) -> Path:
+        return self.epochs / f"{number:06d}.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """Exists while somebody has asked the driver to stop."""
+        return self.root / "stop"

@@ -1,0 +1,266 @@
+"""What a study will take, before it is started: arms, trials, tokens, operations, memory, hours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from study import space
+from study.checks import geometry_problems
+from trainables import cost
+from trainables.config import SIZES, TrialConfig, arm_id
+from trainables.masking import hidden_units
+from trainables.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from study.spec import StudySpec
+
+MOST_SAMPLED = 24  # arms whose cost is computed
+MOST_WALKED = 2_000
+MOST_COUNTED = 100_000  # arms of a grid
+BYTES_PER_PARAMETER = 16  # float32: weight, gradient, two moments of AdamW
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What a plan needs to know of the data."""
+
+    size: tuple[int, ...]
+    channels: int
+    pretrain_images: int
+    train_images: int
+    classes: tuple[str, ...]  # empty without labels
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """One trial of an arm, with everything that is planned for it."""
+
+    arm: str
+    patch: int
+    tokens: int  # patches of an image
+    visible_tokens: float  # that the encoder sees, mean over the schedule
+    parameters: int  # of encoder and decoder
+    pretrain_flops: float
+    segment_flops: float
+    memory_bytes: int  # per worker, estimate
+
+    @property
+    def flops(self) -> float:
+        return self.pretrain_flops + self.segment_flops
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Plain data for people; hours are as if nothing were stopped early."""
+
+    study: str
+    searched_arms: int
+    trials: int  # without confirmations
+    confirmations: int
+    grid_arms: int | None  # of sampler grid
+    control: ArmCost
+    cheapest: ArmCost
+    dearest: ArmCost
+    flops: float  # of all trials
+    concurrent: int  # trials at once; 0 if a trial does not fit
+    hours: float | None  # None without a speed
+    warnings: list[str]
+
+
+def data_size(dataset: Any) -> DataSize:
+    """The numbers of a prepared data set."""
+    return DataSize(
+        size=tuple(dataset.size),
+        channels=dataset.channels,
+        pretrain_images=len(dataset.rows("pretrain")),
+        train_images=len(dataset.rows("train")),
+        classes=tuple(dataset.classes) if dataset.is_labelled else (),
+    )
+
+
+def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
+    """Why the study cannot run on these data, which the study file alone could not tell."""
+    problems = geometry_problems(spec, data.size)
+    for objective in spec.objectives:
+        phase, _, metric = objective.metric.partition("/")
+        key, _, name = metric.partition("/")
+        if phase == "segment" and not data.classes:
+            problems.append(
+                f"objectives: given {objective.metric!r}, but the data have no labels; expected a "
+                f"pretrain metric such as pretrain/probe_psnr, or data with masks"
+            )
+        elif phase == "segment" and key in ("iou", "dice") and name and name not in data.classes:
+            problems.append(
+                f"objectives: given {objective.metric!r}; expected a class of the data: "
+                f"{', '.join(data.classes)}"
+            )
+    return problems
+
+
+def plan(
+    spec: StudySpec,
+    data: DataSize,
+    *,
+    cpus: float,
+    gpus: float,
+    flops_per_second: float | None = None,
+) -> Plan:
+    """What `maskstudy check` prints. `flops_per_second` is the measured speed of one worker."""
+    num_controls = (1 + (len(spec.controls) if data.classes else 0)) * spec.seeds
+    room = max(0, spec.budget.trials - num_controls) if spec.search else 0
+    grid_arms = _count_grid(spec) if spec.sampler.name == "grid" and spec.search else None
+    searched_trials = room if grid_arms is None else min(room, grid_arms * spec.seeds)
+    num_searched = math.ceil(searched_trials / spec.seeds)
+    num_best = min(spec.confirm.arms, num_searched) + 1 if spec.confirm else 0
+    confirmations = num_best * spec.confirm.seeds if spec.confirm else 0
+
+    control = arm_cost(spec.trial, data, spec.resources.workers)
+    costs = [arm_cost(config, data, spec.resources.workers) for config in _some_arms(spec)]
+    costs = costs or [control]
+    mean = fmean(one.flops for one in costs)
+    flops = control.flops * num_controls + mean * (searched_trials + confirmations)
+
+    concurrent = _concurrent(spec, cpus, gpus)
+    at_once = min(concurrent, num_controls + searched_trials)
+    hours = None
+    if flops_per_second and at_once:
+        hours = flops / (flops_per_second * spec.resources.workers * at_once) / 3600
+    return Plan(
+        study=spec.study,
+        searched_arms=num_searched,
+        trials=num_controls + searched_trials,
+        confirmations=confirmations,
+        grid_arms=grid_arms,
+        control=control,
+        cheapest=min(costs, key=lambda one: one.flops),
+        dearest=max(costs, key=lambda one: one.flops),
+        flops=flops,
+        concurrent=concurrent,
+        hours=hours,
+        warnings=_warnings(spec, grid_arms, room, num_searched, concurrent, cpus, gpus),
+    )
+
+
+def arm_cost(config: TrialConfig, data: DataSize, workers: int = 1) -> ArmCost:
+    """One trial of an arm on these data."""
+    tokens = math.prod(edge // config.model.patch for edge in data.size)
+    segment_flops = 0.0
+    if data.classes:
+        per_image = cost.segment_flops(config, data.size, data.channels, len(data.classes))
+        segment_flops = per_image * data.train_images * config.segment.epochs
+    pretrain_flops = 0.0
+    if config.segment.encoder != "random-init":
+        pretrain_flops = cost.planned_flops(config, data.size, data.channels, data.pretrain_images)
+    num_parameters = count_parameters(config, data.size, data.channels)
+    activations = cost.activation_bytes(config, data.size, data.channels)
+    return ArmCost(
+        arm=arm_id(config),
+        patch=config.model.patch,
+        tokens=tokens,
+        visible_tokens=_visible_share(config, data.size) * tokens,
+        parameters=num_parameters,
+        pretrain_flops=pretrain_flops,
+        segment_flops=segment_flops,
+        memory_bytes=activations // workers + BYTES_PER_PARAMETER * num_parameters,
+    )
+
+
+def count_parameters(config: TrialConfig, size: tuple[int, ...], channels: int) -> int:
+    """Weights of the masked autoencoder: blocks, embedding, head, norms and tokens."""
+    encoder = SIZES[config.model.size]
+    width, decoder = encoder["width"], config.model.decoder
+    values: int = config.model.patch ** len(size) * channels
+    embedding = (values + 1) * width + width  # and the class token
+    blocks = encoder["depth"] * _block(width) + 2 * width
+    into_decoder = (width + 1) * decoder.width + decoder.width  # and the mask token
+    decoding = decoder.depth * _block(decoder.width) + 2 * decoder.width
+    head = (decoder.width + 1) * values
+    return embedding + blocks + into_decoder + decoding + head
+
+
+def _block(width: int) -> int:
+    """Attention 4 w^2 + 4 w, MLP 8 w^2 + 5 w, two norms 4 w."""
+    return 12 * width**2 + 13 * width
+
+
+def _visible_share(config: TrialConfig, size: tuple[int, ...]) -> float:
+    units = math.prod(edge // config.unit for edge in size)
+    ratio = config.masking.ratio
+    schedule = partial(SCHEDULES[ratio.name], **ratio.options())
+    return 1 - fmean(hidden_units(schedule(step / 100), units) for step in range(100)) / units
+
+
+def _some_arms(spec: StudySpec) -> list[TrialConfig]:
+    """Arms all over the space: every choice, ranges at both ends, thinned out evenly."""
+
+    def ends(parameter: space.Parameter) -> list[Any]:
+        item = parameter.item
+        return list(item.choices) if item.choices is not None else [item.low, item.high]
+
+    if not spec.search:
+        return []
+    points = list(islice(space.combinations(spec.search, ends), MOST_WALKED))
+    stride = math.ceil(len(points) / MOST_SAMPLED)
+    return [space.resolve(spec, point.overrides) for point in points[::stride]]
+
+
+def _count_grid(spec: StudySpec) -> int:
+    """Arms of the grid that are not the control's."""
+    points = space.combinations(
+        spec.search, lambda parameter: space.grid_values(parameter.item) or []
+    )
+    is_control_within = space.params_of(spec, spec.trial) is not None
+    return _length(islice(points, MOST_COUNTED)) - int(is_control_within)
+
+
+def _length(values: Iterable[Any]) -> int:
+    return sum(1 for _ in values)
+
+
+def _concurrent(spec: StudySpec, cpus: float, gpus: float) -> int:
+    resources = spec.resources
+    fit: int = int(cpus // (resources.workers * resources.cpus_per_worker))
+    if resources.gpus_per_worker:
+        fit = min(fit, int(gpus // (resources.workers * resources.gpus_per_worker)))
+    return min(fit, resources.concurrent or fit)
+
+
+def _warnings(
+    spec: StudySpec,
+    grid_arms: int | None,
+    room: int,
+    num_searched: int,
+    concurrent: int,
+    cpus: float,
+    gpus: float,
+) -> list[str]:
+    warnings = []
+    resources = spec.resources
+    if concurrent == 0:
+        warnings.append(
+            f"resources: a trial takes {resources.workers * resources.cpus_per_worker:g} CPUs and "
+            f"{resources.workers * resources.gpus_per_worker:g} GPUs, here are {cpus:g} and "
+            f"{gpus:g}: nothing can start"
+        )
+    if grid_arms is not None and grid_arms * spec.seeds > room:
+        warnings.append(
+            f"budget.trials: the grid has {grid_arms} arms besides the controls, "
+            f"{grid_arms * spec.seeds} trials, but {room} are left for them: it stays incomplete"
+        )
+    elif room % spec.seeds and grid_arms is None:
+        warnings.append(
+            f"budget.trials: the last arm gets {room % spec.seeds} of {spec.seeds} seeds"
+        )
+    startup = spec.sampler.options().get("startup", 0)
+    if spec.search and num_searched <= startup:
+        warnings.append(
+            f"sampler: {spec.sampler.name} draws its first {startup} arms by chance, and there are "
+            f"{num_searched}; a grid may tell more"
+        )
+    return warnings

@@ -1,0 +1,181 @@
+"""What a person sees while a study runs: a live table on a terminal, one line per event in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from study.ledger import Outcome, Suggestion
+
+
+@dataclass
+class Line:
+    """One trial of this run, as the display knows it."""
+
+    suggestion: Suggestion
+    began: float
+    phase: str = "starting"
+    progress: float = 0.0
+    images_per_second: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    seconds: float = 0.0
+
+
+class Progress:
+    """Collects events; `start` and `stop` bracket the live table."""
+
+    def __init__(self, *, study: str, total: int, done: int, metrics: list[str], goals: list[str]):
+        self.study, self.total, self.done_before = study, total, done
+        self.metrics, self.goals = metrics, goals
+        self.lines: dict[str, Line] = {}
+        self.began = time.monotonic()
+        self.slots = 1
+        self.console = Console(highlight=False)
+        self._live: Live | None = None
+
+    def start(self) -> None:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, get_renderable=self.table, refresh_per_second=2)
+            self._live.start()
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, text: str) -> None:
+        """One plain line, with the seconds since the start."""
+        stamp = f"[{time.monotonic() - self.began:5.0f} s] "
+        self.console.print(stamp + text, markup=False, soft_wrap=True)
+
+    def suggested(self, suggestion: Suggestion, *, resumed: bool) -> None:
+        self.lines[suggestion.trial] = Line(suggestion, time.monotonic())
+        verb = "goes on with" if resumed else "starts"
+        self._event(f"{verb} {describe(suggestion)}")
+
+    def beat(self, trial: str, phase: str, progress: float, images_per_second: float) -> None:
+        line = self.lines.get(trial)
+        if line is not None and line.outcome is None:
+            line.phase, line.progress = phase, progress
+            line.images_per_second = images_per_second
+
+    def rung(self, suggestion: Suggestion, phase: str, progress: float, values: dict[str, float]):  # type: ignore[no-untyped-def]
+        line = self.lines[suggestion.trial]
+        line.phase, line.progress = phase, progress
+        line.values.update(values)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._event(
+            f"{describe(suggestion)}: {phase} {progress:.0%}" + (f", {shown}" if shown else "")
+        )
+
+    def finished(self, suggestion: Suggestion, outcome: Outcome, error: str | None) -> None:
+        line = self.lines[suggestion.trial]
+        line.outcome, line.seconds = outcome, time.monotonic() - line.began
+        why = f" ({error.strip().splitlines()[-1]})" if error else ""
+        self._event(
+            f"{outcome.value}: {describe(suggestion)}{why} · {self.num_done}/{self.total} trials"
+            f"{self._best_text()}{self._left_text()}"
+        )
+
+    @property
+    def num_done(self) -> int:
+        return self.done_before + sum(line.outcome is not None for line in self.lines.values())
+
+    def seconds_left(self) -> float | None:
+        """Remaining trials at the mean duration of those that finished in this run."""
+        finished = [line for line in self.lines.values() if line.outcome is not None]
+        if not finished:
+            return None
+        mean = sum(line.seconds for line in finished) / len(finished)
+        running = [line for line in self.lines.values() if line.outcome is None]
+        waiting = self.total - self.num_done - len(running)
+        started = sum(max(0.0, mean - (time.monotonic() - line.began)) for line in running)
+        return (max(0, waiting) * mean + started) / self.slots
+
+    def table(self) -> Group:
+        """The live view: what runs, the latest that finished, best so far, time left."""
+        table = Table(title=None, expand=False, pad_edge=False, box=None)
+        for column in ("trial", "arm", "phase", "progress", "img/s", *self.metrics, "outcome"):
+            table.add_column(column, no_wrap=column != "arm")
+        for line in self._latest():
+            shown = [f"{line.values[m]:.4g}" if m in line.values else "" for m in self.metrics]
+            table.add_row(
+                line.suggestion.trial[:6],
+                arm_text(line.suggestion),
+                line.phase,
+                _bar(line.progress),
+                f"{line.images_per_second:.0f}" if line.images_per_second else "",
+                *shown,
+                line.outcome.value if line.outcome else "running",
+            )
+        head = Text(
+            f"{self.study}: {self.num_done}/{self.total} trials"
+            f"{self._best_text()}{self._left_text()}"
+        )
+        return Group(head, table)
+
+    def _latest(self) -> Iterable[Line]:
+        lines = list(self.lines.values())
+        running = [line for line in lines if line.outcome is None]
+        finished = [line for line in lines if line.outcome is not None]
+        return finished[-8:] + running
+
+    def _best_text(self) -> str:
+        metric, goal = self.metrics[0], self.goals[0]
+        known = [
+            line
+            for line in self.lines.values()
+            if metric in line.values and line.outcome is Outcome.COMPLETE
+        ]
+        if not known:
+            return ""
+        choose = max if goal == "maximize" else min
+        best = choose(known, key=lambda line: line.values[metric])
+        return f" · best {metric} {best.values[metric]:.4g} ({arm_text(best.suggestion)})"
+
+    def _left_text(self) -> str:
+        left = self.seconds_left()
+        return "" if left is None else f" · about {duration(left)} left"
+
+    def _event(self, text: str) -> None:
+        if self._live is None:
+            self.say(text)
+
+
+def describe(suggestion: Suggestion) -> str:
+    return f"trial {suggestion.trial[:6]} [{arm_text(suggestion)}]"
+
+
+def arm_text(suggestion: Suggestion) -> str:
+    """The arm in a few words: what it is, or what was searched and found for it."""
+    if suggestion.origin.startswith("control"):
+        return suggestion.origin
+    settings = [
+        f"{path.split('.')[-1]} {_short(value)}" for path, value in suggestion.params.items()
+    ]
+    return ", ".join(settings) or suggestion.arm
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _bar(share: float, width: int = 10) -> str:
+    full = round(share * width)
+    return "█" * full + "░" * (width - full) + f" {share:4.0%}"

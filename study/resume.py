@@ -1,0 +1,208 @@
+"""What is left to do, decided from the ledger alone; somebody else does it.
+
+The order: trials that were begun; the control arm and its twins; searched arms, all seeds of one
+before the next, until `budget.trials` trials exist; then the best arms and the control once more
+with fresh seeds. An arm of which one seed ended badly or was stopped gets no further seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from study.ledger import Outcome, Result, Suggestion
+from study.space import params_of
+from study.stopping import Measured, final_value
+from trainables.config import TrialConfig, arm_id
+
+if TYPE_CHECKING:
+    from study.spec import StudySpec
+
+RETRIES = 3  # of a trial that the infrastructure failed
+_COUNTED = re.compile(r"infrastructure \(failure (\d+)")
+
+
+@dataclass(frozen=True)
+class Continue:
+    """Run this trial (on): it was suggested and has not ended."""
+
+    suggestion: Suggestion
+
+
+@dataclass(frozen=True)
+class Start:
+    """Suggest and run a trial whose configuration is known."""
+
+    origin: str
+    config: TrialConfig
+    seed: int
+    params: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AskSampler:
+    """Suggest and run a new arm with this seed. `number` is what the brain is to be asked with."""
+
+    number: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing can be started before a running trial ends."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Nothing is left."""
+
+
+Step = Continue | Start | AskSampler | Wait | Finished
+
+
+def next_step(
+    spec: StudySpec,
+    suggestions: Sequence[Suggestion],
+    results: Mapping[str, Result],
+    running: AbstractSet[str],
+    measured: Measured,
+    *,
+    is_labelled: bool = True,
+    is_exhausted: bool = False,
+) -> Step:
+    """The next thing to do. `running` are trials that are being run now.
+
+    `is_labelled`: without labels nothing is segmented, and the control's twins would measure
+    nothing. `is_exhausted`: the brain has no untried arm left.
+    """
+    for suggestion in suggestions:
+        if suggestion.trial not in running and is_unfinished(results.get(suggestion.trial)):
+            return Continue(suggestion)
+    for start in _controls(spec, suggestions, is_labelled):
+        return start
+    num_trials = sum(suggestion.origin != "confirm" for suggestion in suggestions)
+    if num_trials < spec.budget.trials:
+        for start in _missing_seeds(spec, suggestions, results):
+            return start
+        if spec.search and not is_exhausted:
+            return AskSampler(len(suggestions), spec.seed)
+    if any(
+        suggestion.trial in running and suggestion.origin != "confirm" for suggestion in suggestions
+    ):
+        return Wait()
+    for start in _confirmations(spec, suggestions, measured):
+        return start
+    return Wait() if running else Finished()
+
+
+def is_unfinished(result: Result | None) -> bool:
+    """Whether a trial is to be run (again)."""
+    return result is None or (is_infrastructure(result) and num_failures(result) <= RETRIES)
+
+
+def is_infrastructure(result: Result) -> bool:
+    """A failure that says nothing about the arm."""
+    error = result.error or ""
+    return result.outcome is Outcome.FAILED and error.startswith("infrastructure")
+
+
+def num_failures(result: Result | None) -> int:
+    """How often the infrastructure has failed this trial."""
+    if result is None or not is_infrastructure(result):
+        return 0
+    counted = _COUNTED.match(result.error or "")
+    return int(counted[1]) if counted else 1
+
+
+def infrastructure_error(before: Result | None, reason: str) -> str:
+    """The `error` of a Result for a failure of the infrastructure; it counts them."""
+    return f"infrastructure (failure {num_failures(before) + 1} of {RETRIES + 1}): {reason}"
+
+
+def best_arms(spec: StudySpec, suggestions: Sequence[Suggestion], measured: Measured) -> list[str]:
+    """Searched arms that measured the first objective in every seed, the best mean first."""
+    objective = spec.objectives[0]
+    sign = -1.0 if objective.goal == "maximize" else 1.0
+    scores = {}
+    for arm, trials in _searched(suggestions).items():
+        values = [final_value(measured, trial.trial, objective.metric) for trial in trials]
+        finite = [value for value in values if value is not None and math.isfinite(value)]
+        if len(finite) == spec.seeds:
+            scores[arm] = sign * fmean(finite)
+    return sorted(scores, key=lambda arm: scores[arm])  # stable: of equals the older arm
+
+
+def twin(spec: StudySpec, control: str) -> TrialConfig:
+    """The control arm with another encoder: `random-init` or `frozen`."""
+    segment = spec.trial.segment.model_copy(update={"encoder": control})
+    return spec.trial.model_copy(update={"segment": segment})
+
+
+def _controls(
+    spec: StudySpec, suggestions: Sequence[Suggestion], is_labelled: bool
+) -> Iterator[Start]:
+    wanted = {"control": spec.trial}
+    if is_labelled:
+        wanted |= {f"control:{name}": twin(spec, name) for name in spec.controls}
+    seen: set[str] = set()
+    for origin, config in wanted.items():
+        arm = arm_id(config)
+        if arm in seen:
+            continue
+        seen.add(arm)
+        begun = {suggestion.seed for suggestion in suggestions if suggestion.arm == arm}
+        for index in range(spec.seeds):
+            if spec.seed + index not in begun:
+                params = params_of(spec, config) or {}
+                labels = {path: params[path] for path in spec.search} if params else {}
+                yield Start(origin, config, spec.seed + index, params, labels)
+
+
+def _missing_seeds(
+    spec: StudySpec, suggestions: Sequence[Suggestion], results: Mapping[str, Result]
+) -> Iterator[Start]:
+    for trials in _searched(suggestions).values():
+        ends = [results.get(trial.trial) for trial in trials]
+        if any(end is not None and end.outcome is not Outcome.COMPLETE for end in ends):
+            continue
+        begun = {trial.seed for trial in trials}
+        first = trials[0]
+        for index in range(spec.seeds):
+            if spec.seed + index not in begun:
+                config = TrialConfig.model_validate(first.config)
+                yield Start("search", config, spec.seed + index, first.params, first.labels)
+
+
+def _confirmations(
+    spec: StudySpec, suggestions: Sequence[Suggestion], measured: Measured
+) -> Iterator[Start]:
+    if spec.confirm is None:
+        return
+    control = arm_id(spec.trial)
+    best = [arm for arm in best_arms(spec, suggestions, measured) if arm != control]
+    firsts: dict[str, Suggestion] = {}
+    for suggestion in suggestions:
+        firsts.setdefault(suggestion.arm, suggestion)
+    begun = {(suggestion.arm, suggestion.seed) for suggestion in suggestions}
+    for arm in [*best[: spec.confirm.arms], control]:
+        first = firsts[arm]
+        for index in range(spec.confirm.seeds):
+            seed = spec.seed + spec.seeds + index
+            if (arm, seed) not in begun:
+                config = TrialConfig.model_validate(first.config)
+                yield Start("confirm", config, seed, first.params, first.labels)
+
+
+def _searched(suggestions: Sequence[Suggestion]) -> dict[str, list[Suggestion]]:
+    """Searched arms in the order of their first trials."""
+    arms: dict[str, list[Suggestion]] = {}
+    for suggestion in suggestions:
+        if suggestion.origin == "search":
+            arms.setdefault(suggestion.arm, []).append(suggestion)
+    return arms

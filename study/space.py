@@ -1,0 +1,375 @@
+"""What may vary: `search` maps a dotted path into `trial` to choices or to a range.
+
+    model.patch: {choices: [4, 8, 16]}
+    masking.ratio:
+      choices:                              # a label for figures -> a value or a sub-tree
+        constant: {name: constant, value: {low: 0.1, high: 0.9}}
+        rising:   {name: linear, start: {low: 0.1, high: 0.5}, end: {low: 0.5, high: 0.9}}
+
+Whoever decides is an `Ask` (an Optuna trial is one). Parameters are named "model.patch",
+"masking.ratio" (the label), and "masking.ratio/constant.value" (only asked for under that label).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
+
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+
+from trainables.config import Strict, TrialConfig
+
+if TYPE_CHECKING:
+    from study.spec import StudySpec
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"given {value!r}; expected a number")
+    return value
+
+
+Number = Annotated[Any, AfterValidator(_number), WithJsonSchema({"type": "number"})]
+
+
+class SearchItem(Strict):
+    """Either `choices` or a range from `low` to `high`, both included."""
+
+    choices: Annotated[
+        Any,
+        WithJsonSchema({"anyOf": [{"type": "array"}, {"type": "object"}]}),
+        Field(description="a list of plain values, or labels with what each stands for"),
+    ] = None
+    low: Number = None
+    high: Number = None
+    log: Annotated[bool, Field(description="equal factors are equally likely")] = False
+    step: Annotated[Number, Field(description="distance between neighbouring values")] = None
+    num: Annotated[
+        Annotated[int, Field(ge=2)] | None, Field(description="points of a grid over the range")
+    ] = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SearchItem:
+        if self.choices is not None:
+            _check_choices(self.choices, self.model_fields_set)
+        else:
+            _check_range(self)
+        return self
+
+    @property
+    def is_integer(self) -> bool:
+        return all(isinstance(value, int) for value in (self.low, self.high, self.step or 1))
+
+    def contains(self, value: Any) -> bool:
+        """Whether a range holds this number."""
+        if isinstance(value, bool) or not isinstance(
+            value, int if self.is_integer else int | float
+        ):
+            return False
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return bool(self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8)
+
+
+class Ask(Protocol):
+    """Who decides; the part of an Optuna trial that a search needs."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+
+
+class Point(NamedTuple):
+    """One place in the space."""
+
+    params: dict[str, Any]  # parameter -> value
+    labels: dict[str, Any]  # searched path -> what figures call its value
+    overrides: dict[str, Any]  # searched path -> what stands there
+
+
+class Parameter(NamedTuple):
+    """One thing to decide."""
+
+    item: SearchItem
+    path: tuple[str, ...]  # of the setting in `trial`
+    where: tuple[str | int, ...]  # of the item in the study file
+
+
+def suggest(spec: StudySpec, ask: Ask) -> Point:
+    """A point of the study's space, as `ask` decides."""
+    return draw(spec.search, ask)
+
+
+def resolve(spec: StudySpec, overrides: Mapping[str, Any]) -> TrialConfig:
+    """The study's trial with other values at the searched paths."""
+    return override(spec.trial, overrides)
+
+
+def enumerate_grid(spec: StudySpec) -> list[Point]:
+    """Every combination, the last parameter varying fastest; ranges need `num` or `step`."""
+    return list(combinations(spec.search, lambda parameter: grid_values(parameter.item) or []))
+
+
+def params_of(spec: StudySpec, config: TrialConfig) -> dict[str, Any] | None:
+    """The parameters at which a configuration lies in the space; None if it lies outside."""
+    settings = config.model_dump(mode="json")
+
+    def possible(parameter: Parameter) -> list[Any]:
+        choices = parameter.item.choices
+        if isinstance(choices, dict):
+            return list(choices)
+        try:
+            value = get_at(settings, parameter.path)
+        except KeyError:  # an option of another named thing
+            return []
+        if choices is not None:
+            return [choice for choice in choices if _same(choice, value)]
+        return [value] if parameter.item.contains(value) else []
+
+    for point in combinations(spec.search, possible):
+        if resolve(spec, point.overrides) == config:
+            return point.params
+    return None
+
+
+def draw(search: Mapping[str, SearchItem], ask: Ask) -> Point:
+    """`suggest`, for a search that belongs to no study yet."""
+    params: dict[str, Any] = {}
+    overrides = {path: _draw(path, item, ask, params) for path, item in search.items()}
+    return Point(params, {path: params[path] for path in search}, overrides)
+
+
+def override(trial: TrialConfig, overrides: Mapping[str, Any]) -> TrialConfig:
+    """`resolve`, for a trial that belongs to no study yet."""
+    settings = trial.model_dump(mode="json")
+    for path, value in overrides.items():
+        set_at(settings, tuple(path.split(".")), value)
+    return TrialConfig.model_validate_json(json.dumps(settings), strict=True)
+
+
+def combinations(
+    search: Mapping[str, SearchItem], values: Callable[[Parameter], Sequence[Any]]
+) -> Iterator[Point]:
+    """Every point whose parameters are among their `values`; none where those are empty."""
+    known = parameters(search)
+    turns: list[int] = []
+    while True:
+        walk = _Walk(known, values, turns)
+        with contextlib.suppress(_NoWay):
+            yield draw(search, walk)
+        turns, counts = walk.turns, walk.counts
+        while turns and turns[-1] + 1 >= counts[len(turns) - 1]:
+            turns.pop()
+        if not turns:
+            return
+        turns[-1] += 1
+
+
+def parameters(search: Mapping[str, SearchItem]) -> dict[str, Parameter]:
+    """All parameters by name, those under a label included."""
+    found: dict[str, Parameter] = {}
+    for path, item in search.items():
+        _collect(path, item, tuple(path.split(".")), ("search", path), found)
+    return found
+
+
+def grid_values(item: SearchItem) -> list[Any] | None:
+    """What a grid takes of an item; None for a range that does not say how many points."""
+    if item.choices is not None:
+        return list(item.choices)
+    if item.num is not None:
+        return _spread(item)
+    return finite_values(item)
+
+
+def finite_values(item: SearchItem) -> list[Any] | None:
+    """All values that an item can take; None if they cannot be counted."""
+    if item.choices is not None:
+        return list(item.choices)
+    if item.is_integer:
+        return list(range(item.low, item.high + 1, item.step or 1))
+    if item.step is None:
+        return None
+    count = round((item.high - item.low) / item.step) + 1
+    return [_tidy(item.low + item.step * index) for index in range(count)]
+
+
+def is_item(value: Any) -> bool:
+    """Whether a value under a label is a distribution of its own."""
+    if not isinstance(value, dict) or "name" in value:
+        return False
+    return value.keys() == {"choices"} or bool({"low", "high"} & value.keys())
+
+
+def get_at(settings: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        if not isinstance(settings, dict):
+            raise KeyError(key)
+        settings = settings[key]
+    return settings
+
+
+def set_at(settings: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    get_at(settings, path[:-1])[path[-1]] = value
+
+
+def _draw(name: str, item: SearchItem, ask: Ask, params: dict[str, Any]) -> Any:
+    if item.choices is None:
+        if item.is_integer:
+            value: Any = ask.suggest_int(
+                name, item.low, item.high, step=item.step or 1, log=item.log
+            )
+        else:
+            value = ask.suggest_float(name, item.low, item.high, step=item.step, log=item.log)
+        params[name] = value
+        return value
+    chosen = params[name] = ask.suggest_categorical(name, list(item.choices))
+    if isinstance(item.choices, dict):
+        return _fill(f"{name}/{chosen}", item.choices[chosen], ask, params)
+    return chosen
+
+
+def _fill(name: str, tree: Any, ask: Ask, params: dict[str, Any]) -> Any:
+    """The tree under a label with its own distributions decided."""
+    if is_item(tree):
+        return _draw(name, SearchItem.model_validate(tree, strict=True), ask, params)
+    if isinstance(tree, dict):
+        return {key: _fill(f"{name}.{key}", value, ask, params) for key, value in tree.items()}
+    return tree
+
+
+def _collect(
+    name: str,
+    item: SearchItem,
+    path: tuple[str, ...],
+    where: tuple[str | int, ...],
+    found: dict[str, Parameter],
+) -> None:
+    found[name] = Parameter(item, path, where)
+    if isinstance(item.choices, dict):
+        for label, tree in item.choices.items():
+            _collect_tree(f"{name}/{label}", tree, path, (*where, "choices", label), found)
+
+
+def _collect_tree(
+    name: str,
+    tree: Any,
+    path: tuple[str, ...],
+    where: tuple[str | int, ...],
+    found: dict[str, Parameter],
+) -> None:
+    if is_item(tree):
+        _collect(name, SearchItem.model_validate(tree, strict=True), path, where, found)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            _collect_tree(f"{name}.{key}", value, (*path, key), (*where, key), found)
+
+
+class _NoWay(Exception):
+    pass
+
+
+class _Walk:
+    """Decides by numbered turns; further on it takes the first turn, and remembers all of them."""
+
+    def __init__(
+        self,
+        known: Mapping[str, Parameter],
+        values: Callable[[Parameter], Sequence[Any]],
+        turns: Sequence[int],
+    ) -> None:
+        self.known, self.values = known, values
+        self.planned = list(turns)
+        self.turns: list[int] = []
+        self.counts: list[int] = []
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.turn(name)
+
+    def suggest_int(self, name: str, low: int, high: int, **_: Any) -> int:
+        return int(self.turn(name))
+
+    def suggest_float(self, name: str, low: float, high: float, **_: Any) -> float:
+        return float(self.turn(name))
+
+    def turn(self, name: str) -> Any:
+        values = self.values(self.known[name])
+        if not values:
+            raise _NoWay
+        index = self.planned[len(self.turns)] if len(self.turns) < len(self.planned) else 0
+        self.turns.append(index)
+        self.counts.append(len(values))
+        return values[index]
+
+
+def _check_choices(choices: Any, given: set[str]) -> None:
+    if given - {"choices"}:
+        raise ValueError("given `choices` and a range; expected one of them")
+    if not isinstance(choices, list | dict) or not choices:
+        raise ValueError("expected `choices`: a list of values, or labels with values")
+    if isinstance(choices, dict):
+        for label in choices:
+            if not label.strip() or not label.isprintable() or {".", "/"} & set(label):
+                raise ValueError(f"given the label {label!r}; expected a word without '.' and '/'")
+            if len(label) > 64:
+                raise ValueError(f"given the label {label[:20]!r}...; expected at most 64 letters")
+        return
+    for value in choices:
+        if isinstance(value, list | dict):
+            raise ValueError(
+                f"given {value!r} without a label; expected `choices: {{label: value, ...}}`"
+            )
+    for one, other in itertools.combinations(choices, 2):
+        if one == other:
+            raise ValueError(f"given {one!r} and {other!r}; expected choices that differ")
+
+
+def _check_range(item: SearchItem) -> None:
+    if item.low is None or item.high is None:
+        raise ValueError("expected `choices`, or both `low` and `high`")
+    if not item.low < item.high:
+        raise ValueError(f"given low {item.low} and high {item.high}; expected low < high")
+    if item.log and item.low <= 0:
+        raise ValueError(f"given low {item.low} with log; expected low > 0")
+    if item.log and item.step is not None:
+        raise ValueError("given both log and step; expected one of them")
+    if item.step is not None:
+        if item.step <= 0 or not item.contains(item.high):
+            raise ValueError(
+                f"given step {item.step}; expected one that leads from {item.low} to {item.high}"
+            )
+        if item.num is not None:
+            raise ValueError("given both num and step; expected one of them")
+    if item.num is not None and len(_spread(item)) < item.num:
+        raise ValueError(
+            f"given num {item.num}; there are fewer whole numbers from {item.low} to {item.high}"
+        )
+
+
+def _spread(item: SearchItem) -> list[int] | list[float]:
+    """`num` values from low to high: equal distances, or equal factors with `log`."""
+    assert item.num is not None
+    shares = [index / (item.num - 1) for index in range(item.num)]
+    if item.log:
+        values = [item.low * math.pow(item.high / item.low, share) for share in shares]
+    else:
+        values = [item.low + (item.high - item.low) * share for share in shares]
+    if item.is_integer:
+        return sorted({round(value) for value in values})
+    return [_tidy(value) for value in values]
+
+
+def _tidy(value: float) -> float:
+    """0.3, not 0.30000000000000004."""
+    return float(f"{value:.12g}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other and isinstance(one, bool) == isinstance(other, bool))

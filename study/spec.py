@@ -1,0 +1,316 @@
+"""The study file: what it may say, and every mistake in it at once, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, create_model
+
+from study import checks
+from study.mistakes import Problems, explain, place
+from study.reader import MAX_BYTES, read_document, show
+from study.samplers import SAMPLERS
+from study.space import SearchItem
+from study.stopping import STOPPERS
+from trainables.config import Positive, ProbeConfig, Strict, TrialConfig, digest
+from trainables.data import DataConfig
+from trainables.errors import UserError
+from trainables.named import Choice, named
+
+if TYPE_CHECKING:
+    Sampler: TypeAlias = Choice
+    Stopper: TypeAlias = Choice
+else:
+    Sampler = named(SAMPLERS)
+    Stopper = named(STOPPERS)
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+DEVICE_NAME = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # Windows makes no such folders
+RAY_COPY = re.compile(r"/session_[^/]+/runtime_resources/")
+
+
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value) or DEVICE_NAME.fullmatch(value):
+        raise ValueError(
+            f"given {show(value)}; expected a word of a-z, 0-9, - and _ that starts with a letter "
+            f"or digit and has at most 64 of them"
+        )
+    return value
+
+
+def _rungs(values: list[float]) -> list[float]:
+    if not values or values[-1] != 1 or values[0] <= 0 or values != sorted(set(values)):
+        raise ValueError(f"given {values}; expected rising shares above 0, the last of them 1")
+    return values
+
+
+def _storage(value: str) -> str:
+    if "://" in value or not value.strip() or "\0" in value:
+        raise ValueError(f"given {show(value)}; expected a folder that every node sees")
+    return value
+
+
+def _unlike(values: list[Any]) -> list[Any]:
+    if any(value in values[:index] for index, value in enumerate(values)):
+        raise ValueError(f"given {show(values)}; expected each once")
+    return values
+
+
+class Objective(Strict):
+    metric: str
+    goal: Literal["maximize", "minimize"]
+
+
+class Confirm(Strict):
+    """Afterwards: the best arms and the control again, with fresh seeds."""
+
+    arms: Positive
+    seeds: Positive
+
+
+class Budget(Strict):
+    trials: Annotated[
+        Positive, Field(description="controls and searched arms, each seed; confirmations extra")
+    ]
+
+
+class Resources(Strict):
+    """What one trial takes; nothing in it changes the numbers."""
+
+    workers: Positive = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    concurrent: Annotated[
+        Positive | None, Field(description="trials at once; null: as many as fit")
+    ] = None
+
+
+class StudySpec(Strict):
+    """A study: a complete trial, what may vary in it, and by what it is judged."""
+
+    study: Annotated[str, AfterValidator(_name)]
+    question: str | None = None
+    data: DataConfig
+    trial: TrialConfig
+    search: dict[str, SearchItem] = Field({})
+    objectives: Annotated[list[Objective], Field(min_length=1, max_length=3)]
+    sampler: Sampler = Field({"name": "tpe"}, validate_default=True)
+    stopping: Stopper = Field({"name": "none"}, validate_default=True)
+    seeds: Positive = 1
+    confirm: Confirm | None = None
+    budget: Budget
+    controls: Annotated[list[Literal["random-init", "frozen"]], AfterValidator(_unlike)] = Field(
+        ["random-init"]
+    )
+    rungs: Annotated[list[float], AfterValidator(_rungs)] = Field([0.25, 0.5, 1.0])
+    probe: ProbeConfig = ProbeConfig()
+    resources: Resources = Resources()
+    storage: Annotated[str, AfterValidator(_storage)] = "studies/"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    _folder: Path = PrivateAttr(Path())
+    _text: str = PrivateAttr("")
+
+    @property
+    def folder_of_yaml(self) -> Path:
+        return self._folder
+
+    @property
+    def text(self) -> str:
+        """The file as it was written."""
+        return self._text
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the meaning: comments, order of keys and spelt-out defaults do not count."""
+        return digest(self.model_dump(mode="json", by_alias=True))
+
+    def storage_path(self) -> Path:
+        """The folder of all studies; this one lies in `storage_path() / study`."""
+        folder = Path(self.storage).expanduser()
+        if folder.is_absolute():
+            return folder
+        return (_storage_of_jobs() if self._is_in_job() else self._folder) / folder
+
+    @property
+    def storage_note(self) -> str | None:
+        """What to tell the user when a relative storage does not lie beside the study file."""
+        if Path(self.storage).expanduser().is_absolute() or not self._is_in_job():
+            return None
+        return (
+            f"storage: {self.storage!r} means {self.storage_path()} here, because a job's "
+            f"folder is a copy that Ray deletes; set MASKSTUDY_STORAGE for another place"
+        )
+
+    def _is_in_job(self) -> bool:
+        is_told = "MASKSTUDY_STORAGE" in os.environ or "RAY_JOB_ID" in os.environ
+        return is_told or bool(RAY_COPY.search(f"{self._folder.absolute().as_posix()}/"))
+
+
+class Difference(NamedTuple):
+    """One setting that two study files do not share."""
+
+    path: str
+    old: Any
+    new: Any
+    is_compatible: bool  # a study may go on with it
+
+    def __str__(self) -> str:
+        return f"{self.path}: {show(self.old)} -> {show(self.new)}"
+
+
+def load_spec(path: Path) -> StudySpec:
+    """The study that a file describes; a UserError lists every mistake in it."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise UserError(
+                f"{path}:1: the file has {size:,} bytes; expected at most {MAX_BYTES:,}"
+            )
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:1: not text in UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); expected a study file"
+        ) from None
+    return parse_spec(text, path.parent, where=str(path))
+
+
+def parse_spec(text: str, folder: Path, *, where: str) -> StudySpec:
+    """The study that a text describes; relative paths in it count from `folder`."""
+    document = read_document(text)
+    problems = Problems(where, document)
+    spec = None
+    if isinstance(document.data, dict) and (document.data or not problems.found):
+        spec = _check(document.data, problems)
+    if problems.found or spec is None:
+        raise UserError("\n".join(problems.lines()))
+    spec._folder, spec._text = folder, text
+    return spec
+
+
+def difference(old_text: str, new_text: str) -> list[Difference]:
+    """What a study that was begun with `old_text` would find changed in `new_text`.
+
+    It can go on if every difference `is_compatible`: a larger `budget.trials`, or another
+    `confirm`, `resources`, `storage` or `question`.
+    """
+    old, new = (
+        _flat(parse_spec(text, Path(), where=where).model_dump(mode="json", by_alias=True))
+        for text, where in ((old_text, "the study as it was begun"), (new_text, "the study file"))
+    )
+    found = []
+    for path in sorted(old.keys() | new.keys()):
+        before: Any = old.get(path)
+        after: Any = new.get(path)
+        if before != after or (path in old) != (path in new):
+            is_free = path.split(".")[0] in ("confirm", "resources", "storage", "question")
+            is_more = path == "budget.trials" and int(after) > int(before)
+            found.append(Difference(path, before, after, is_free or is_more))
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of study files, for editors."""
+    result = StudySpec.model_json_schema()
+    _allow_bare_names(result, result.get("$defs", {}))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
+
+
+def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
+    """The spec if it is sound; else as many problems as can be seen, whatever else is wrong."""
+    spec: Any = None
+    try:
+        spec = StudySpec.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
+        for path, problem in explain(error, StudySpec, data):
+            problems.add(path, problem)
+        spec = _sound_part(data, wrong)
+        if "trial" in wrong:
+            spec = spec.model_copy(update={"trial": _sound_trial(data.get("trial"))})
+    checks.check_metrics(spec, problems)
+    if spec.trial is not None:
+        misfit = checks.schedule_problem(spec.trial)
+        if misfit is not None:
+            problems.add(("trial", "masking", "ratio"), misfit)
+    if spec.trial is not None and spec.search is not None:
+        before = len(problems.found)
+        checks.check_search(spec, problems)
+        if len(problems.found) == before:
+            spec = checks.check_together(spec, problems)
+    checks.check_budget(spec, problems)
+    return spec if isinstance(spec, StudySpec) else None
+
+
+def _sound_trial(data: Any) -> TrialConfig | None:
+    """The trial without the settings that are wrong, so that the search can be looked at."""
+    trial = json.loads(json.dumps(data))
+    while isinstance(trial, dict):
+        try:
+            return TrialConfig.model_validate_json(json.dumps(trial), strict=True)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            path = place(detail, trial)
+            if detail["type"] == "missing":
+                path = path[:-1]
+            around: Any = trial
+            for part in path[:-1]:
+                around = around[part]
+            if not path or not isinstance(around, dict):
+                return None
+            del around[path[-1]]
+    return None
+
+
+def _sound_part(data: dict[str, Any], wrong: set[str]) -> Any:
+    """The spec with None for the top-level settings that are wrong."""
+    fields: dict[str, Any] = {
+        name: (Any, None) if name in wrong else (field.rebuild_annotation(), field)
+        for name, field in StudySpec.model_fields.items()
+    }
+    part = {key: value for key, value in data.items() if key in fields and key not in wrong}
+    model = create_model("SoundPart", __base__=Strict, **fields)
+    return model.model_validate_json(json.dumps(part), strict=True)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _storage_of_jobs() -> Path:
+    return Path(os.environ.get("MASKSTUDY_STORAGE") or "~/maskstudy").expanduser()
+
+
+def _allow_bare_names(node: Any, definitions: Mapping[str, Any]) -> None:
+    """`sampler: tpe` is as good as `sampler: {name: tpe}`."""
+    if isinstance(node, list):
+        for value in node:
+            _allow_bare_names(value, definitions)
+    if not isinstance(node, dict):
+        return
+    members = node["oneOf"] if "discriminator" in node else [node] if "$ref" in node else []
+    names = []
+    for member in members:
+        fields = definitions[member["$ref"].rpartition("/")[2]].get("properties", {})
+        names += [
+            fields[key]["const"] for key in ("name", "source") if "const" in fields.get(key, {})
+        ]
+    if names:
+        whole = {key: node.pop(key) for key in ("oneOf", "discriminator", "$ref") if key in node}
+        node["anyOf"] = [whole, {"enum": names}]
+    else:
+        for value in node.values():
+            _allow_bare_names(value, definitions)

@@ -1,0 +1,73 @@
+"""What all tests share: one thread, a private cache, and a study that trains in seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# before torch and ray are imported, and for every process that a test starts
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["COLUMNS"] = "200"
+
+TINY_STUDY = """\
+study: tiny
+question: Does it run?
+data: {source: smears, size: 32, images: 24, val: 8, seed: 1}
+trial:
+  model: {size: pico, patch: 8, decoder: {depth: 1, width: 64}}
+  masking: {strategy: random, ratio: {name: constant, value: 0.5}}
+  pretrain: {epochs: 4, batch: 8}
+  segment: {epochs: 2, batch: 8}
+search:
+  model.patch: {choices: [4, 8]}
+  masking.ratio:
+    choices:
+      constant: {name: constant, value: {low: 0.1, high: 0.9}}
+      rising: {name: linear, start: {low: 0.1, high: 0.5}, end: {low: 0.5, high: 0.9}}
+objectives:
+  - {metric: segment/miou, goal: maximize}
+stopping: {name: none}
+budget: {trials: 4}
+resources: {workers: 1, cpus_per_worker: 1, concurrent: 1}
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decoded data of the tests are shared by them and by nobody else."""
+    before = os.environ.get("MASKSTUDY_CACHE")
+    os.environ["MASKSTUDY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["MASKSTUDY_CACHE"]
+    else:
+        os.environ["MASKSTUDY_CACHE"] = before
+
+
+@pytest.fixture
+def tiny_study(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_STUDY)
+    return path
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder with a short path: Ray's sockets lie in it, and their names may not be long."""
+    folder = Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

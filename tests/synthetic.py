@@ -1,0 +1,351 @@
+"""A study folder as a run leaves it, with made-up numbers, written through the ledger's own API.
+
+mIoU is best at small patches and a third hidden; PSNR prefers small ratios; noise comes from a
+seeded generator, so that the same call writes the same content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import yaml
+from PIL import Image
+
+from analysis.tables import StudyTables, assemble
+from study.folder import StudyFolder
+from study.ledger import COLUMNS, Ledger, Outcome, Result, Suggestion
+
+RUNGS = (0.25, 0.5, 1.0)
+CLASSES = ("background", "red cell", "white cell", "platelet")
+SPEC = """study: {name}
+question: {question}
+data: {{source: smears, size: 128}}
+trial:
+  model: {{size: tiny, patch: 8}}
+  masking: {{strategy: random, ratio: {{name: constant, value: 0.75}}}}
+search:
+  model.patch: {{choices: [4, 8, 16]}}
+  masking.ratio:
+    choices:
+      constant: {{name: constant, value: {{low: 0.1, high: 0.9}}}}
+      rising:   {{name: linear, start: {{low: 0.1, high: 0.5}}, end: {{low: 0.5, high: 0.9}}}}
+objectives:
+  - {{metric: segment/miou, goal: maximize}}
+  - {{metric: pretrain/probe_psnr, goal: maximize}}
+sampler: {{name: tpe}}
+stopping: {{name: halving, metric: pretrain/probe_psnr}}
+seeds: 1
+confirm: {{arms: 2, seeds: 5}}
+budget: {{trials: {trials}}}
+rungs: [0.25, 0.5, 1.0]
+probe: {{ratios: [0.25, 0.5, 0.75], images: 64}}
+"""
+ENVIRONMENT = {
+    "python": "3.11.9",
+    "system": "Linux x86_64",
+    "packages": {"maskstudy": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "optuna": "5.0.0"},
+    "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
+    "hardware": {"cpu": "Example CPU", "cores": 16, "gpus": ["Example GPU 80GB"]},
+    "data": {"name": "smears", "fingerprint": "5d41402abc4b2a76", "images": 640},
+}
+_CONFIG: dict[str, Any] = {
+    "model": {"size": "tiny", "patch": 8, "decoder": {"depth": 2, "width": 128}},
+    "masking": {
+        "strategy": {"name": "random"},
+        "unit": None,
+        "ratio": {"name": "constant", "value": 0.75},
+    },
+    "pretrain": {"epochs": 40, "batch": 64, "target": "pixels"},
+    "segment": {"epochs": 20, "batch": 16, "encoder": "finetune"},
+}
+
+
+class Run(NamedTuple):
+    suggestion: Suggestion
+    rows: list[dict[str, Any]]
+    result: Result
+
+
+def write_study(
+    root: Path,
+    *,
+    question: str = "Do small masks help the smallest cells?",
+    name: str = "platelets",
+    environment: dict[str, Any] | None = None,
+    pictures: bool = True,
+    **options: Any,
+) -> StudyFolder:
+    """Write the study of `runs(**options)` under `root`."""
+    folder = StudyFolder(root)
+    done = runs(**options)
+    with Ledger.open(folder, {"command": "test"}) as ledger:
+        spec = spec_text(name, question, len(done), options.get("label", "rising"))
+        ledger.freeze(spec, environment or ENVIRONMENT)
+        for suggestion, rows, result in done:
+            ledger.suggest(suggestion)
+            ledger.commit(suggestion, rows, ledger.new_attempt())
+            if pictures and result.outcome is Outcome.COMPLETE:
+                _draw(folder.pictures(suggestion.trial), "pretrain" in result.progress, suggestion)
+            ledger.finish(result)
+        ledger.compact()
+    return folder
+
+
+def study_tables(root: Path, **options: Any) -> StudyTables:
+    """The tables of the same study, without a disk."""
+    done = runs(**options)
+    rows = [
+        {"study": "platelets", "trial": s.trial, "arm": s.arm, "seed": s.seed, **row, "attempt": ""}
+        for s, reported, _ in done
+        for row in reported
+    ]
+    text = spec_text("platelets", "?", len(done), "rising")
+    return assemble(
+        StudyFolder(root),
+        yaml.safe_load(text),
+        text,
+        ENVIRONMENT,
+        [suggestion for suggestion, _, _ in done],
+        {result.trial: result for _, _, result in done},
+        pd.DataFrame(rows, columns=list(COLUMNS)),
+    )
+
+
+def spec_text(name: str, question: str, trials: int, label: str) -> str:
+    text = SPEC.format(name=json.dumps(name), question=json.dumps(question), trials=trials)
+    return text.replace("      rising: ", f"      {json.dumps(label)}: ")
+
+
+def runs(
+    *,
+    trials: int = 14,
+    confirm_seeds: int = 0,
+    gain: float = 1.0,
+    noise: float = 0.008,
+    label: str = "rising",
+    classes: tuple[str, ...] = CLASSES,
+    error: str = "RuntimeError: the worker was lost",
+    patches: tuple[int, ...] = (4, 8, 16),
+    test_split: bool = True,
+    seed: int = 7,
+) -> list[Run]:
+    """Control, random-init and frozen, then searched arms, then confirmation.
+
+    Of each seven searched trials two are stopped at a rung; one of all fails. `gain` scales how far
+    settings move mIoU. `label` is what the study calls its second schedule.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = _suggestions(trials, rng, label, patches)
+    if confirm_seeds:
+        searched = [s for s in drawn if s.origin == "search" and _ending(s)[1] is None]
+        best = sorted(searched, key=lambda s: -_true_miou(s.config, gain))[:2]
+        for first in [drawn[0], drawn[1], *best]:
+            for fresh in range(1, confirm_seeds + 1):
+                again = (len(drawn), first.config, fresh, "confirm", first.labels)
+                drawn.append(_suggestion(*again))
+    return [_run(one, rng, gain, noise, classes, error, test_split) for one in drawn]
+
+
+def _suggestions(
+    trials: int, rng: np.random.Generator, label: str, patches: tuple[int, ...]
+) -> list[Suggestion]:
+    drawn = []
+    for number in range(trials):
+        config = json.loads(json.dumps(_CONFIG))
+        labels: dict[str, Any] = {"model.patch": 8, "masking.ratio": "constant"}
+        origin = ["control", "control:random-init", "control:frozen", "search"][min(number, 3)]
+        if number in (1, 2):
+            config["segment"]["encoder"] = origin.partition(":")[2]
+        if number >= 3:
+            patch = patches[number % len(patches)]
+            config["model"]["patch"] = patch
+            labels = {"model.patch": patch, "masking.ratio": "constant"}
+            if number % 2:
+                share = round(float(rng.uniform(0.1, 0.9)), 7)
+                config["masking"]["ratio"] = {"name": "constant", "value": share}
+            else:
+                start, end = float(rng.uniform(0.1, 0.5)), float(rng.uniform(0.5, 0.9))
+                ratio = {"name": "linear", "start": round(start, 7), "end": round(end, 7)}
+                config["masking"]["ratio"] = ratio
+                labels["masking.ratio"] = label
+        drawn.append(_suggestion(number, config, 0, origin, labels))
+    return drawn
+
+
+def _suggestion(
+    number: int, config: dict[str, Any], seed: int, origin: str, labels: dict[str, Any]
+) -> Suggestion:
+    text = json.dumps(config, sort_keys=True)
+    arm = hashlib.sha256(text.encode()).hexdigest()[:8]
+    trial = hashlib.sha256(f"{text} {seed}".encode()).hexdigest()[:12]
+    return Suggestion(number, trial, arm, seed, origin, config, {}, labels)
+
+
+def _run(
+    suggestion: Suggestion,
+    rng: np.random.Generator,
+    gain: float,
+    noise: float,
+    classes: tuple[str, ...],
+    error: str,
+    test_split: bool,
+) -> Run:
+    outcome, phase_of_end, end = _ending(suggestion)
+    luck = float(rng.normal(0, noise))
+    rows: list[dict[str, Any]] = []
+    progress = {}
+    for phase in ("pretrain", "segment"):
+        if phase == "pretrain" and suggestion.config["segment"]["encoder"] == "random-init":
+            continue
+        reached = [rung for rung in RUNGS if phase != phase_of_end or rung <= end]
+        for rung in reached:
+            values = (
+                _pretrain_values(suggestion.config, rung, luck)
+                if phase == "pretrain"
+                else _segment_values(suggestion.config, rung, luck, gain, classes, test_split)
+            )
+            rows += [_row(phase, rung, metric, value) for metric, value in values.items()]
+        progress[phase] = reached[-1]
+        if phase == phase_of_end:
+            break
+    message = error if outcome is Outcome.FAILED else None
+    seconds = 300.0 + suggestion.number
+    return Run(suggestion, rows, Result(suggestion.trial, outcome, seconds, message, progress))
+
+
+def _ending(suggestion: Suggestion) -> tuple[Outcome, str | None, float]:
+    """How a trial ends: outcome, phase and the last rung of it."""
+    if suggestion.origin != "search":
+        return Outcome.COMPLETE, None, 1.0
+    if suggestion.number == 9:
+        return Outcome.FAILED, "segment", 0.25
+    if suggestion.number % 7 in (3, 6):
+        return Outcome.STOPPED, "pretrain", 0.25 if suggestion.number % 2 else 0.5
+    return Outcome.COMPLETE, None, 1.0
+
+
+def _share(config: dict[str, Any]) -> float:
+    ratio = config["masking"]["ratio"]
+    return float(ratio["value"] if "value" in ratio else (ratio["start"] + ratio["end"]) / 2)
+
+
+def _true_miou(config: dict[str, Any], gain: float) -> float:
+    patch, share = config["model"]["patch"], _share(config)
+    rising = 0.012 if config["masking"]["ratio"]["name"] == "linear" else 0.0
+    moved = -0.045 * math.log2(patch / 8) - 0.35 * (share - 0.4) ** 2 + rising
+    return float(
+        0.55
+        + gain * moved
+        - {"random-init": 0.06, "frozen": 0.09}.get(config["segment"]["encoder"], 0.0)
+    )
+
+
+def _pretrain_values(config: dict[str, Any], rung: float, luck: float) -> dict[str, float]:
+    patch, share = config["model"]["patch"], _share(config)
+    full = 27 - 1.1 * math.log2(patch / 4) - 5 * (share - 0.45) ** 2 + 30 * luck
+    psnr = full - 4.5 * math.exp(-3 * rung)
+    tokens = (128 / patch) ** 2
+    flops = 4e11 * tokens * (1.3 - share) * 40
+    values = {"loss": 0.4 * math.exp(-2 * rung), "probe_psnr": psnr}
+    for probe, shift in ((0.25, 1.6), (0.5, 0.0), (0.75, -1.9)):
+        values[f"probe_psnr@{probe}"] = psnr + shift
+    return values | {
+        "probe_ssim": 0.5 + psnr / 80,
+        "native_psnr_hidden": psnr - 3 * (share - 0.5),
+        "native_psnr_all": psnr - 3 * (share - 0.5) - 10 * math.log10(share),
+        "ratio": share,
+        "images_per_second": 9e4 / tokens**0.8,
+        "device_seconds": rung * tokens * (1.3 - share) * 1.2,
+        "flops": rung * flops,
+        "planned_flops": flops,
+        "peak_memory": 6e6 * tokens * (1.2 - share) + 4e8,
+    }
+
+
+def _segment_values(
+    config: dict[str, Any],
+    rung: float,
+    luck: float,
+    gain: float,
+    classes: tuple[str, ...],
+    test_split: bool,
+) -> dict[str, float]:
+    miou = _true_miou(config, gain) + luck - 0.25 * math.exp(-4 * rung)
+    tokens = (128 / config["model"]["patch"]) ** 2
+    ious = {name: miou + 0.12 - 0.12 * index for index, name in enumerate(classes[1:])}
+    values = {"loss": 0.9 * math.exp(-rung), "miou": miou, "miou_with_background": miou + 0.08}
+    values |= {f"iou/{classes[0]}": 0.93} | {f"iou/{name}": value for name, value in ious.items()}
+    values |= {"dice": miou + 0.1, "object_f1": miou + 0.05}
+    for size, shift in (("small", -0.15), ("medium", 0.06), ("large", 0.14)):
+        values[f"object_f1/{size}"] = miou + shift
+    values |= {
+        "images_per_second": 5e3 / tokens**0.6,
+        "device_seconds": rung * tokens * 0.4,
+        "flops": rung * 2e11 * tokens * 20,
+        "planned_flops": 2e11 * tokens * 20,
+        "peak_memory": 9e6 * tokens + 7e8,
+    }
+    if rung == 1 and test_split:
+        values["test_miou"] = miou - 0.012
+    return values
+
+
+def _row(phase: str, rung: float, metric: str, value: float) -> dict[str, Any]:
+    word = metric.partition("@")[0].partition("/")[0]
+    units = {"device_seconds": "s", "peak_memory": "bytes", "images_per_second": "images/s"}
+    unit = "dB" if "psnr" in word else "FLOP" if "flops" in word else units.get(word, "")
+    cheap = word in ("loss", "device_seconds", "flops", "planned_flops", "peak_memory")
+    return {
+        "phase": phase,
+        "step": round(400 * rung),
+        "epoch": 40 * rung,
+        "progress": rung,
+        "metric": metric,
+        "value": value,
+        "goal": "none" if word == "ratio" else "minimize" if cheap else "maximize",
+        "unit": unit,
+        "seconds": 300 * rung,
+    }
+
+
+def _draw(folder: Path, reconstructs: bool, suggestion: Suggestion) -> None:
+    """Four lines of three tiles, 128 pixels each with gaps, as a trial draws them."""
+    rng = np.random.default_rng(11)  # every trial shows the same images
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, columns = np.mgrid[:128, :128]
+    for name in ["reconstruction"] * reconstructs + ["segmentation"]:
+        grid = np.full((4 * 132 - 4, 3 * 132 - 4, 3), 255, np.uint8)
+        for line in range(4):
+            image = np.full((128, 128, 3), (236, 226, 216), np.uint8)
+            truth = image.copy()
+            guess = image.copy()
+            for kind in range(12):
+                y, x = rng.uniform(0, 128, 2)
+                radius = (17, 17, 17, 5, 24)[kind % 5]
+                distance = np.hypot(rows - y, columns - x)
+                cell = distance < radius
+                shade = np.clip(1.15 - 0.3 * distance[cell] / radius, 0, 1)[:, None]
+                image[cell] = shade * np.array([(205, 110, 110), (120, 90, 160)][radius == 24])
+                mark = {17: (230, 159, 0), 5: (0, 158, 115), 24: (86, 180, 233)}[radius]
+                truth[cell] = mark
+                guess[np.hypot(rows - y - 1, columns - x + 1) < radius * 0.95] = mark
+            hidden = image.copy()
+            edge = min(20 + suggestion.number, 64)
+            small = Image.fromarray(image).resize((edge, edge), Image.Resampling.BOX)
+            blurred = np.asarray(small.resize((128, 128)))
+            is_hidden = np.kron(rng.random((16, 16)) < 0.5, np.ones((8, 8), bool))
+            hidden[is_hidden] = 128
+            tiles = (
+                [image, hidden, np.where(is_hidden[..., None], blurred, image)]
+                if name == "reconstruction"
+                else [image, truth, guess]
+            )
+            for column, tile in enumerate(tiles):
+                grid[132 * line : 132 * line + 128, 132 * column : 132 * column + 128] = tile
+        Image.fromarray(grid).save(folder / f"{name}.png")

@@ -1,0 +1,95 @@
+"""Run: python -m pytest tests/test_browser.py
+
+The report in headless Chromium, opened from a file without any network.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from synthetic import write_study
+from test_report import Page, hostile_study
+
+from analysis.figures import FIGURES
+from analysis.report import build_report
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
+    ),
+]
+
+
+def open_in_browser(page: Path, profile: Path, flags: tuple[str, ...] = ()) -> tuple[str, str]:
+    """The document after its scripts have run, and what the browser logged."""
+    assert CHROMIUM is not None, "CI must have Chromium"
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=10000",
+        *flags,
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    logged = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, "\n".join(logged)
+
+
+def figures_of(document: str) -> dict[str, str]:
+    """Name of each figure's place -> what was drawn in it."""
+    parts = re.split(r'data-figure="(\w+)"', document.partition("<script")[0])
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_figure_is_drawn_without_an_error(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", confirm_seeds=2)
+    document, logged = open_in_browser(build_report(folder), tmp_path / "profile")
+    drawn = figures_of(document)
+    assert set(drawn) == set(FIGURES)
+    for name, content in drawn.items():
+        assert 'class="main-svg"' in content, name
+        assert "NaN" not in "".join(re.findall(r'(?:d|transform)="[^"]*"', content)), name
+    assert "figure-error" not in document.partition("</style>")[2].partition("<script")[0]
+    assert "could not be drawn" not in document.partition("<script")[0]
+    assert 'data-drawn="yes"' in document
+    assert logged == ""
+
+
+def test_hostile_names_are_shown_and_never_run(tmp_path: Path) -> None:
+    folder = hostile_study(tmp_path / "study")
+    document, logged = open_in_browser(build_report(folder), tmp_path / "profile")
+    before_scripts = document.partition("<script")[0]
+    assert set(figures_of(document)) == set(FIGURES)
+    assert "&lt;img src=x onerror=alert(1)&gt;" in before_scripts
+    for tag, attributes in Page(before_scripts).elements:
+        assert not [key for key in attributes if key.startswith("on")], (tag, attributes)
+        link = attributes.get("href") or attributes.get("xlink:href")
+        assert link is None or link.startswith(("#", "data:text/csv")), link
+    in_figures = "".join(figures_of(document).values())
+    assert "<img src=" in html.unescape(in_figures)
+    assert logged == ""
+
+
+def test_a_phone_and_a_dark_page_draw_too(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", pictures=False)
+    page = build_report(folder)
+    flags = ("--window-size=390,844", "--force-dark-mode")
+    document, logged = open_in_browser(page, tmp_path / "profile", flags)
+    assert 'data-drawn="yes"' in document and logged == ""

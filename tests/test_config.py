@@ -1,0 +1,130 @@
+"""One trial's configuration and its identity. Run: python -m pytest tests/test_config.py"""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from trainables.config import (
+    SIZES,
+    ProbeConfig,
+    TrialConfig,
+    arm_id,
+    canonical_json,
+    digest,
+    geometry_errors,
+    trial_id,
+)
+
+
+def trial(**sections):
+    return TrialConfig.model_validate(sections)
+
+
+def test_a_trial_is_complete_without_a_word():
+    config = TrialConfig()
+    assert config.masking.ratio.options() == {"value": 0.75}
+    assert config.masking.strategy.name == "random"
+    assert config.pretrain.optimizer.options()["base_lr"] == 1.5e-4
+    assert config.segment.optimizer.options()["base_lr"] == 1e-3
+
+
+def test_equal_settings_are_the_same_trial():
+    spelled_out = trial(
+        pretrain={"visible_weight": 0, "optimizer": "adamw"},
+        masking={"ratio": {"value": 0.75, "name": "constant"}},
+        model={"patch": 8, "size": "tiny"},
+    )
+    assert arm_id(spelled_out) == arm_id(TrialConfig())
+    assert trial_id(spelled_out, 3, "data") == trial_id(TrialConfig(), 3, "data")
+
+
+def test_another_setting_seed_or_data_is_another_trial():
+    config = TrialConfig()
+    other = trial(masking={"ratio": {"name": "constant", "value": 0.7500001}})
+    ids = {
+        trial_id(config, 0, "a"),
+        trial_id(config, 1, "a"),
+        trial_id(config, 0, "b"),
+        trial_id(other, 0, "a"),
+    }
+    assert len(ids) == 4
+    assert {len(word) for word in ids} == {12}
+    assert len(arm_id(config)) == 8
+
+
+def test_a_trial_is_written_and_read_back_equal():
+    config = trial(masking={"ratio": {"name": "step", "values": [0.2, 0.8], "at": [0.5]}})
+    text = config.model_dump_json()
+    assert TrialConfig.model_validate_json(text) == config
+    assert arm_id(TrialConfig.model_validate(json.loads(text))) == arm_id(config)
+
+
+def test_canonical_json_by_hand():
+    assert canonical_json({"b": [1, 0.1], "a": None}) == '{"a":null,"b":[1,0.1]}'
+    assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"model": {"patchsize": 8}}, "model.patchsize"),
+        ({"model": {"patch": 0}}, "model.patch"),
+        ({"model": {"size": "giant"}}, "model.size"),
+        ({"model": {"decoder": {"width": 96}}}, "model.decoder.width"),
+        (
+            {"masking": {"ratio": {"name": "constant", "value": 1.0}}},
+            "masking.ratio.constant.value",
+        ),
+        ({"masking": {"ratio": {"name": "step", "values": [0.1, 0.2], "at": [0.9, 0.1]}}}, "ratio"),
+        ({"pretrain": {"epochs": 0}}, "pretrain.epochs"),
+        ({"pretrain": {"optimizer": {"name": "adamw", "lr": 1}}}, "pretrain.optimizer.lr"),
+        ({"segment": {"layer_decay": 1.5}}, "segment.layer_decay"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_what_does_not_belong_is_refused_at_its_place(given, place):
+    with pytest.raises(ValidationError) as caught:
+        TrialConfig.model_validate(given)
+    (error,) = caught.value.errors()
+    assert place in ".".join(map(str, error["loc"]))
+
+
+def test_a_trial_never_changes():
+    with pytest.raises(ValidationError, match="frozen"):
+        TrialConfig().model.patch = 4
+
+
+def test_the_mask_unit_is_the_patch_unless_it_is_given():
+    assert TrialConfig().unit == 8
+    assert trial(masking={"unit": 32}).unit == 32
+
+
+def test_attention_heads_are_64_wide():
+    assert {size["width"] / size["heads"] for size in SIZES.values()} == {64}
+
+
+@pytest.mark.parametrize(
+    ("patch", "unit", "size", "expected"),
+    [
+        (8, 16, (64, 96), {}),
+        (8, None, (60, 96), {"model.patch": "8 does not divide", "masking.unit": "60x96"}),
+        (8, 12, (96, 96), {"masking.unit": "12 is not a multiple of the patch size 8"}),
+        (8, 32, (64, 80), {"masking.unit": "32 does not divide the image size 64x80"}),
+        (8, 64, (64, 64), {"masking.unit": "64 is the whole image"}),
+        (16, 16, (64, 64), {"model.patch": "16 does not divide the probe's unit 8"}),
+    ],
+)
+def test_geometry_that_does_not_fit_is_named(patch, unit, size, expected):
+    config = trial(model={"patch": patch}, masking={"unit": unit})
+    errors = geometry_errors(config, size, probe_unit=8)
+    assert errors.keys() == expected.keys()
+    assert all(words in errors[place] for place, words in expected.items())
+
+
+def test_probe_ratios_are_shares():
+    assert ProbeConfig().ratios == (0.25, 0.5, 0.75)
+    with pytest.raises(ValidationError, match="less than 1"):
+        ProbeConfig(ratios=(0.5, 1.0))

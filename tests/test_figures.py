@@ -1,0 +1,275 @@
+"""Run: python -m pytest tests/test_figures.py"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic import SPEC, study_tables
+
+from analysis import figures, theme
+from analysis.figures import FIGURES, pareto_front
+from analysis.tables import MIOU, PSNR, StudyTables, assemble, complete_trials
+from study.folder import StudyFolder
+from study.ledger import COLUMNS, Outcome, Result, Suggestion
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def hand_made(*trials: dict[str, Any]) -> StudyTables:
+    """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, flops, origin, outcome}."""
+    suggestions, results, rows = [], {}, []
+    for number, given in enumerate(trials):
+        trial = {"seed": 0, "patch": 8, "ratio": 0.5, "origin": "search", "miou": None}
+        trial |= {"outcome": "complete", "psnr": None, "flops": None} | given
+        schedule = trial["ratio"]
+        if not isinstance(schedule, dict):
+            schedule = {"name": "constant", "value": schedule}
+        config = {"model": {"patch": trial["patch"]}, "masking": {"ratio": schedule}}
+        name = f"t{number}"
+        seed, origin, labels = trial["seed"], trial["origin"], trial.get("labels", {})
+        suggestions.append(Suggestion(number, name, trial["arm"], seed, origin, config, {}, labels))
+        outcome = Outcome(trial["outcome"])
+        results[name] = Result(name, outcome, 1.0, None, {"pretrain": 1.0, "segment": 1.0})
+        progress = 1.0 if outcome is Outcome.COMPLETE else 0.5
+        for phase, metric, value in (
+            ("pretrain", "probe_psnr", trial["psnr"]),
+            ("segment", "miou", trial["miou"]),
+            ("pretrain", "planned_flops", trial["flops"]),
+        ):
+            if value is not None:
+                about = ["study", name, trial["arm"], seed, phase, 10, 1.0, progress, metric]
+                goal = "minimize" if metric == "planned_flops" else "maximize"
+                rows.append([*about, value, goal, "dB" if metric == "probe_psnr" else "", 1.0, "a"])
+    return assemble(
+        StudyFolder(Path("study")),
+        {"study": "study", "objectives": [{"metric": MIOU, "goal": "maximize"}]},
+        SPEC,
+        {},
+        suggestions,
+        results,
+        pd.DataFrame(rows, columns=list(COLUMNS)),
+    )
+
+
+@pytest.fixture(scope="module")
+def tables() -> StudyTables:
+    return study_tables(Path("study"), confirm_seeds=3)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_is_a_pair_of_numbers_and_ink(name: str, tables: StudyTables) -> None:
+    function = FIGURES[name]
+    plain = function.func if isinstance(function, partial) else function
+    assert callable(getattr(figures, f"{plain.__name__}_numbers"))
+    drawn = function(tables)
+    assert len(drawn.numbers) > 0
+    assert drawn.figure is not None
+    assert drawn.title and drawn.says.endswith(".")
+    json.dumps(drawn.figure.to_plotly_json()["data"], default=list)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_without_data_says_why_in_a_sentence(name: str) -> None:
+    drawn = FIGURES[name](hand_made())
+    assert drawn.figure is None
+    assert drawn.numbers.empty
+    assert drawn.says.endswith(".")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_figure_takes_tags_from_the_study(name: str) -> None:
+    names = ("background", HOSTILE, "platelet")
+    drawn = FIGURES[name](
+        study_tables(Path("study"), label=HOSTILE, classes=names, confirm_seeds=2)
+    )
+    assert drawn.figure is not None
+    content = json.dumps(drawn.figure.to_plotly_json(), default=list)
+    assert "<img" not in content and "</script" not in content
+
+
+def test_the_hostile_name_does_reach_figures_escaped() -> None:
+    drawn = FIGURES["schedules_miou"](study_tables(Path("study"), label=HOSTILE))
+    assert drawn.figure is not None
+    assert "&lt;img src=x onerror" in json.dumps(drawn.figure.to_plotly_json(), default=list)
+
+
+def test_text_for_figures_is_escaped_cut_and_has_no_hidden_characters() -> None:
+    assert theme.text("<b>&lt;") == "&lt;b&gt;&amp;lt;"
+    assert theme.text("a\x00b\u202ec\nd") == "a b c d"
+    assert len(theme.plain("x" * 4096)) == 80
+
+
+def test_class_colours_are_those_of_the_pictures() -> None:
+    from trainables.pictures import CLASS_COLOURS
+
+    assert tuple("#{:02x}{:02x}{:02x}".format(*colour) for colour in CLASS_COLOURS) == theme.CLASSES
+
+
+def test_heat_map_cells_by_hand() -> None:
+    tables = hand_made(
+        {"arm": "a", "patch": 4, "ratio": 0.3, "miou": 0.60},
+        {"arm": "a", "patch": 4, "ratio": 0.3, "miou": 0.64, "seed": 1},
+        {"arm": "b", "patch": 4, "ratio": 0.7, "miou": 0.50, "origin": "control"},
+        {"arm": "c", "patch": 8, "ratio": 0.3, "miou": 0.40},
+        {"arm": "d", "patch": 8, "ratio": 0.7, "miou": 0.99, "outcome": "stopped"},
+        {"arm": "e", "patch": 8, "ratio": 0.7, "miou": 0.99, "origin": "control:random-init"},
+    )
+    numbers = figures.ratio_patch_numbers(tables, MIOU).set_index(["patch", "ratio"])
+    assert list(numbers.index) == [(4, "0.30"), (4, "0.70"), (8, "0.30")]
+    assert list(numbers["mean"]) == pytest.approx([0.62, 0.50, 0.40])
+    assert list(numbers["n"]) == [2, 1, 1]
+    assert numbers.at[(4, "0.30"), "sd"] == pytest.approx(np.std([0.60, 0.64], ddof=1))
+    assert np.isnan(numbers.at[(8, "0.30"), "sd"])
+    assert list(numbers["has_control"]) == [False, True, False]
+
+
+def test_continuous_ratios_are_binned_and_schedules_count_with_their_mean() -> None:
+    ratios: list[Any] = [0.05, 0.11, 0.33, 0.39, 0.61, 1 - 1e-9]
+    ratios.append({"name": "linear", "start": 0.2, "end": 0.9})  # mean 0.55
+    tables = hand_made(
+        *({"arm": f"a{i}", "ratio": ratio, "miou": 0.5} for i, ratio in enumerate(ratios))
+    )
+    numbers = figures.ratio_patch_numbers(tables, MIOU)
+    counts = dict(zip(numbers["ratio"], numbers["n"], strict=True))
+    assert counts == {"0.0–0.2": 2, "0.2–0.4": 2, "0.4–0.6": 1, "0.6–0.8": 1, "0.8–1.0": 1}
+
+
+def test_one_patch_size_is_no_map() -> None:
+    tables = hand_made(
+        {"arm": "a", "ratio": 0.3, "miou": 0.6}, {"arm": "b", "ratio": 0.7, "miou": 0.5}
+    )
+    drawn = FIGURES["ratio_patch_miou"](tables)
+    assert drawn.figure is None
+    assert drawn.says == "Only one patch size was tried (8 px): no map."
+
+
+def test_ranking_by_hand_and_confirmed_arms_first() -> None:
+    tables = hand_made(
+        {"arm": "control", "miou": 0.50, "origin": "control"},
+        {"arm": "lucky", "miou": 0.70},
+        {"arm": "good", "miou": 0.69},
+        {"arm": "good", "miou": 0.60, "origin": "confirm", "seed": 1},
+        {"arm": "good", "miou": 0.64, "origin": "confirm", "seed": 2},
+        {"arm": "cut", "miou": 0.99, "outcome": "stopped"},
+    )
+    numbers = figures.ranking_numbers(tables)
+    assert list(numbers["arm"]) == ["good", "lucky", "control"]
+    assert list(numbers["mean"]) == pytest.approx([0.62, 0.70, 0.50])
+    assert list(numbers["n"]) == [2, 1, 1]
+    assert figures.best_arm(numbers) == "good"
+
+
+def test_differences_by_hand() -> None:
+    control = [0.50, 0.52, 0.48]
+    tables = hand_made(
+        *({"arm": "c", "origin": "control", "seed": s, "miou": v} for s, v in enumerate(control)),
+        *({"arm": "a", "seed": s, "miou": v + 0.1 + 0.01 * s} for s, v in enumerate(control)),
+        {"arm": "b", "miou": 0.55},
+    )
+    numbers = figures.differences_numbers(tables).set_index("arm")
+    assert numbers.at["a", "mean"] == pytest.approx(0.11)
+    assert numbers.at["a", "low"] == pytest.approx(0.11 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
+    assert numbers.at["a", "paired"] and numbers.at["a", "n"] == 3
+    assert numbers.at["b", "mean"] == pytest.approx(0.05)
+    assert np.isnan(numbers.at["b", "low"]) and np.isnan(numbers.at["b", "p_holm"])
+
+
+def test_one_seed_per_arm_has_no_interval() -> None:
+    drawn = FIGURES["differences"](study_tables(Path("study")))
+    assert drawn.figure is None
+    assert drawn.says.startswith("One seed: no interval.")
+
+
+def test_pareto_front_by_hand() -> None:
+    assert pareto_front([1, 2, 3, 2], [3, 2, 1, 1]) == [True, True, True, False]
+    assert pareto_front([1, 1], [1, 1]) == [True, True]
+    assert pareto_front([], []) == []
+
+
+def test_stopped_trials_are_never_on_a_front() -> None:
+    """However good and cheap they look."""
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        trials = [
+            {
+                "arm": f"a{number}",
+                "miou": rng.random() + (outcome != "complete"),
+                "psnr": rng.random() + (outcome != "complete"),
+                "flops": rng.random() + 1e-3,
+                "outcome": outcome,
+            }
+            for number, outcome in enumerate(rng.choice([str(o) for o in Outcome], 12))
+        ]
+        tables = hand_made(*trials)
+        complete = tables.suggestions[tables.suggestions["trial"].isin(complete_trials(tables))]
+        for x in (PSNR, "planned_flops"):
+            numbers = figures.pareto_numbers(tables, x, MIOU)
+            assert set(numbers["arm"]) == set(complete["arm"])
+
+
+def test_cheap_is_good_on_the_front_of_cost() -> None:
+    tables = hand_made(
+        {"arm": "cheap", "miou": 0.5, "flops": 1e12},
+        {"arm": "dear", "miou": 0.6, "flops": 5e12},
+        {"arm": "worse", "miou": 0.5, "flops": 9e12},
+    )
+    numbers = figures.pareto_numbers(tables, "planned_flops", MIOU).set_index("arm")
+    assert numbers["on_front"].to_dict() == {"cheap": True, "dear": True, "worse": False}
+
+
+def test_stopped_curves_are_marked_where_they_end(tables: StudyTables) -> None:
+    drawn = FIGURES["curves_psnr"](tables)
+    assert drawn.figure is not None
+    marks = next(trace for trace in drawn.figure.data if trace.name == "ended early")
+    stopped = tables.results["outcome"].value_counts()["stopped"]
+    assert len(marks.x) == stopped  # the failed one ended in segmentation
+    assert set(marks.x) <= {25.0, 50.0}
+
+
+def test_five_hundred_trials_are_a_handful_of_traces() -> None:
+    drawn = FIGURES["curves_psnr"](study_tables(Path("study"), trials=500))
+    assert drawn.figure is not None
+    assert len(drawn.figure.data) < 10
+
+
+def test_schedules_by_hand() -> None:
+    rising = {"name": "linear", "start": 0.2, "end": 0.8}
+    labels = {"masking.ratio": "rising"}
+    tables = hand_made(
+        {"arm": "a", "ratio": rising, "miou": 0.6, "labels": labels},
+        {"arm": "b", "ratio": rising | {"end": 0.9}, "miou": 0.8, "labels": labels},
+        {"arm": "c", "ratio": 0.5, "miou": 0.5},
+    )
+    numbers = figures.schedules_numbers(tables, MIOU).set_index("schedule")
+    assert list(numbers.index) == ["rising", "constant"]
+    assert numbers.at["rising", "median"] == pytest.approx(0.7)
+    assert list(numbers["n"]) == [2, 1]
+
+
+def test_classes_compare_the_best_arm_with_the_controls(tables: StudyTables) -> None:
+    numbers = figures.classes_numbers(tables, "segment/iou/")
+    assert list(dict.fromkeys(numbers["item"])) == [
+        "background",
+        "red cell",
+        "white cell",
+        "platelet",
+    ]
+    assert set(numbers["group"]) == {"best", "control", "random-init", "frozen"}
+    best = numbers[numbers["group"] == "best"]
+    assert (best["n"] == 3).all() and best["low"].notna().all()
+
+
+def test_costs_are_means_over_complete_trials(tables: StudyTables) -> None:
+    numbers = figures.cost_numbers(tables, "planned_flops").set_index("group")
+    rows = tables.rows[tables.rows["metric"] == "planned_flops"]
+    control = rows[(rows["arm"] == numbers.at["control", "arm"]) & (rows["progress"] == 1)]
+    expected = control.groupby("phase")["value"].mean()
+    assert numbers.at["control", "pretrain"] == pytest.approx(expected["pretrain"])
+    assert np.isnan(numbers.at["random-init", "pretrain"])
+    assert numbers.at["random-init", "segment"] > 0

@@ -1,0 +1,324 @@
+"""Run: python -m pytest tests/test_report.py"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import re
+import struct
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from synthetic import ENVIRONMENT, study_tables, write_study
+from test_figures import hand_made
+
+from analysis.gallery import data_uri
+from analysis.report import answer, build_report, render, results_csv
+from analysis.tables import load
+from study.folder import StudyFolder
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "' onmouseover='alert(1)",
+    "<!--<script>",
+    "]]></style><style>*{display:none}</style>",
+    "<a href=javascript:alert(1)>x</a>",
+    "{{ 7 * 7 }}{% raw %}",
+    "\u202egnp.exe\u2028\u0007",
+    "$\\unicode{x}$ `<b>`",
+    "=cmd|' /C calc'!A1",
+    "../../etc/passwd",
+    "x" * 4096,
+]
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, scripts, and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[str | None, str]] = []
+        self.text = ""
+        self._inside: str | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs).get("type"), ""))
+        self._inside = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            kind, before = self.scripts[-1]
+            self.scripts[-1] = (kind, before + data)
+        elif self._inside is None:
+            self.text += data
+
+    def attribute(self, tag: str, name: str) -> list[str]:
+        return [str(found[name]) for kind, found in self.elements if kind == tag and name in found]
+
+
+def hostile_study(root: Path) -> StudyFolder:
+    words = " ".join(HOSTILE[:-1])
+    return write_study(
+        root,
+        question=words,
+        name=HOSTILE[0],
+        label=words,
+        classes=("background", *HOSTILE[:6]),
+        error="\n".join(HOSTILE),
+        environment=ENVIRONMENT | {HOSTILE[1]: HOSTILE, "data": {HOSTILE[0]: HOSTILE[2]}},
+        confirm_seeds=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    return write_study(tmp_path_factory.mktemp("studies") / "platelets")
+
+
+@pytest.fixture(scope="module")
+def report(folder: StudyFolder) -> Path:
+    return build_report(folder.root)
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    return Page(report.read_text())
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    folder = hostile_study(tmp_path_factory.mktemp("studies") / "hostile")
+    return Page(build_report(folder).read_text())
+
+
+def test_the_report_lies_in_the_study_or_where_asked_with_the_same_bytes(
+    folder: StudyFolder, report: Path, tmp_path: Path
+) -> None:
+    assert report == folder.report
+    other = tmp_path / "new" / "r.html"
+    assert build_report(folder, other) == other
+    assert [path.name for path in other.parent.iterdir()] == ["r.html"]
+    assert other.read_bytes() == report.read_bytes()
+
+
+def test_the_parts_stand_in_order(page: Page) -> None:
+    parts = [
+        "Do small masks help the smallest cells?",
+        "Ahead, on one seed",
+        "The arms, ranked",
+        "Mask ratio and patch size",
+        "Masking schedules",
+        "Learning curves",
+        "Trade-offs",
+        "What the arms cost",
+        "Against the control",
+        "Segmentation in detail",
+        "What the arms see",
+        "How the trials ended",
+        "How it was run",
+        "Methods",
+    ]
+    page_text = page.text[page.text.index("Skip to the answer") :]
+    places = [page_text.rindex(part) for part in parts[2:]]
+    assert places == sorted(places)
+    assert page_text.index(parts[0]) < page_text.index(parts[1]) < places[0]
+
+
+def test_it_says_how_it_was_run(page: Page) -> None:
+    for fact in ("Example GPU 80GB", "5d41402abc4b2a76", "2.13.0", "stopping: {name: halving"):
+        assert fact in page.text
+    assert "RuntimeError: the worker was lost" in page.text
+    assert "4.77 dB with no better model" in page.text
+
+
+@pytest.mark.parametrize("name", ["page", "hostile"])
+def test_only_the_scripts_named_by_hash_may_run(name: str, request: pytest.FixtureRequest) -> None:
+    page: Page = request.getfixturevalue(name)
+    policy = next(
+        found["content"]
+        for tag, found in page.elements
+        if tag == "meta" and found.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None and policy.startswith("default-src 'none'; ")
+    allowed = set(re.findall(r"'(sha256-[^']+)'", policy))
+    running = [script for kind, script in page.scripts if kind is None]
+    hashes = [hashlib.sha256(script.encode()).digest() for script in running]
+    assert {"sha256-" + base64.b64encode(digest).decode() for digest in hashes} == allowed
+    assert len(running) == 2 and len(page.scripts) == 3
+
+
+@pytest.mark.parametrize("name", ["page", "hostile"])
+def test_nothing_is_loaded_and_nothing_listens(name: str, request: pytest.FixtureRequest) -> None:
+    page: Page = request.getfixturevalue(name)
+    for tag, attributes in page.elements:
+        assert not [key for key in attributes if key.startswith("on")], (tag, attributes)
+        for key in ("src", "href", "srcset", "data", "action"):
+            value = attributes.get(key)
+            assert value is None or value.startswith(("#", "data:image/png", "data:text/csv"))
+    assert not {tag for tag, _ in page.elements} & {"iframe", "object", "embed", "link", "base"}
+
+
+def test_hostile_words_are_text(page: Page, hostile: Page) -> None:
+    def kinds(of: Page) -> set[str]:
+        return {tag for tag, _ in of.elements}
+
+    assert kinds(hostile) <= kinds(page) | {"code"}
+    assert "<img src=x onerror=alert(1)>" in hostile.text
+    assert "{{ 7 * 7 }}" in hostile.text
+    assert len(hostile.attribute("script", "type")) == 1
+
+
+def test_plotly_is_embedded_once(report: Path) -> None:
+    content = report.read_text()
+    assert content.count("* Copyright 2012-") == 1
+    assert len(content.encode()) < 7e6
+
+
+def test_a_thousand_trials_make_a_page_below_ten_megabytes() -> None:
+    assert len(render(study_tables(Path("s"), trials=1000)).encode()) < 10e6
+
+
+def test_one_seed_is_no_proof() -> None:
+    found = answer(study_tables(Path("s")))
+    assert not found.is_shown
+    assert found.headline.startswith("Ahead, on one seed: patch 4, ")
+    assert "has no interval" in found.sentences[0]
+    assert "confirm: {arms: 3, seeds: 5}" in found.sentences[0]
+
+
+def test_a_clear_difference_on_fresh_seeds_is_called_so() -> None:
+    found = answer(study_tables(Path("s"), confirm_seeds=5))
+    assert found.is_shown
+    assert found.headline.startswith("Best arm: patch 4, ")
+    assert (
+        "(5 seeds, paired; p < 0.001 after Holm's adjustment) on fresh seeds" in found.sentences[0]
+    )
+    assert any(sentence.startswith("Pretraining helps") for sentence in found.sentences)
+    assert any(sentence.startswith("On the test images") for sentence in found.sentences)
+
+
+def test_an_interval_across_zero_is_no_difference() -> None:
+    found = answer(study_tables(Path("s"), confirm_seeds=5, gain=0.02, noise=0.03))
+    assert not found.is_shown
+    assert "Best arm" not in found.headline
+    if not found.headline.startswith("No searched arm"):
+        assert "not told apart from none" in found.sentences[0]
+        assert "With this noise 5 seeds show a difference of" in found.sentences[0]
+
+
+def test_two_seeds_are_too_few_for_a_claim() -> None:
+    control = [{"arm": "c", "origin": "control", "seed": s, "miou": 0.5 + s / 100} for s in (0, 1)]
+    better = [{"arm": "a", "seed": s, "miou": 0.6 + s / 100 + s / 1e5} for s in (0, 1)]
+    found = answer(hand_made(*control, *better))
+    assert not found.is_shown
+    assert "Two seeds are too few" in found.sentences[0]
+
+
+def test_arms_that_are_all_alike_are_rarely_called_better() -> None:
+    """Six arms without any difference, five seeds each."""
+    rng = np.random.default_rng(5)
+    claims = 0
+    for _ in range(40):
+        trials = [
+            {"arm": arm, "seed": seed, "miou": rng.normal(0.5, 0.02), "origin": origin}
+            for arm, origin in zip("cabdef", ["control"] + ["search"] * 5, strict=True)
+            for seed in range(5)
+        ]
+        claims += answer(hand_made(*trials)).is_shown
+    assert claims <= 4
+
+
+def test_a_control_that_wins_is_named() -> None:
+    found = answer(
+        hand_made({"arm": "c", "origin": "control", "miou": 0.6}, {"arm": "a", "miou": 0.5})
+    )
+    assert found.headline.startswith("No searched arm is ahead of the control")
+    assert not found.is_shown
+
+
+def test_a_smaller_value_wins_where_less_is_better() -> None:
+    tables = study_tables(Path("s"))
+    tables.spec["objectives"] = [{"metric": "pretrain/planned_flops", "goal": "minimize"}]
+    found = answer(tables)
+    assert "patch 16" in found.headline
+
+
+def test_a_study_without_any_trial_has_a_report(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "empty", trials=0)
+    page = Page(build_report(folder).read_text())
+    assert "No answer yet: no trial is complete." in page.text
+    assert page.attribute("div", "data-figure") == []
+
+
+def test_a_study_without_labels_is_answered_in_psnr() -> None:
+    found = answer(
+        hand_made(
+            {"arm": "c", "origin": "control", "psnr": 24.0}, {"arm": "a", "psnr": 26.0, "patch": 4}
+        )
+    )
+    assert "probe PSNR 26.00 dB against 24.00 dB of the control" in found.headline
+
+
+def test_the_csv_holds_every_trial_and_no_formula() -> None:
+    tables = study_tables(Path("s"), label="=1+1", error="@x")
+    content = results_csv(tables).decode()
+    lines = list(csv.DictReader(io.StringIO(content)))
+    assert len(lines) == 14
+    assert lines[0]["outcome"] == "complete" and lines[3]["outcome"] == "stopped"
+    assert float(lines[0]["segment/miou"]) == pytest.approx(0.49, abs=0.05)
+    assert lines[3]["segment/miou"] == ""
+    assert lines[0]["masking.ratio.value"] == "0.75"
+    cells = [cell for line in csv.reader(io.StringIO(content)) for cell in line]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r"))]
+
+
+def test_a_spreadsheet_does_not_run_a_class_name() -> None:
+    tables = study_tables(Path("s"), classes=("background", "=cmd"))
+    tables.suggestions.loc[0, "origin"] = "=1+1"
+    assert b",'=1+1," in results_csv(tables)
+
+
+def test_the_downloaded_csv_is_the_results(folder: StudyFolder, page: Page) -> None:
+    uri = next(link for link in page.attribute("a", "href") if link.startswith("data:text/csv"))
+    assert base64.b64decode(uri.partition("base64,")[2]) == results_csv(load(folder))
+
+
+def test_pictures_are_made_anew(folder: StudyFolder, page: Page, tmp_path: Path) -> None:
+    """Only pixels reach the page, no comment and no colour profile."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("comment", "secret")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "a.png", pnginfo=notes)
+    decoded = base64.b64decode(data_uri(tmp_path / "a.png").partition("base64,")[2])
+    assert b"secret" not in decoded
+    with Image.open(io.BytesIO(decoded)) as image:
+        assert image.size == (8, 8) and image.getpixel((0, 0)) == (1, 2, 3)
+    assert len(page.attribute("img", "src")) == 2 * 7 - 1  # random-init reconstructs nothing
+
+
+def test_a_bomb_or_a_broken_picture_is_named_not_shown(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", trials=1)
+    control = next(folder.trials.iterdir()).name
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header
+    chunk += struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    bomb = folder.pictures(control) / "reconstruction.png"
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    (folder.pictures(control) / "segmentation.png").write_bytes(b"no picture")
+    text = Page(build_report(folder).read_text()).text
+    assert "reconstruction.png cannot be shown" in text
+    assert "segmentation.png cannot be shown" in text

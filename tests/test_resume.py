@@ -1,0 +1,278 @@
+"""What is left to do, from hand-made ledgers."""
+
+from pathlib import Path
+
+import pytest
+
+from study.ledger import Outcome, Result, Suggestion
+from study.resume import (
+    AskSampler,
+    Continue,
+    Finished,
+    Start,
+    Wait,
+    best_arms,
+    infrastructure_error,
+    next_step,
+    num_failures,
+)
+from study.spec import parse_spec
+from study.stopping import collect
+from trainables.config import TrialConfig, arm_id, trial_id
+
+
+def study(
+    rest="", trials=6, controls="[random-init]", search="  segment.epochs: {low: 1, high: 99}"
+):
+    text = f"""\
+study: s
+data: {{source: smears, size: 64}}
+trial: {{model: {{size: pico, patch: 8}}}}
+search:
+{search}
+objectives: [{{metric: segment/miou, goal: maximize}}]
+controls: {controls}
+budget: {{trials: {trials}}}
+{rest}"""
+    return parse_spec(text, Path(), where="s.yaml")
+
+
+class Books:
+    """A ledger in memory, and a driver that does what it is told."""
+
+    def __init__(self, spec):
+        self.spec, self.suggestions, self.results, self.rows = spec, [], {}, []
+        self.running, self.is_exhausted, self.is_labelled = set(), False, True
+
+    def next(self):
+        return next_step(
+            self.spec, self.suggestions, self.results, self.running, collect(self.rows),
+            is_labelled=self.is_labelled, is_exhausted=self.is_exhausted,
+        )  # fmt: skip
+
+    def begin(self, step):
+        if isinstance(step, Continue):
+            self.running.add(step.suggestion.trial)
+            return step.suggestion
+        if isinstance(step, AskSampler):
+            segment = self.spec.trial.segment.model_copy(update={"epochs": 30 + step.number})
+            config = self.spec.trial.model_copy(update={"segment": segment})
+            step = Start("search", config, step.seed, {"segment.epochs": 30 + step.number}, {})
+        one = Suggestion(
+            len(self.suggestions), trial_id(step.config, step.seed, "data"), arm_id(step.config),
+            step.seed, step.origin, step.config.model_dump(mode="json"), step.params, step.labels,
+        )  # fmt: skip
+        assert one.trial not in {other.trial for other in self.suggestions}
+        self.suggestions.append(one)
+        self.running.add(one.trial)
+        return one
+
+    def end(self, one, value=0.5, outcome=Outcome.COMPLETE, error=None):
+        self.running.discard(one.trial)
+        self.results[one.trial] = Result(one.trial, outcome, 1.0, error, {})
+        if outcome is Outcome.COMPLETE:
+            self.rows.append(
+                {"trial": one.trial, "phase": "segment", "metric": "miou", "progress": 1.0,
+                 "value": value}
+            )  # fmt: skip
+
+    def run(self, value=lambda one: 0.5):
+        while not isinstance(step := self.next(), Finished):
+            one = self.begin(step)
+            self.end(one, value(one))
+        return [(one.origin, one.seed) for one in self.suggestions]
+
+
+def test_controls_come_first_then_the_search_until_the_budget_is_spent():
+    assert Books(study()).run() == [
+        ("control", 0), ("control:random-init", 0), *[("search", 0)] * 4,
+    ]  # fmt: skip
+
+
+def test_every_arm_gets_all_its_seeds_before_the_next_one():
+    books = Books(study("seeds: 2\nseed: 7\n", trials=8))
+    assert books.run() == [
+        ("control", 7), ("control", 8), ("control:random-init", 7), ("control:random-init", 8),
+        *[("search", 7), ("search", 8)] * 2,
+    ]  # fmt: skip
+    arms = [one.arm for one in books.suggestions]
+    assert arms[0::2] == arms[1::2]
+    assert [one.params for one in books.suggestions[4:]] == [
+        {"segment.epochs": 34}, {"segment.epochs": 34},
+        {"segment.epochs": 36}, {"segment.epochs": 36},
+    ]  # fmt: skip
+
+
+def test_a_study_without_search_runs_its_controls():
+    books = Books(study(search="  {}", controls="[random-init, frozen]", trials=100))
+    assert [origin for origin, _ in books.run()] == [
+        "control", "control:random-init", "control:frozen",
+    ]  # fmt: skip
+    encoders = [one.config["segment"]["encoder"] for one in books.suggestions]
+    assert encoders == ["finetune", "random-init", "frozen"]
+
+
+def test_without_labels_there_are_no_twins():
+    books = Books(study(trials=3))
+    books.is_labelled = False
+    assert [origin for origin, _ in books.run()] == ["control", "search", "search"]
+
+
+def test_a_twin_that_is_the_control_is_run_once():
+    spec = study("", trials=3)
+    frozen = spec.trial.segment.model_copy(update={"encoder": "frozen"})
+    spec = spec.model_copy(
+        update={"trial": spec.trial.model_copy(update={"segment": frozen}), "controls": ["frozen"]}
+    )
+    assert [origin for origin, _ in Books(spec).run()] == ["control", "search", "search"]
+
+
+def test_what_was_begun_goes_on_before_anything_new_starts():
+    books = Books(study())
+    first, second = books.begin(books.next()), books.begin(books.next())
+    books.running.clear()  # the driver was killed
+    assert books.next() == Continue(first)
+    books.running.add(first.trial)
+    assert books.next() == Continue(second)
+    books.end(first)
+    assert books.next() == Continue(second)
+
+
+def test_a_failure_of_the_infrastructure_is_tried_three_times_more():
+    books = Books(study(trials=2))
+    one = books.begin(books.next())
+    starts = 1
+    while isinstance(step := books.next(), Continue) or starts == 1:
+        error = infrastructure_error(books.results.get(one.trial), "node lost")
+        books.end(one, outcome=Outcome.FAILED, error=error)
+        step = books.next()
+        if not isinstance(step, Continue):
+            break
+        books.begin(step)
+        starts += 1
+    assert starts == 4
+    assert num_failures(books.results[one.trial]) == 4
+    assert isinstance(books.next(), Start)
+
+
+def test_a_failure_of_the_trial_itself_is_not_tried_again():
+    books = Books(study())
+    books.end(books.begin(books.next()), outcome=Outcome.FAILED, error="ZeroDivisionError")
+    assert books.next().origin == "control:random-init"
+
+
+@pytest.mark.parametrize("outcome", [Outcome.STOPPED, Outcome.DIVERGED, Outcome.OUT_OF_MEMORY])
+def test_an_arm_of_which_a_seed_was_stopped_gets_no_further_seeds(outcome):
+    books = Books(study("seeds: 2\n", trials=8, controls="[]"))
+    for _ in range(2):
+        books.end(books.begin(books.next()))
+    books.end(books.begin(books.next()), outcome=outcome)
+    assert isinstance(books.next(), AskSampler)
+    seeds = [seed for _, seed in books.run()]
+    assert seeds == [0, 1, 0, 0, 1, 0, 1, 0]  # still 8 trials
+
+
+def test_a_seed_that_was_begun_goes_on_although_another_was_stopped():
+    books = Books(study("seeds: 2\n", trials=4, controls="[]"))
+    for _ in range(2):
+        books.end(books.begin(books.next()))
+    one, other = books.begin(books.next()), books.begin(books.next())
+    books.end(one, outcome=Outcome.STOPPED)
+    books.running.clear()
+    assert books.next() == Continue(other)
+
+
+CONFIRM = "confirm: {arms: 2, seeds: 2}\n"
+
+
+def test_the_best_arms_and_the_control_are_confirmed_with_fresh_seeds():
+    books = Books(study(CONFIRM, trials=6))
+    scores = {32: 0.5, 33: 0.8, 34: 0.6, 35: 0.7}
+    order = books.run(lambda one: scores.get(one.config["segment"]["epochs"], 0.1))
+    assert order[6:] == [("confirm", 1), ("confirm", 2)] * 3
+    epochs = [one.config["segment"]["epochs"] for one in books.suggestions[6:]]
+    assert epochs == [33, 33, 35, 35, 20, 20]
+
+
+def test_the_smallest_is_best_where_the_goal_says_so():
+    spec = study(CONFIRM, trials=4)
+    books = Books(spec)
+    books.run(lambda one: {32: 5.0, 33: 3.0}.get(one.config["segment"]["epochs"], 0.0))
+    objective = spec.objectives[0].model_copy(update={"goal": "minimize"})
+    turned = spec.model_copy(update={"objectives": [objective]})
+    best = [books.suggestions[index].arm for index in (2, 3)]
+    assert best_arms(spec, books.suggestions, collect(books.rows)) == best
+    assert best_arms(turned, books.suggestions, collect(books.rows)) == best[::-1]
+
+
+def test_only_arms_whose_seeds_are_all_complete_and_finite_can_be_best():
+    books = Books(study("seeds: 2\n" + CONFIRM, trials=8, controls="[]"))
+    values = iter([0.1, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.3, 0.2])
+    while not isinstance(books.next(), Finished) and len(books.suggestions) < 8:
+        books.end(books.begin(books.next()), next(values))
+    best = best_arms(books.spec, books.suggestions, collect(books.rows))
+    assert best == [books.suggestions[4].arm, books.suggestions[6].arm]
+
+
+def test_confirmation_waits_for_all_others():
+    books = Books(study(CONFIRM, trials=3))
+    ones = [books.begin(books.next()) for _ in range(3)]
+    assert books.next() == Wait()
+    books.end(ones[0])
+    books.end(ones[2])
+    assert books.next() == Wait()
+    books.end(ones[1])
+    assert books.next().origin == "confirm"
+
+
+def test_a_running_study_waits_and_a_done_one_is_finished():
+    books = Books(study(trials=2))
+    ones = [books.begin(books.next()) for _ in range(2)]
+    assert books.next() == Wait()
+    for one in ones:
+        books.end(one)
+    assert books.next() == Finished()
+
+
+def test_an_exhausted_space_ends_the_search_before_the_budget():
+    books = Books(study(CONFIRM))
+    for _ in range(3):
+        books.end(books.begin(books.next()))
+    assert isinstance(books.next(), AskSampler)
+    books.is_exhausted = True
+    assert books.next().origin == "confirm"
+
+
+def test_a_larger_budget_goes_on_where_the_smaller_one_ended():
+    books = Books(study(CONFIRM, trials=4))
+    before = books.run()
+    books.spec = study(CONFIRM, trials=6)
+    assert isinstance(books.next(), AskSampler)
+    after = books.run(lambda one: 0.9)
+    assert after[: len(before)] == before
+    assert [origin for origin, _ in after].count("search") == 4
+    assert [origin for origin, _ in after].count("confirm") == 10  # two new best arms, 2 seeds
+
+
+@pytest.mark.parametrize("kill_at", range(1, 14))
+def test_a_study_killed_at_any_trial_runs_the_same_trials(kill_at):
+    whole = Books(study("seeds: 2\n" + CONFIRM, trials=8))
+    expected = whole.run()
+    books = Books(whole.spec)
+    for _ in range(kill_at):
+        step = books.next()
+        if isinstance(step, Finished):
+            break
+        one = books.begin(step)
+        if len(books.suggestions) < kill_at:
+            books.end(one)
+    books.running.clear()
+    assert books.run() == expected
+    assert [one.trial for one in books.suggestions] == [one.trial for one in whole.suggestions]
+
+
+def test_configurations_survive_the_ledger():
+    books = Books(study("seeds: 2\n", trials=4, controls="[]"))
+    books.run()
+    for one in books.suggestions:
+        assert arm_id(TrialConfig.model_validate(one.config)) == one.arm

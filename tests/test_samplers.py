@@ -1,0 +1,336 @@
+"""The brain: proposals depend on history and number only; bad news is never good news."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+
+from study.ledger import Outcome, Result, Suggestion
+from study.resume import RETRIES, Start, infrastructure_error, next_step
+from study.samplers import SAMPLERS, Brain
+from study.spec import parse_spec
+from study.stopping import collect
+from trainables.config import arm_id, trial_id
+
+ONE = "[{metric: pretrain/probe_psnr, goal: maximize}]"
+TWO = (
+    "[{metric: pretrain/probe_psnr, goal: maximize},"
+    " {metric: pretrain/planned_flops, goal: minimize}]"
+)
+WIDE = """\
+  model.patch: {choices: [4, 8, 16]}
+  masking.ratio:
+    choices:
+      constant: {name: constant, value: {low: 0.1, high: 0.9}}
+      rising: {name: linear, start: {low: 0.1, high: 0.5}, end: {low: 0.5, high: 0.9}}
+  pretrain.optimizer.base_lr: {low: 1e-5, high: 1e-3, log: true}
+"""
+SMALL = """\
+  model.patch: {choices: [4, 8, 16]}
+  masking.ratio.value: {low: 0.25, high: 0.75, step: 0.25}
+"""
+
+
+def study(search=WIDE, sampler="{name: tpe, startup: 4}", objectives=ONE, rest=""):
+    text = f"""\
+study: s
+data: {{source: smears, size: 64}}
+trial: {{model: {{size: pico, patch: 8}}, masking: {{ratio: {{name: constant, value: 0.75}}}}}}
+objectives: {objectives}
+sampler: {sampler}
+stopping: {{name: halving, min_trials: 2}}
+controls: []
+budget: {{trials: 1000}}
+search:
+{search}{rest}"""
+    return parse_spec(text, Path(), where="s.yaml")
+
+
+def suggestion(number, config, seed=0, origin="search", params=None):
+    return Suggestion(
+        number=number,
+        trial=trial_id(config, seed, "data"),
+        arm=arm_id(config),
+        seed=seed,
+        origin=origin,
+        config=config.model_dump(mode="json"),
+        params=params or {},
+        labels={},
+    )
+
+
+def result(one, outcome=Outcome.COMPLETE, error=None):
+    return Result(one.trial, outcome, 1.0, error, {})
+
+
+def row(one, value, progress=1.0, metric="probe_psnr"):
+    return {
+        "trial": one.trial,
+        "phase": "pretrain",
+        "metric": metric,
+        "progress": progress,
+        "value": value,
+    }
+
+
+def score(config):
+    """A landscape with its best at patch 4, ratio 0.6."""
+    ratio = config.masking.ratio
+    mean = ratio.value if ratio.name == "constant" else (ratio.start + ratio.end) / 2
+    return 30 - config.model.patch / 4 - 20 * (mean - 0.6) ** 2
+
+
+def run(spec, num_arms, restart_at=(), stop_below=None):
+    """A study at concurrency 1, restarted from JSON before some of its arms."""
+    brain = Brain(spec)
+    suggestions, results, rows = [], {}, []
+    for number in range(num_arms):
+        if number in restart_at:
+            text = json.dumps([dataclasses.asdict(one) for one in suggestions])
+            suggestions = [Suggestion(**fields) for fields in json.loads(text)]
+            brain = Brain(spec)
+            brain.replay(suggestions, dict(results), collect(json.loads(json.dumps(rows))))
+        proposal = brain.ask(number)
+        if proposal is None:
+            break
+        one = suggestion(number, proposal.config, params=proposal.params)
+        suggestions.append(one)
+        brain.add(one)
+        value = score(proposal.config)
+        flops = float(proposal.config.model.patch)
+        is_stopped = stop_below is not None and value < stop_below
+        for progress in (0.25,) if is_stopped else (0.25, 0.5, 1.0):
+            new = [row(one, value * progress, progress), row(one, flops, progress, "planned_flops")]
+            rows += new
+            values = {f"pretrain/{each['metric']}": each["value"] for each in new}
+            brain.report(one.trial, progress, values)
+        end = result(one, Outcome.STOPPED if is_stopped else Outcome.COMPLETE)
+        results[one.trial] = end
+        brain.tell(end)
+    return suggestions, brain
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_proposes_arms_of_the_space_once(name):
+    spec = study(SMALL, name)
+    suggestions, brain = run(spec, 20)
+    arms = [one.arm for one in suggestions]
+    assert len(arms) == len(set(arms)) == 9  # 3 patches x 3 ratios, then nothing is left
+    assert brain.ask(99) is None
+
+
+@pytest.mark.parametrize("objectives", [ONE, TWO])
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_resumed_study_proposes_the_same_arms(name, objectives):
+    sampler = "{name: tpe, startup: 4}" if name == "tpe" else name
+    spec = study(sampler=sampler, objectives=objectives)
+    whole, _ = run(spec, 14, stop_below=26)
+    broken, _ = run(spec, 14, restart_at=(1, 5, 6, 11), stop_below=26)
+    assert whole == broken
+    other, _ = run(study(sampler=sampler, objectives=objectives, rest="seed: 1\n"), 3)
+    assert [one.arm for one in other] != [one.arm for one in whole[:3]]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sets(st.integers(1, 9)), st.sampled_from([None, 25.0, 28.0]))
+def test_it_does_so_wherever_it_was_interrupted(restarts, stop_below):
+    spec = study()
+    expected, _ = run(spec, 10, stop_below=stop_below)
+    assert run(spec, 10, restart_at=restarts, stop_below=stop_below)[0] == expected
+
+
+def test_the_search_learns():
+    scores = {}
+    for name in ("{name: tpe, startup: 8}", "random"):
+        spec = study(sampler=name)
+        suggestions, _ = run(spec, 40)
+        late = [score(spec.trial.model_validate(one.config)) for one in suggestions[20:]]
+        scores[name] = sum(late) / len(late)
+    tpe, chance = scores.values()
+    assert tpe > chance + 0.5
+
+
+def test_the_number_of_the_question_changes_the_answer():
+    brain = Brain(study())
+    assert brain.ask(0) == brain.ask(0)
+    assert brain.ask(0) != brain.ask(1)
+
+
+def asked(spec, count):
+    brain = Brain(spec)
+    trials = []
+    for number in range(count):
+        proposal = brain.ask(number)
+        trials.append(suggestion(number, proposal.config, params=proposal.params))
+        brain.add(trials[-1])
+    return brain, trials
+
+
+def states(brain):
+    return [trial.state for trial in brain.study().trials]
+
+
+def test_what_is_running_is_shown_as_running_with_its_rungs():
+    brain, (one,) = asked(study(), 1)
+    brain.report(one.trial, 0.25, {"pretrain/probe_psnr": 17.0, "pretrain/loss": 3.0})
+    (trial,) = brain.study().trials
+    assert trial.state == TrialState.RUNNING
+    assert trial.params == one.params
+    assert trial.intermediate_values == {0: 17.0}
+
+
+def test_a_stopped_arm_is_pruned_and_its_value_is_never_final():
+    brain, (one,) = asked(study(), 1)
+    brain.report(one.trial, 0.25, {"pretrain/probe_psnr": 17.0})
+    brain.report(one.trial, 0.5, {"pretrain/probe_psnr": 18.0})
+    brain.tell(result(one, Outcome.STOPPED))
+    (trial,) = brain.study().trials
+    assert (trial.state, trial.values) == (TrialState.PRUNED, None)
+    assert trial.intermediate_values == {0: 17.0, 1: 18.0}
+    assert brain.study().get_trials(states=[TrialState.COMPLETE]) == []
+
+
+def test_a_stopped_arm_is_not_on_the_pareto_front():
+    brain, (one, other) = asked(study(objectives=TWO), 2)
+    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 99.0, "pretrain/planned_flops": 1.0})
+    brain.tell(result(one, Outcome.STOPPED))
+    brain.report(other.trial, 1.0, {"pretrain/probe_psnr": 9.0, "pretrain/planned_flops": 9.0})
+    brain.tell(result(other))
+    assert [trial.params for trial in brain.study().best_trials] == [other.params]
+
+
+@pytest.mark.parametrize(
+    "outcome", [Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED]
+)  # fmt: skip
+def test_an_arm_that_ended_badly_is_failed(outcome):
+    brain, (one,) = asked(study(), 1)
+    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 99.0})
+    brain.tell(result(one, outcome, "bang"))
+    assert states(brain) == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize("objectives", [ONE, TWO])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_value_that_is_not_finite_is_never_complete_and_the_search_goes_on(
+    name, value, objectives
+):
+    spec = study(SMALL, name, objectives)
+    brain, (one,) = asked(spec, 1)
+    values = {} if value is None else {"pretrain/probe_psnr": value, "pretrain/planned_flops": 1.0}
+    for progress in (0.25, 1.0):
+        brain.report(one.trial, progress, values)
+    assert states(brain) == [TrialState.RUNNING]
+    brain.tell(result(one))
+    assert states(brain) == [TrialState.FAIL]
+    assert brain.ask(1) is not None
+
+
+def test_failures_of_the_infrastructure_are_never_shown():
+    brain, (one, other) = asked(study(), 2)
+    brain.tell(result(one, Outcome.FAILED, infrastructure_error(None, "node lost")))
+    assert states(brain) == [TrialState.RUNNING]
+    assert brain.study().trials[0].params == other.params
+    assert arm_id(brain.ask(0).config) != one.arm  # but the arm is known
+
+
+def test_an_arm_is_told_the_mean_of_its_seeds_when_all_are_in():
+    spec = study(rest="seeds: 2\n")
+    brain, (one,) = asked(spec, 1)
+    config = spec.trial.model_validate(one.config)
+    second = suggestion(1, config, seed=1, params=one.params)
+    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 20.0})
+    brain.tell(result(one))
+    assert states(brain) == [TrialState.RUNNING]
+    brain.add(second)
+    brain.report(second.trial, 1.0, {"pretrain/probe_psnr": 23.0})
+    brain.tell(result(second))
+    (trial,) = brain.study().trials
+    assert (trial.state, trial.values) == (TrialState.COMPLETE, [21.5])
+
+
+def test_one_stopped_seed_stops_the_arm():
+    spec = study(rest="seeds: 2\n")
+    brain, (one,) = asked(spec, 1)
+    brain.tell(result(one, Outcome.STOPPED))
+    assert states(brain) == [TrialState.PRUNED]
+
+
+def test_the_control_is_shown_if_it_lies_in_the_space():
+    for search, expected in ((WIDE, 1), ("  model.patch: {choices: [4, 16]}\n", 0)):
+        spec = study(search)
+        step = next_step(spec, [], {}, set(), {})
+        assert isinstance(step, Start) and step.origin == "control"
+        one = suggestion(0, step.config, origin="control", params=step.params)
+        brain = Brain(spec)
+        brain.replay([one], {one.trial: result(one)}, collect([row(one, 25.0)]))
+        assert states(brain) == [TrialState.COMPLETE] * expected
+        proposals = {arm_id(brain.ask(number).config) for number in range(5)}
+        assert one.arm not in proposals
+
+
+def test_the_value_at_a_rung_is_turned_so_that_better_is_the_objectives_better():
+    cost = "[{metric: pretrain/device_seconds, goal: minimize}]"
+    brain, (one,) = asked(study(objectives=cost), 1)
+    brain.report(one.trial, 0.5, {"pretrain/probe_psnr": 18.0})
+    assert brain.study().trials[0].intermediate_values == {1: -18.0}
+
+
+def test_confirmations_and_the_controls_twins_are_not_shown():
+    spec = study()
+    brain, (one,) = asked(spec, 1)
+    config = spec.trial.model_validate(one.config)
+    brain.tell(result(one))
+    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 20.0})
+    brain.add(suggestion(1, config, seed=1, origin="confirm", params=one.params))
+    brain.add(suggestion(2, spec.trial, origin="control:frozen"))
+    (trial,) = brain.study().trials
+    assert trial.values == [20.0]
+
+
+def test_the_grid_is_walked_in_order_without_the_arms_that_are_known():
+    spec = study(SMALL, "grid")
+    control = suggestion(0, spec.trial, origin="control")
+    brain = Brain(spec)
+    brain.add(control)
+    seen = []
+    while (proposal := brain.ask(len(seen))) is not None:
+        seen.append(tuple(proposal.params.values()))
+        brain.add(suggestion(len(seen), proposal.config, params=proposal.params))
+    full = [(patch, ratio) for patch in (4, 8, 16) for ratio in (0.25, 0.5, 0.75)]
+    assert seen == [cell for cell in full if cell != (8, 0.75)]
+
+
+def test_a_wide_space_is_never_exhausted_by_a_sampler_that_repeats_itself(monkeypatch):
+    fixed = {
+        "model.patch": 4,
+        "masking.ratio": "constant",
+        "masking.ratio/constant.value": 0.5,
+        "pretrain.optimizer.base_lr": 1e-4,
+    }
+    stubborn = lambda seed, num_objectives: optuna.samplers.PartialFixedSampler(  # noqa: E731
+        fixed, optuna.samplers.RandomSampler(seed)
+    )
+    monkeypatch.setitem(SAMPLERS, "random", stubborn)
+    monkeypatch.setattr(optuna.samplers.PartialFixedSampler, "__init__", _quiet_init)
+    spec = study(sampler="random")
+    suggestions, _ = run(spec, 3)
+    assert len({one.arm for one in suggestions}) == 3
+
+
+def _quiet_init(self, fixed_params, base_sampler):
+    self._fixed_params, self._base_sampler = fixed_params, base_sampler
+
+
+def test_retries_of_the_infrastructure_are_counted_in_the_error():
+    one = suggestion(0, study().trial)
+    failed = None
+    for count in range(1, RETRIES + 2):
+        failed = result(one, Outcome.FAILED, infrastructure_error(failed, "node lost"))
+        assert failed.error == f"infrastructure (failure {count} of 4): node lost"

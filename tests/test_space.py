@@ -1,0 +1,176 @@
+"""The search space: names of parameters, what stands where, the grid. Points are made by hand."""
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+
+from study import space
+from study.spec import parse_spec
+from trainables.config import arm_id
+
+HEAD = """\
+study: s
+data: {source: smears, size: 64}
+trial: {model: {size: pico, patch: 8}, masking: {ratio: {name: constant, value: 0.75}}}
+objectives: [{metric: pretrain/probe_psnr, goal: maximize}]
+budget: {trials: 100}
+search:
+"""
+SEARCH = """\
+  model.patch: {choices: [4, 8, 16]}
+  masking.ratio:
+    choices:
+      constant: {name: constant, value: {low: 0.1, high: 0.9}}
+      rising: {name: linear, start: {low: 0.1, high: 0.5}, end: {low: 0.5, high: 0.9}}
+"""
+
+
+def study(search=SEARCH, rest=""):
+    return parse_spec(HEAD + search + rest, Path(), where="s.yaml")
+
+
+def test_a_parameter_under_a_label_is_asked_for_under_that_label_only():
+    fixed = {"model.patch": 4, "masking.ratio": "constant", "masking.ratio/constant.value": 0.25}
+    point = space.suggest(study(), optuna.trial.FixedTrial(fixed))
+    assert point.params == fixed
+    assert point.labels == {"model.patch": 4, "masking.ratio": "constant"}
+    assert point.overrides["masking.ratio"] == {"name": "constant", "value": 0.25}
+
+    fixed = {
+        "model.patch": 16,
+        "masking.ratio": "rising",
+        "masking.ratio/rising.start": 0.2,
+        "masking.ratio/rising.end": 0.8,
+    }
+    point = space.suggest(study(), optuna.trial.FixedTrial(fixed))
+    config = space.resolve(study(), point.overrides)
+    assert (config.model.patch, config.model.size) == (16, "pico")
+    assert config.masking.ratio.options() == {"start": 0.2, "end": 0.8}
+
+
+def test_what_is_not_searched_stays_as_in_the_trial():
+    config = space.resolve(study(), {"model.patch": 4})
+    expected = study().trial.model_dump() | {
+        "model": {**study().trial.model.model_dump(), "patch": 4}
+    }
+    assert config.model_dump() == expected
+    assert space.resolve(study(), {}) == study().trial
+
+
+def test_ranges_are_asked_for_with_their_scale_and_type():
+    asked = []
+
+    class Ask:
+        def suggest_int(self, *given, **options):
+            asked.append(("int", *given, options))
+            return given[1]
+
+        def suggest_float(self, *given, **options):
+            asked.append(("float", *given, options))
+            return given[1]
+
+    search = (
+        "  pretrain.epochs: {low: 4, high: 12, step: 4}\n"
+        "  segment.epochs: {low: 1, high: 64, log: true}\n"
+        "  pretrain.optimizer.base_lr: {low: 1e-5, high: 1e-3, log: true}\n"
+    )
+    space.suggest(study(search), Ask())
+    assert asked == [
+        ("int", "pretrain.epochs", 4, 12, {"step": 4, "log": False}),
+        ("int", "segment.epochs", 1, 64, {"step": 1, "log": True}),
+        ("float", "pretrain.optimizer.base_lr", 1e-5, 1e-3, {"step": None, "log": True}),
+    ]
+
+
+def test_choices_may_be_nested_in_labels_and_labels_may_name_plain_values():
+    search = (
+        "  model.decoder:\n    choices:\n      small: {width: 64, depth: {choices: [1, 2]}}\n"
+        "      large: {depth: 8}\n"
+        "  masking.ratio.value: {choices: {low: 0.25, any: {low: 0.5, high: 0.9}}}\n"
+    )
+    spec = study(search)
+    assert list(space.parameters(spec.search)) == [
+        "model.decoder",
+        "model.decoder/small.depth",
+        "masking.ratio.value",
+        "masking.ratio.value/any",
+    ]
+    fixed = {"model.decoder": "small", "model.decoder/small.depth": 1, "masking.ratio.value": "low"}
+    config = space.resolve(spec, space.suggest(spec, optuna.trial.FixedTrial(fixed)).overrides)
+    assert (config.model.decoder.depth, config.model.decoder.width) == (1, 64)
+    assert config.masking.ratio.value == 0.25
+
+
+GRID = "sampler: grid\n"
+
+
+def test_the_grid_is_every_combination_with_the_last_parameter_fastest():
+    search = (
+        "  model.patch: {choices: [4, 16]}\n  masking.ratio.value: {low: 0.1, high: 0.9, num: 3}\n"
+    )
+    points = space.enumerate_grid(study(search, GRID))
+    assert [tuple(point.params.values()) for point in points] == [
+        (4, 0.1), (4, 0.5), (4, 0.9), (16, 0.1), (16, 0.5), (16, 0.9),
+    ]  # fmt: skip
+
+
+def test_the_grid_goes_into_labels():
+    search = (
+        "  masking.ratio:\n    choices:\n"
+        "      constant: {name: constant, value: {low: 0.25, high: 0.75, num: 2}}\n"
+        "      rising: {name: linear, start: 0.1, end: {choices: [0.5, 0.9]}}\n"
+        "  segment.epochs: {low: 1, high: 3}\n"
+    )
+    points = space.enumerate_grid(study(search, GRID))
+    assert len(points) == (2 + 2) * 3
+    spec = study(search, GRID)
+    assert len({arm_id(space.resolve(spec, point.overrides)) for point in points}) == 12
+
+
+@pytest.mark.parametrize(
+    "item, values",
+    [
+        ({"low": 1, "high": 5}, [1, 2, 3, 4, 5]),
+        ({"low": 1, "high": 5, "step": 2}, [1, 3, 5]),
+        ({"low": 1, "high": 5, "num": 3}, [1, 3, 5]),
+        ({"low": 1, "high": 100, "num": 3, "log": True}, [1, 10, 100]),
+        ({"low": 0.1, "high": 0.3, "step": 0.1}, [0.1, 0.2, 0.3]),
+        ({"low": 0.1, "high": 0.9, "num": 5}, [0.1, 0.3, 0.5, 0.7, 0.9]),
+        ({"low": 1e-4, "high": 1e-2, "num": 3, "log": True}, [1e-4, 1e-3, 1e-2]),
+        ({"low": 0.1, "high": 0.9}, None),
+        ({"choices": ["a", None, True]}, ["a", None, True]),
+    ],
+)
+def test_the_values_of_a_grid_by_hand(item, values):
+    assert space.grid_values(space.SearchItem(**item)) == values
+
+
+def test_the_trial_is_found_in_its_space_with_its_parameters():
+    assert space.params_of(study(), study().trial) == {
+        "model.patch": 8,
+        "masking.ratio": "constant",
+        "masking.ratio/constant.value": 0.75,
+    }
+    for search in (
+        "  model.patch: {choices: [4, 16]}\n",
+        "  masking.ratio: {choices: {a: {name: constant, value: {low: 0.1, high: 0.7}}}}\n",
+        "  masking.ratio: {choices: {a: {name: linear, start: 0.75, end: 0.76}}}\n",
+        "  pretrain.epochs: {low: 1, high: 40, step: 13}\n  model.patch: {choices: [4]}\n",
+    ):
+        assert space.params_of(study(search), study(search).trial) is None
+    labels = "  masking.ratio: {choices: {low: {name: constant, value: 0.5}, as is: constant}}\n"
+    assert space.params_of(study(labels), study().trial) == {"masking.ratio": "as is"}
+    assert space.params_of(study("  segment.epochs: {low: 10, high: 30}\n"), study().trial) == {
+        "segment.epochs": 20
+    }
+
+
+def test_params_survive_json_and_lie_in_optunas_space():
+    spec = study()
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1)).ask()
+    point = space.suggest(spec, trial)
+    assert json.loads(json.dumps(point.params)) == point.params == trial.params
+    config = space.resolve(spec, point.overrides)
+    assert space.params_of(spec, config) == point.params

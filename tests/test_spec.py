@@ -1,0 +1,408 @@
+"""The study file. All mistakes at once, each with its line, what was given and what is expected."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from study.reader import read_yaml
+from study.spec import Difference, difference, load_spec, parse_spec, schema
+from trainables.config import TrialConfig, arm_id
+from trainables.errors import UserError
+
+GOOD = """\
+study: platelets
+question: Do small masks help the smallest cells?
+data: {source: smears, size: 64}
+trial:
+  model: {size: pico, patch: 8, decoder: {depth: 2, width: 128}}
+  masking: {strategy: random, ratio: {name: constant, value: 0.75}}
+  pretrain: {epochs: 4, batch: 64, optimizer: {name: adamw, base_lr: 1.5e-4, betas: [0.9, 0.95]}}
+  segment: {epochs: 2}
+search:
+  model.patch: {choices: [4, 8, 16]}
+  masking.ratio:
+    choices:
+      constant: {name: constant, value: {low: 0.1, high: 0.9}}
+      rising: {name: linear, start: {low: 0.1, high: 0.5}, end: {low: 0.5, high: 0.9}}
+objectives:
+  - {metric: segment/miou, goal: maximize}
+  - {metric: pretrain/probe_psnr@0.25, goal: maximize}
+sampler: {name: tpe}
+stopping: {name: halving, metric: pretrain/probe_psnr}
+confirm: {arms: 3, seeds: 5}
+budget: {trials: 40}
+resources: {workers: 2, gpus_per_worker: 1}
+"""
+
+
+def parse(text, folder="."):
+    return parse_spec(text, Path(folder), where="s.yaml")
+
+
+def mistakes(text):
+    with pytest.raises(UserError) as error:
+        parse(text)
+    return str(error.value).splitlines()
+
+
+def changed(old, new):
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+def test_a_sound_file_is_read_with_its_defaults():
+    spec = parse(GOOD)
+    assert spec.study == "platelets"
+    assert spec.trial.pretrain.optimizer.base_lr == 1.5e-4
+    assert spec.trial.pretrain.optimizer.betas == (0.9, 0.95)
+    assert spec.search["model.patch"].choices == [4, 8, 16]
+    assert spec.sampler.name == "tpe"
+    assert spec.stopping.options()["metric"] == "pretrain/probe_psnr"
+    assert (spec.seeds, spec.seed, spec.rungs) == (1, 0, [0.25, 0.5, 1.0])
+    assert spec.controls == ["random-init"]
+    assert spec.text == GOOD
+
+
+def test_the_probe_unit_is_the_largest_patch_of_the_study():
+    assert parse(GOOD).probe.unit == 16
+    assert parse(changed("[4, 8, 16]", "[4, 8]")).probe.unit == 8
+    assert parse(changed("[4, 8, 16]", "[2, 4]")).probe.unit == 8  # the control's
+    assert parse(GOOD + "probe: {unit: 32}\n").probe.unit == 32
+
+
+def test_ten_mistakes_give_ten_lines():
+    text = """\
+study: Platelets
+data: {source: smeers, size: 64}
+trial:
+  model: {size: pcio, patch: 8.5}
+  masking: {rato: 1, ratio: {name: linaer, start: 0.2, end: 0.4}}
+  pretrain: {optimizer: {name: adamw, lr: 3}, epochs: "40"}
+search:
+  model.ptach: {choices: [4, 8]}
+  masking.ratio:
+    choices:
+      constant: {name: constant, value: {low: 0.1, high: 1.9}}
+objectives:
+  - {metric: segment/miuo, goal: maximize}
+sampler: tpee
+budget: {trials: 10, trails: 3}
+"""
+    lines = mistakes(text)
+    where = [line.split(": ")[0] + ": " + line.split(": ")[1] for line in lines]
+    assert where == [
+        "s.yaml:1: study",
+        "s.yaml:2: data.source",
+        "s.yaml:4: trial.model.size",
+        "s.yaml:4: trial.model.patch",
+        "s.yaml:5: trial.masking.ratio.name",
+        "s.yaml:5: trial.masking.rato",
+        "s.yaml:6: trial.pretrain.epochs",
+        "s.yaml:6: trial.pretrain.optimizer.lr",
+        "s.yaml:8: search.model.ptach",
+        "s.yaml:11: search.masking.ratio.choices.constant.value",
+        "s.yaml:13: objectives.0.metric",
+        "s.yaml:14: sampler",
+        "s.yaml:15: budget.trails",
+    ]
+    hints = dict(zip(where, lines, strict=True))
+    assert "did you mean 'pico'?" in hints["s.yaml:4: trial.model.size"]
+    assert "did you mean 'linear'?" in hints["s.yaml:5: trial.masking.ratio.name"]
+    assert "did you mean 'ratio'?" in hints["s.yaml:5: trial.masking.rato"]
+    assert "did you mean 'model.patch'?" in hints["s.yaml:8: search.model.ptach"]
+    assert "did you mean 'segment/miou'?" in hints["s.yaml:13: objectives.0.metric"]
+    assert "did you mean 'tpe'?" in hints["s.yaml:14: sampler"]
+    assert "did you mean 'trials'?" in hints["s.yaml:15: budget.trails"]
+    assert "given '40'; expected a valid integer" in hints["s.yaml:6: trial.pretrain.epochs"]
+    assert "given 1.9; expected less than 1" in lines[9]
+
+
+def test_mistakes_of_reading_and_of_meaning_are_told_together():
+    lines = mistakes(changed("epochs: 2}", "epochs: 2, epochs: 0}") + "seed: &x 1\nseeds: -1\n")
+    assert len(lines) == 4
+    assert "given twice" in lines[0] and "greater than or equal to 1" in lines[1]
+    assert "anchor" in lines[2] and lines[3].startswith("s.yaml:24: seeds: given -1")
+
+
+@pytest.mark.parametrize(
+    "old, new, line, words",
+    [
+        ("budget: {trials: 40}", "", 1, "budget: given nothing; expected this key"),
+        ("study: platelets", "study: con", 1, "study: given 'con'"),
+        ("study: platelets", "study: ../x", 1, "study: given '../x'"),
+        ("size: 64}", "size: big}", 3, "data.size: given 'big'; expected a valid integer"),
+        ("value: 0.75}", "value: 1.5}", 6, "trial.masking.ratio.value: given 1.5; expected less"),
+        ("name: constant, value: 0.75", "name: linear, start: 0.2", 6, "end: given nothing"),
+        ("ratio: {name: constant, value: 0.75}", "ratio: 0.75", 6, "trial.masking.ratio: given"),
+        ("{name: constant, value: 0.75}", "linear", 6, "trial.masking.ratio.start: given nothing"),
+        ("size: 64}", "size: [64]}", 3, "data.size: given"),
+        ("trial:\n", "trial: 3\nignored:\n", 4, "trial: given 3; expected a mapping with model"),
+        ("goal: maximize}\n  - {metric: p", "goal: max}\n  - {metric: p", 16, "given 'max'"),
+        ("segment/miou", "segment/iou", 16, "expected segment/iou/<class>"),
+        ("segment/miou", "segment/test_miou", 16, "nothing may be chosen by it"),
+        ("segment/miou", "pretrain/miou", 16, "did you mean 'segment/miou'?"),
+        ("segment/miou", "miou", 16, "did you mean 'segment/miou'?"),
+        ("segment/miou", "segment/loss", 16, "losses differ"),
+        ("segment/miou", "pretrain/ratio", 16, "expected one of pretrain/"),
+        ("probe_psnr@0.25", "probe_psnr@0.3", 17, "expected one of the probe's ratios: 0.25, 0.5"),
+        ("probe_psnr@0.25", "probe_gain@0.25", 17, "not measured per ratio"),
+        ("segment/miou, goal: maximize", "segment/miou, goal: minimize", 16, "expected 'maximize'"),
+        ("segment/miou", "pretrain/probe_psnr@0.25", 17, "twice"),
+        ("metric: pretrain/probe_psnr}", "metric: pretrain/ratio}", 19, "stopping.metric: given"),
+        ("name: halving", "name: halvign", 19, "did you mean 'halving'?"),
+        ("{trials: 40}", "{trials: 1}", 21, "expected at least 2: the control arm"),
+        ("workers: 2", "workers: 3", 7, "trial.pretrain.batch: given 64; expected a multiple of"),
+        ("value: 0.75", "value: .nan", 6, "expected a finite number"),
+    ],
+)
+def test_a_mistake_is_told_with_line_given_and_expected(old, new, line, words):
+    told = [text for text in mistakes(changed(old, new)) if words in text]
+    assert told, mistakes(changed(old, new))
+    assert told[0].startswith(f"s.yaml:{line}: ")
+
+
+SEARCH = "search:\n  model.patch: {choices: [4, 8, 16]}\n"
+
+
+@pytest.mark.parametrize(
+    "item, words",
+    [
+        ("model.patch: {choices: [4, 4]}", "expected choices that differ"),
+        ("model.patch: {choices: []}", "a list of values, or labels"),
+        ("model.patch: {choices: 4}", "a list of values, or labels"),
+        ("model.patch: {low: 4}", "both `low` and `high`"),
+        ("model.patch: {low: 8, high: 4}", "expected low < high"),
+        ("model.patch: {low: 0, high: 4, log: true}", "expected low > 0"),
+        ("model.patch: {low: 4, high: 8, step: 3}", "given step 3"),
+        ("model.patch: {low: a, high: 8}", "low: given 'a'; expected a number"),
+        ("model.patch: {low: 4, hihg: 8}", "did you mean 'high'?"),
+        ("model.patch: {choices: [4], low: 4}", "and a range; expected one of them"),
+        ("model.patch: {low: 4, high: 8, num: 3}", "given num with sampler tpe"),
+        ("model.patch: {choices: [4, eight]}", "choices.1: given 'eight'"),
+        ("model.patch: {low: 4.0, high: 8.0}", "given 4.0; expected a valid integer"),
+        ("pretrain.optimizer.weight_decay: {low: 0, high: 1}", "expected 0.0 and 1.0, or step"),
+        ("masking.ratio.value: {low: 0.5, high: 0.9}", "lies within masking.ratio"),
+        ("ratio: {choices: [1]}", "did you mean 'masking.ratio'?"),
+        ("trial.model.size: {choices: [pico]}", "did you mean 'model.size'?"),
+        ("model.decoder: {choices: [{depth: 2}]}", "without a label"),
+        ("model.decoder: {choices: {a/b: {depth: 2}}}", "without '.' and '/'"),
+        ("model.decoder: {choices: {a: {dpth: 2}}}", "did you mean 'depth'?"),
+        ("model.decoder: {choices: {a: {depth: {low: 3, high: 2}}}}", "expected low < high"),
+        ("model.decoder: {choices: {a: {depth: {low: 0, high: 2}}}}", "given 0; expected greater"),
+        ("pretrain.batch: {choices: [64, 65]}", "search.pretrain.batch: given 65"),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused(item, words):
+    text = changed("  model.patch: {choices: [4, 8, 16]}\n", f"  {item}\n")
+    told = [line for line in mistakes(text) if words in line]
+    assert told, mistakes(text)
+    assert told[0].startswith("s.yaml:10: search.")
+
+
+def test_a_step_schedule_whose_lists_do_not_fit_is_refused_wherever_it_stands():
+    step = "{name: step, values: [0.2, 0.5], at: [0.3, 0.6]}"
+    assert "one more value" in mistakes(changed("{name: constant, value: 0.75}", step))[0]
+    lines = mistakes(changed("      rising: ", f"      steps: {step}\n      rising: "))
+    assert lines[0].startswith("s.yaml:14: search.masking.ratio.choices.steps: step needs one more")
+
+
+@pytest.mark.parametrize(
+    "old, new, line, words",
+    [
+        ("[4, 8, 16]", "[4, 8, 12]", 10, "12 does not divide the image size 64x64; take one of 2"),
+        ("[4, 8, 16]", "[4, 8, 64]", 10, "64 makes 1 mask units of an image of 64x64"),
+        ("strategy: random", "unit: 8", 6, "8 is not a multiple of the patch size 16; leave"),
+        ("patch: 8", "patch: 6", 10, "6 does not divide"),
+        ("budget", "probe: {unit: 8}\nbudget", 10, "16 does not divide the probe's unit 8"),
+        ("budget", "probe: {unit: 24}\nbudget", 21, "24 does not divide the image size 64x64"),
+        ("size: 64", "size: 60", 10, "8 does not divide the image size 60x60"),
+    ],
+)
+def test_an_arm_that_cannot_run_is_refused_with_a_way_out(old, new, line, words):
+    told = [text for text in mistakes(changed(old, new)) if words in text]
+    assert told, mistakes(changed(old, new))
+    assert told[0].startswith(f"s.yaml:{line}: ")
+
+
+def test_every_combination_of_patch_and_unit_is_looked_at():
+    unit = "  masking.unit: {choices: [8, 16]}\n"
+    lines = mistakes(changed("  masking.ratio:\n", f"{unit}  masking.ratio:\n"))
+    assert len(lines) == 1
+    assert "search.masking.unit: 8 is not a multiple of the patch size 16" in lines[0]
+    labels = "  model: {choices: {a: {patch: 16}, b: {patch: {choices: [8, 24]}}}}\n"
+    lines = mistakes(changed("  model.patch: {choices: [4, 8, 16]}\n", labels))
+    assert "s.yaml:10: search.model: 24 does not divide the image size 64x64" in lines[0]
+
+
+def test_many_bad_patches_do_not_fill_the_screen():
+    lines = mistakes(changed("{choices: [4, 8, 16]}", "{low: 1, high: 64}"))
+    assert len(lines) < 12
+    assert any("and more of the kind" in line for line in lines)
+
+
+def test_a_grid_needs_points_and_names_the_line_that_lacks_them():
+    text = changed("sampler: {name: tpe}", "sampler: grid")
+    lines = mistakes(text)
+    assert lines[0].startswith(
+        "s.yaml:13: search.masking.ratio.choices.constant.value: given a range"
+    )
+    assert len(lines) == 3
+    parse(re.sub(r"(high: 0\.\d)", r"\1, num: 3", text))
+
+
+def test_a_bare_name_stands_for_the_name_with_defaults():
+    assert parse(changed("sampler: {name: tpe}", "sampler: tpe")).sampler.name == "tpe"
+    text = changed("{name: constant, value: 0.75}", "constant")
+    assert parse(text).trial.masking.ratio.value == 0.75
+    assert (
+        "did you mean 'constant'?"
+        in mistakes(text.replace("ratio: constant", "ratio: constent"))[0]
+    )
+
+
+def test_relative_storage_lies_beside_the_study_file(monkeypatch, tmp_path):
+    for name in ("RAY_JOB_ID", "MASKSTUDY_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "s.yaml"
+    file.write_text(GOOD)
+    spec = load_spec(file)
+    assert spec.folder_of_yaml == tmp_path
+    assert spec.storage_path() == tmp_path / "studies"
+    assert spec.storage_note is None
+    assert parse(GOOD + "storage: /data/s\n").storage_path() == Path("/data/s")
+    assert parse(GOOD + "storage: ~/s\n").storage_path() == Path.home() / "s"
+    assert "expected a folder that every node sees" in mistakes(GOOD + "storage: s3://b/c\n")[0]
+
+
+def test_in_a_job_relative_storage_is_not_in_the_copy_that_ray_deletes(monkeypatch, tmp_path):
+    monkeypatch.delenv("MASKSTUDY_STORAGE", raising=False)
+    monkeypatch.delenv("RAY_JOB_ID", raising=False)
+    copy = "/tmp/ray/session_2026-01-01_00-00-00_1_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    assert parse(GOOD, copy).storage_path() == Path.home() / "maskstudy" / "studies"
+    assert "studies" in parse(GOOD, copy).storage_note
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    assert parse(GOOD).storage_path() == Path.home() / "maskstudy" / "studies"
+    monkeypatch.setenv("MASKSTUDY_STORAGE", str(tmp_path))
+    assert parse(GOOD).storage_path() == tmp_path / "studies"
+    assert str(tmp_path) in parse(GOOD).storage_note
+    assert parse(GOOD + "storage: /data\n").storage_note is None
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: " + b"x" * 300_000])
+def test_a_file_that_is_no_study_is_refused(tmp_path, content):
+    file = tmp_path / "s.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{file}:1: ")):
+        load_spec(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_spec(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_spec(tmp_path)
+
+
+def test_the_digest_is_of_the_meaning():
+    assert parse(GOOD + "# a comment\n").digest == parse(GOOD).digest
+    spelt_out = GOOD + "controls: [random-init]\nseed: 0\n"
+    assert parse(spelt_out).digest == parse(GOOD).digest
+    assert (
+        parse(changed("workers: 2", "workers: 2, cpus_per_worker: 1")).digest == parse(GOOD).digest
+    )
+    assert parse(GOOD + "seed: 1\n").digest != parse(GOOD).digest
+
+
+def test_equal_texts_have_no_difference():
+    assert difference(GOOD, GOOD + "# a comment\nseeds: 1\n") == []
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("trials: 40", "trials: 41"),
+        ("{arms: 3, seeds: 5}", "{arms: 2, seeds: 9}"),
+        ("confirm: {arms: 3, seeds: 5}\n", ""),
+        ("workers: 2", "workers: 1"),
+        ("{workers: 2, gpus_per_worker: 1}", "{concurrent: 3}"),
+        ("question: Do small masks help the smallest cells?", "question: Which ratio?"),
+        ("seeds: 5}", "seeds: 5}\nstorage: elsewhere"),
+    ],
+)
+def test_a_study_may_go_on_with_more_trials_or_other_machines(old, new):
+    found = difference(GOOD, changed(old, new))
+    assert found and all(one.is_compatible for one in found)
+
+
+def test_fewer_trials_are_another_study():
+    assert difference(GOOD, changed("trials: 40", "trials: 39")) == [
+        Difference("budget.trials", 40, 39, False)
+    ]
+    found = difference(GOOD, changed("batch: 64", "batch: 32"))
+    assert [str(one) for one in found] == ["trial.pretrain.batch: 64 -> 32"]
+
+
+def _mutations(data, path=()):
+    """Every file that differs in one leaf and is still valid."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        if isinstance(value, dict | list):
+            yield from _mutations(value, (*path, key))
+        elif isinstance(value, bool) or value is None:
+            continue
+        elif isinstance(value, int):
+            yield (*path, key), value * 2
+            yield (*path, key), value + 1
+        elif isinstance(value, float):
+            yield (*path, key), value * 0.9
+        else:
+            for other in ("other", "nano", "linear", "random", "none", "segment/dice", "minimize"):
+                if other != value:
+                    yield (*path, key), other
+
+
+def test_every_single_change_is_seen_and_only_the_harmless_ones_are_compatible():
+    data, _ = read_yaml(GOOD, "s.yaml")
+    harmless = ("question", "budget", "confirm", "resources", "storage")
+    seen = set()
+    for path, value in _mutations(data):
+        other = json.loads(json.dumps(data))
+        around = other
+        for part in path[:-1]:
+            around = around[part]
+        around[path[-1]] = value
+        text = yaml.safe_dump(other).replace("0.00015", "1.5e-4")
+        try:
+            found = difference(GOOD, text)
+        except UserError:
+            continue
+        assert found, path
+        assert all(one.is_compatible for one in found) == (path[0] in harmless), (path, found)
+        seen.add(path[0])
+    assert seen >= {
+        "study",
+        "data",
+        "trial",
+        "search",
+        "objectives",
+        "sampler",
+        "stopping",
+        "budget",
+    }
+
+
+def test_the_schema_knows_names_and_options():
+    found = schema()
+    text = json.dumps(found)
+    for word in ("constant", "linear", "halving", "tpe", "reduction", "base_lr", "random-init"):
+        assert f'"{word}"' in text
+    sampler = found["properties"]["sampler"]
+    assert {"enum": ["tpe", "random", "grid"]} in sampler["anyOf"]
+    strategy = found["$defs"]["MaskingConfig"]["properties"]["strategy"]
+    assert any("random" in member.get("enum", []) for member in strategy["anyOf"])
+    assert found["additionalProperties"] is False
+
+
+def test_the_control_is_the_trial_as_it_stands_in_the_file():
+    spec = parse(GOOD)
+    expected = TrialConfig.model_validate(read_yaml(GOOD, "s.yaml")[0]["trial"])
+    assert arm_id(spec.trial) == arm_id(expected)

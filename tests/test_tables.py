@@ -1,0 +1,125 @@
+"""Run: python -m pytest tests/test_tables.py"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import study_tables, write_study
+
+from analysis.tables import arm_scores, final, flatten, load, mean_ratio
+from study.folder import StudyFolder
+from study.ledger import LedgerError
+from trainables.errors import StorageError, UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    return write_study(tmp_path_factory.mktemp("studies") / "platelets", pictures=False)
+
+
+def test_a_study_is_read_from_its_folder(folder: StudyFolder) -> None:
+    tables = load(folder.root)
+    assert tables.name == "platelets"
+    assert tables.spec["question"] == "Do small masks help the smallest cells?"
+    assert len(tables.suggestions) == len(tables.arms) == 14
+    assert list(tables.arms["group"][:4]) == ["control", "random-init", "frozen", "search"]
+    assert [goal.key for goal in tables.objectives] == ["segment/miou", "pretrain/probe_psnr"]
+    assert tables.measure("pretrain/probe_psnr").axis == "probe PSNR (dB)"
+    assert tables.environment["data"]["fingerprint"] == "5d41402abc4b2a76"
+
+
+def test_analysis_imports_neither_torch_nor_ray_nor_optuna(folder: StudyFolder) -> None:
+    code = (
+        "import sys; from pathlib import Path; from analysis.report import build_report\n"
+        "build_report(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "print([name for name in ('torch', 'ray', 'optuna', 'monai') if name in sys.modules])"
+    )
+    output = folder.root.parent / "report.html"
+    command = [sys.executable, "-c", code, str(folder.root), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_complete_trials_have_final_scores(folder: StudyFolder) -> None:
+    tables = load(folder)
+    finals = final(tables)
+    outcomes = tables.results["outcome"]
+    assert set(outcomes) == {"complete", "stopped", "failed"}
+    assert set(finals.index) == set(outcomes.index[outcomes == "complete"])
+    trial = finals.index[0]
+    rows = tables.rows[(tables.rows["trial"] == trial) & (tables.rows["metric"] == "miou")]
+    assert list(rows["progress"]) == [0.25, 0.5, 1.0]
+    assert finals.at[trial, "segment/miou"] == rows["value"].iloc[-1]
+
+
+def test_a_failed_trial_has_no_final_score_though_its_pretraining_is_complete() -> None:
+    tables = study_tables(Path("x"))
+    failed = tables.results.index[tables.results["outcome"] == "failed"][0]
+    rows = tables.rows[tables.rows["trial"] == failed]
+    assert 1.0 in set(rows.loc[rows["phase"] == "pretrain", "progress"])
+    assert failed not in final(tables).index
+
+
+def test_the_trial_that_made_an_arm_stand_out_no_longer_counts_once_confirmed() -> None:
+    tables = study_tables(Path("x"), confirm_seeds=3)
+    scores = arm_scores(tables, "segment/miou")
+    seeds = scores.groupby("arm")["seed"].apply(list).to_dict()
+    groups = tables.arms["group"]
+    confirmed = set(tables.suggestions.loc[tables.suggestions["origin"] == "confirm", "arm"])
+    for arm in confirmed:
+        assert seeds[arm] == ([1, 2, 3] if groups[arm] == "search" else [0, 1, 2, 3])
+    others = [arm for arm in seeds if arm not in confirmed]
+    assert others and all(seeds[arm] == [0] for arm in others)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "mean"),
+    [
+        ({"name": "constant", "value": 0.3}, 0.3),
+        ({"name": "linear", "start": 0.2, "end": 0.8}, 0.5),
+        ({"name": "cosine", "start": 0.2, "end": 0.6}, 0.4),
+        ({"name": "step", "values": [0.2, 0.8], "at": [0.25]}, 0.65),
+    ],
+)
+def test_mean_ratio_by_hand(schedule: dict[str, object], mean: float) -> None:
+    assert mean_ratio(schedule) == pytest.approx(mean)
+
+
+def test_a_schedule_of_a_newer_version_has_no_computed_mean() -> None:
+    assert mean_ratio({"name": "spiral", "turns": 3}) is None
+    assert mean_ratio({"name": "linear", "from": 3}) is None
+
+
+def test_labels_say_what_was_varied() -> None:
+    tables = study_tables(Path("x"))
+    labels = list(tables.arms["label"])
+    assert labels[:4] == [
+        "control: patch 8, ratio 0.75",
+        "random-init: patch 8, ratio 0.75",
+        "frozen: patch 8, ratio 0.75",
+        "patch 4, ratio 0.60",
+    ]
+    assert labels[4] == "patch 8, ratio 0.46→0.81 linear rising"
+    assert len(set(labels)) == len(labels)
+
+
+def test_settings_are_flattened_with_dots() -> None:
+    assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2]}) == {"a.b.c": 1, "d": [1, 2]}
+
+
+def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no study lies here.*study\.yaml is missing"):
+        load(tmp_path)
+
+
+def test_a_changed_or_huge_study_file_is_refused(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", trials=1, pictures=False)
+    folder.spec.write_text(folder.spec.read_text() + "# changed\n")
+    with pytest.raises(LedgerError, match="changed after it was frozen"):
+        load(folder)
+    folder.spec.write_bytes(b"#" * (256 * 1024 + 1))
+    with pytest.raises(StorageError, match="at most 262144 bytes"):
+        load(folder)

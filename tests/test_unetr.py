@@ -1,0 +1,133 @@
+"""python -m pytest tests/test_unetr.py"""
+
+import pytest
+import torch
+
+from trainables.config import TrialConfig
+from trainables.mae import build_mae
+from trainables.unetr import build_unetr
+
+
+def config(patch=8, encoder="finetune", features=8, size="pico"):
+    return TrialConfig.model_validate(
+        {
+            "model": {"size": size, "patch": patch},
+            "segment": {"encoder": encoder, "features": features},
+        }
+    )
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96)], ids=str)
+@pytest.mark.parametrize("patch", [2, 4, 8, 16, 32])
+def test_scores_have_the_size_of_the_image(patch, size):
+    model = build_unetr(config(patch), size, channels=3, num_classes=5)
+    assert model(torch.randn(2, 3, *size)).shape == (2, 5, *size)
+
+
+@pytest.mark.parametrize(("patch", "edge"), [(5, 40), (12, 48), (1, 12), (32, 32), (8, 8), (2, 18)])
+def test_patches_and_sizes_that_halve_unevenly_work_too(patch, edge):
+    model = build_unetr(config(patch), (edge, 2 * edge), channels=1, num_classes=2)
+    model(torch.randn(1, 1, edge, 2 * edge)).sum().backward()
+
+
+def test_volumes_have_three_axes():
+    model = build_unetr(config(8), (16, 24, 8), channels=1, num_classes=3)
+    assert model(torch.randn(1, 1, 16, 24, 8)).shape == (1, 3, 16, 24, 8)
+
+
+@pytest.mark.parametrize(
+    ("patch", "depth_blocks", "sizes"),
+    [
+        (16, [3, 6, 9, 12], [64, 32, 16, 8, 4]),  # as in the UNETR paper
+        (8, [4, 8, 12], [64, 32, 16, 8]),
+        (4, [4, 8, 12], [64, 32, 16, 8]),  # tokens at 16 x 16 are pooled for the deepest level
+        (2, [4, 8, 12], [64, 32, 16, 8]),
+        (32, [2, 5, 7, 10, 12], [64, 32, 16, 8, 4, 2]),
+    ],
+)
+def test_levels_and_blocks_follow_the_patch(patch, depth_blocks, sizes):
+    model = build_unetr(config(patch, size="tiny"), (64, 64), 1, 2)
+    assert model.after == depth_blocks
+    assert model.sizes == [(edge, edge) for edge in sizes]
+
+
+@pytest.mark.parametrize("patch", [2, 8, 32])
+def test_every_parameter_gets_a_gradient(patch):
+    """Otherwise DistributedDataParallel would wait for it for ever."""
+    model = build_unetr(config(patch), (32, 32), 1, 3)
+    model(torch.randn(2, 1, 32, 32)).square().sum().backward()
+    without = [name for name, value in model.named_parameters() if value.grad is None]
+    assert without == []
+    silent = [name for name, value in model.named_parameters() if not value.grad.any()]
+    assert silent == []
+
+
+def test_tokens_reach_the_place_they_come_from():
+    """A change in one corner, seen through the encoder alone, moves that corner most."""
+    torch.manual_seed(0)
+    model = build_unetr(config(4), (16, 32), 1, 2).eval()
+    torch.nn.init.zeros_(model.image_skip.weight)
+    patches_changed = torch.zeros(1, 1, 16, 32)
+    patches_changed[..., :4, 28:] = 5.0
+    difference = (model(patches_changed) - model(torch.zeros(1, 1, 16, 32))).abs().sum((0, 1))
+    row, column = divmod(int(difference.argmax()), 32)
+    assert row < 6 and column >= 26
+
+
+def test_the_image_and_every_level_matter():
+    model = build_unetr(config(8), (32, 32), 1, 2).eval()
+    images = torch.randn(1, 1, 32, 32)
+    scores = model(images)
+    for part in [model.image_skip, *model.token_skips]:
+        kept = part.weight.detach().clone()
+        torch.nn.init.zeros_(part.weight)
+        assert not torch.equal(model(images), scores)
+        part.weight.data.copy_(kept)
+    assert torch.equal(model(images), scores)
+
+
+def test_a_frozen_encoder_has_no_gradient_and_stays_in_evaluation_mode():
+    model = build_unetr(config(encoder="frozen"), (32, 32), 1, 2).train()
+    assert not any(value.requires_grad for value in model.encoder.parameters())
+    assert not any(module.training for module in model.encoder.modules())
+    assert model.refine.training
+    assert all(value.requires_grad for value in model.refine.parameters())
+    assert build_unetr(config(), (32, 32), 1, 2).train().encoder.training
+
+
+def test_weights_follow_from_the_seed_alone():
+    first, again, other = (build_unetr(config(), (32, 32), 1, 2, seed) for seed in (3, 3, 4))
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    build_unetr(config(), (32, 32), 1, 2, 3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not torch.equal(first.head.conv.conv.weight, other.head.conv.conv.weight)
+    assert not torch.equal(first.encoder.embed.weight, other.encoder.embed.weight)
+
+
+def test_a_pretrained_encoder_fits():
+    mae = build_mae(config(), (32, 32), 1, seed=0)
+    model = build_unetr(config(), (32, 32), 1, 2, seed=5)
+    model.encoder.load_state_dict(mae.encoder.state_dict())
+    assert torch.equal(model.encoder.embed.weight, mae.encoder.embed.weight)
+
+
+def test_one_image_is_learnt_by_heart():
+    model = build_unetr(config(8), (32, 32), 1, 3)
+    truth = torch.zeros(1, 32, 32, dtype=torch.long)
+    truth[:, 3:7, 4:9], truth[:, 20:23, 15:28] = 1, 2
+    images = truth[:, None].float() + 0.3 * torch.randn(
+        1, 1, 32, 32, generator=torch.Generator().manual_seed(0)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(model(images), truth)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    predicted = model(images).argmax(1)
+    for label in (1, 2):
+        shared = ((predicted == label) & (truth == label)).sum()
+        assert shared / ((predicted == label) | (truth == label)).sum() > 0.9

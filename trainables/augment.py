@@ -1,0 +1,45 @@
+"""Augmentations of a whole batch on its device, with counter-based randomness.
+
+To add one, write a function of (images, masks, seed, step, samples) with keyword-only options that
+changes images and masks alike, and add it to AUGMENTATIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainables import counter
+
+
+def none(
+    images: Tensor, masks: Tensor | None, seed: int, step: int, samples_B: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Images as they are."""
+    return images, masks
+
+
+def flips(
+    images: Tensor, masks: Tensor | None, seed: int, step: int, samples_B: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Each axis turned around with probability 1/2; images (B, C, *S), masks (B, *S)."""
+    num_axes = images.ndim - 2
+    is_flipped_BA = counter.uniform(seed, "flip", step, samples_B, num_axes) < 0.5
+    for axis in range(num_axes):
+        images = _flip(images, axis - num_axes, is_flipped_BA[:, axis])
+        if masks is not None:
+            masks = _flip(masks, axis - num_axes, is_flipped_BA[:, axis])
+    return images, masks
+
+
+def _flip(tensor: Tensor, axis: int, is_flipped_B: Tensor) -> Tensor:
+    is_flipped = is_flipped_B.reshape(-1, *[1] * (tensor.ndim - 1))
+    return torch.where(is_flipped, tensor.flip(axis), tensor)
+
+
+AUGMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "none": none,
+    "flips": flips,
+}

@@ -1,0 +1,227 @@
+"""Checkpoints: tensors and counters of a running trial, so that a kill costs little and lies never.
+
+    <folder>/<attempt>-<phase>-<step>/
+        tensors.safetensors     weights and the optimiser's moments
+        state.json              phase, step, and whatever else the loop counts
+        manifest.json           size and SHA-256 of the other two, written last
+
+A checkpoint is written under a name that starts with a dot, and renamed when all of it is on the
+disk. What is newest is said by (phase, step) in state.json, never by a clock or a name. The newest
+two complete ones are kept: one of them is there at every instant after the first save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainables.errors import StorageError
+
+PHASES = ("pretrain", "segment")  # in the order of a trial
+KEPT = 2
+
+State = dict[str, Any]
+
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_log = logging.getLogger(__name__)
+
+
+class DamageError(StorageError):
+    """A checkpoint that is not what its manifest says: which file, and what is wrong."""
+
+
+def save(folder: Path, name: str, tensors: dict[str, Tensor], state: State) -> Path:
+    """Write a checkpoint durably, then keep the newest two. `state` holds "phase" and "step"."""
+    assert state["phase"] in PHASES and isinstance(state["step"], int)
+    assert not name.startswith(".")
+    target = _unused(folder / name)
+    aside = folder / f".{target.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        on_host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(on_host, aside / _TENSORS)
+        _write_json(aside / _STATE, state)
+        files = {file: _fingerprint(aside / file) for file in (_TENSORS, _STATE)}
+        _sync(aside / _TENSORS)
+        _write_json(aside / _MANIFEST, {"files": files})
+        _sync(aside)
+        os.replace(aside, target)
+        _sync(folder)
+        _keep_newest(folder, target)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{target}: the checkpoint could not be written ({error}); the one before is intact. "
+            f"Make room, then run the same command again"
+        ) from error
+    return target
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Tensor], State, str] | None:
+    """(tensors, state, name) of the newest complete checkpoint; None when nothing was ever saved.
+
+    A damaged one is named in a warning and the one before is taken; when all are damaged, that is
+    an error, as starting from zero unasked would hide it.
+    """
+    names = _names(folder)
+    damaged: list[str] = []
+    for name in _newest_first(folder, names, damaged):
+        try:
+            tensors, state = load(folder, name)
+        except DamageError as damage:
+            damaged.append(f"{name}/{damage}")
+            _log.warning("%s: %s; taking the checkpoint before", folder / name, damage)
+            continue
+        return tensors, state, name
+    if damaged:
+        raise StorageError(
+            f"{folder}: no checkpoint is whole ({'; '.join(damaged)}). Put the files back from a "
+            f"copy, or delete this folder to train the trial from its beginning"
+        )
+    return None
+
+
+def load(folder: Path, name: str) -> tuple[dict[str, Tensor], State]:
+    """One checkpoint by name, verified against its manifest."""
+    try:
+        _verify(folder / name)
+        state: State = json.loads((folder / name / _STATE).read_text())
+        return load_file(folder / name / _TENSORS), state
+    except (OSError, SafetensorError) as error:
+        raise DamageError(str(error)) from error
+
+
+def pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights as `model/<name>`, the optimiser's moments as `optimizer/<name>/<moment>`."""
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = value
+    return tensors
+
+
+def unpack(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `pack` took; rates and decays stay as the optimiser was built."""
+    model.load_state_dict(weights(tensors))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            name, moment = key.removeprefix("optimizer/").rsplit("/", 1)
+            moments.setdefault(name, {})[moment] = value
+    ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    state = {number: moments[name] for number, name in enumerate(ordered) if name in moments}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def weights(tensors: dict[str, Tensor], part: str = "") -> dict[str, Tensor]:
+    """The model's (or one of its parts') state_dict out of a checkpoint's tensors."""
+    prefix = f"model/{part}." if part else "model/"
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _names(folder: Path) -> list[str]:
+    """Every checkpoint, whole or not; what an interrupted save or removal left has a dot."""
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _newest_first(folder: Path, names: list[str], damaged: list[str]) -> list[str]:
+    """Names by (phase, step), newest first; one whose state cannot be read joins `damaged`."""
+    places = {}
+    for name in names:
+        try:
+            places[name] = (*_place(folder / name), name)
+        except DamageError as damage:
+            damaged.append(f"{name}/{damage}")
+            _log.warning("%s: %s; taking another checkpoint", folder / name, damage)
+    return sorted(places, key=places.__getitem__, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """(phase, step); only the small files are read and verified."""
+    _verify(path, only=_STATE)
+    state = json.loads((path / _STATE).read_text())
+    return PHASES.index(state["phase"]), state["step"]
+
+
+def _verify(path: Path, only: str | None = None) -> None:
+    """Raise DamageError unless the files (or `only` one) have the manifest's sizes and hashes."""
+    try:
+        files = json.loads((path / _MANIFEST).read_bytes())["files"]
+        expected = {file: files[file] for file in (_TENSORS, _STATE) if only in (None, file)}
+        sizes = {file: (entry["bytes"], entry["sha256"]) for file, entry in expected.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"{_MANIFEST} cannot be read ({error!r})") from error
+    for file, (size, sha256) in sizes.items():
+        try:
+            found = _fingerprint(path / file)
+        except OSError as error:
+            raise DamageError(f"{file} cannot be read ({error})") from error
+        if found["bytes"] != size:
+            raise DamageError(f"{file} has {found['bytes']} bytes, the manifest says {size}")
+        if found["sha256"] != sha256:
+            raise DamageError(f"{file} does not have the content that {_MANIFEST} says")
+
+
+def _keep_newest(folder: Path, saved: Path) -> None:
+    """Remove all but `saved` and the newest other complete one, and leftovers of the past."""
+    kept = {saved.name}
+    others = [name for name in _names(folder) if name != saved.name]
+    for name in _newest_first(folder, others, damaged=[]):
+        try:
+            _verify(folder / name)
+        except DamageError:
+            continue
+        kept.add(name)
+        if len(kept) == KEPT:
+            break
+    for path in list(folder.iterdir()):
+        if not path.is_dir() or path.name in kept:
+            continue
+        if not path.name.startswith("."):
+            # out of sight in one step, so that no half-deleted checkpoint is ever listed
+            path = path.rename(folder / f".{path.name}.removed")
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind it when an earlier checkpoint has that name."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False))
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

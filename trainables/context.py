@@ -1,0 +1,35 @@
+"""What surrounds a trial: device, folder, workers, and whom to tell.
+
+Nothing in it changes the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# keys: phase, step, epoch, progress, metric, value, goal, unit, seconds
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a trial runs. `report` and `heartbeat` are called on rank 0 only."""
+
+    device: torch.device
+    folder: Path  # the trial's own
+    attempt: str  # a word no other start of this trial has
+    rungs: tuple[float, ...]  # rising shares of a phase's planned budget; the last is 1
+    report: Callable[[list[Row]], bool]  # rows are durable when it returns; True: stop here
+    heartbeat: Callable[[str, float, float], None]  # (phase, progress, images per second); cheap
+    rank: int = 0
+    world_size: int = 1
+    checkpoint_seconds: float = 30.0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0

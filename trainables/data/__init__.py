@@ -1,0 +1,37 @@
+"""Where images come from, and how trials read them.
+
+To add a source, write a function (root, *, options) -> store.Source and add it to SOURCES.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainables.data import smears
+from trainables.data.store import Dataset, Resident, default_cache, open_dataset, to_device, write
+from trainables.named import Choice, named
+
+SOURCES = {"smears": smears.smears}
+
+if TYPE_CHECKING:
+    DataConfig = Choice
+else:
+    DataConfig = named(SOURCES, key="source")
+
+
+def prepare(config: Choice, root: Path, cache: Path) -> Path:
+    """Decode once into `cache/<fingerprint>`; paths count from `root`, the folder of the YAML."""
+    return write(SOURCES[config.name](root, **config.options()), cache)
+
+
+__all__ = [
+    "SOURCES",
+    "DataConfig",
+    "Dataset",
+    "Resident",
+    "default_cache",
+    "open_dataset",
+    "prepare",
+    "to_device",
+]

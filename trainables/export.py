@@ -1,0 +1,113 @@
+"""The pretrained encoder as a file that timm loads: safetensors, and JSON that says how.
+
+The weights are renamed and reshaped, nothing else: the fixed positions become timm's `pos_embed`,
+the linear layer on cut patches its convolution.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainables.config import TrialConfig
+from trainables.errors import StorageError, UserError
+from trainables.mae import Encoder
+
+if TYPE_CHECKING:
+    from trainables.data import Dataset
+
+TIMM_MODEL = "vit_tiny_patch16_224"  # a plain vision transformer; every number of it is replaced
+WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
+
+
+def export_encoder(
+    folder: Path,
+    encoder: Encoder,
+    config: TrialConfig,
+    seed: int,
+    dataset: Dataset,
+    results: Mapping[str, float],
+) -> None:
+    """Write encoder.safetensors and, last, encoder.json into `folder`."""
+    description = {
+        "timm": {"model": TIMM_MODEL, "kwargs": timm_kwargs(encoder)},
+        "input": {
+            "channels": dataset.channels,
+            "size": list(dataset.size),
+            "low": dataset.low,
+            "high": dataset.high,
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "standardise": "((pixels - low) / (high - low) - mean) / std, per channel",
+        },
+        "usage": usage(dataset),
+        "pretraining": {
+            "config": config.model_dump(mode="json"),
+            "seed": seed,
+            "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+            "results": dict(results),
+        },
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{WEIGHTS}.partial"
+        save_file(timm_weights(encoder), aside)
+        os.replace(aside, folder / WEIGHTS)
+        aside = folder / f".{DESCRIPTION}.partial"
+        aside.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
+        os.replace(aside, folder / DESCRIPTION)
+    except OSError as error:
+        raise StorageError(f"{folder}: the encoder could not be written ({error})") from error
+
+
+def timm_kwargs(encoder: Encoder) -> dict[str, Any]:
+    """Arguments of timm.create_model that build the same network without its head."""
+    patch, channels = encoder.patch, encoder.channels
+    return {
+        "img_size": [cells * patch for cells in encoder.grid],
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": encoder.width,
+        "depth": encoder.depth,
+        "num_heads": encoder.heads,
+        "num_classes": 0,
+    }
+
+
+def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """The state_dict of timm's VisionTransformer that computes what `encoder` does."""
+    if len(encoder.grid) != 2:
+        raise UserError(
+            f"export: timm's vision transformer takes images of 2 axes, this encoder has "
+            f"{len(encoder.grid)}"
+        )
+    state = {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
+    patch, width = encoder.patch, encoder.width
+    kernel = state.pop("embed.weight").reshape(width, patch, patch, encoder.channels)
+    positions = nn.functional.pad(encoder.positions.cpu(), (0, 0, 1, 0))  # none for the class token
+    renamed = {
+        "patch_embed.proj.weight": kernel.permute(0, 3, 1, 2),
+        "patch_embed.proj.bias": state.pop("embed.bias"),
+        "cls_token": state.pop("class_token"),
+        "pos_embed": positions[None],
+        **state,
+    }
+    return {name: value.contiguous() for name, value in renamed.items()}
+
+
+def usage(dataset: Dataset) -> list[str]:
+    """Three lines of Python that load the encoder from the folder of the two files."""
+    size = ", ".join(map(str, dataset.size))
+    return [
+        "import json, pathlib, timm, torch; "
+        f"about = json.loads(pathlib.Path('{DESCRIPTION}').read_text())['timm']",
+        f"encoder = timm.create_model(about['model'], checkpoint_path='{WEIGHTS}', "
+        "**about['kwargs']).eval()",
+        f"tokens = encoder.forward_features(torch.zeros(1, {dataset.channels}, {size}))",
+    ]

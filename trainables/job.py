@@ -1,0 +1,90 @@
+"""A job: what the driver sends to a worker group, as plain JSON, and how a worker runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from trainables.config import ProbeConfig, TrialConfig
+from trainables.context import Context, Row
+from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
+from trainables.errors import UserError
+from trainables.trial import run_trial
+
+
+def make_job(
+    *,
+    trial: str,
+    config: dict[str, Any],
+    seed: int,
+    probe: ProbeConfig,
+    rungs: list[float],
+    folder: Path,
+    data: Any,
+    data_root: Path,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Everything a worker has to know of a trial; paths in it are never stored."""
+    return {
+        "trial": trial,
+        "config": config,
+        "seed": seed,
+        "probe": probe.model_dump(mode="json"),
+        "rungs": rungs,
+        "folder": str(folder),
+        "data": data.model_dump(mode="json", by_alias=True),
+        "data_root": str(data_root),
+        "fingerprint": fingerprint,
+    }
+
+
+def run_job(
+    job: dict[str, Any],
+    *,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    attempt: str,
+    report: Callable[[list[Row]], bool],
+    heartbeat: Callable[[str, float, float], None],
+) -> str:
+    """Train the job's trial; see `run_trial` for what comes back."""
+    context = Context(
+        device=device,
+        folder=Path(job["folder"]),
+        attempt=attempt,
+        rungs=tuple(job["rungs"]),
+        report=report,
+        heartbeat=heartbeat,
+        rank=rank,
+        world_size=world_size,
+    )
+    dataset = _dataset_on_this_node(job)
+    config = TrialConfig.model_validate(job["config"])
+    probe = ProbeConfig.model_validate(job["probe"])
+    return run_trial(config, job["seed"], dataset, probe, context)
+
+
+def _dataset_on_this_node(job: dict[str, Any]) -> Dataset:
+    """The decoded data, from this node's cache or decoded here for all trials to come."""
+    folder = default_cache() / job["fingerprint"]
+    if not folder.is_dir():
+        config = TypeAdapter(DataConfig).validate_python(job["data"])
+        folder = prepare(config, Path(job["data_root"]), default_cache())
+        if folder.name != job["fingerprint"]:
+            raise UserError(
+                f"{job['data_root']}: the data on this node differs from the driver's "
+                f"({folder.name[:12]} instead of {job['fingerprint'][:12]}); every node must see "
+                f"the same files"
+            )
+    return _open_once(folder)
+
+
+@lru_cache(maxsize=2)
+def _open_once(folder: Path) -> Dataset:
+    return open_dataset(folder)

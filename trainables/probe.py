@@ -1,0 +1,257 @@
+"""How well a model fills in what it does not see, in numbers that can be compared between trials.
+
+Losses cannot be compared across ratio, patch size or target. The probe can: the same images, and
+on each of them the same hidden regions in *pixels*, for every trial of a study. A region is
+`probe.unit` pixels wide, a multiple of every patch size, so a patch is hidden whole or not at all.
+
+    probe_psnr@r   dB on hidden pixels of the probe with a share r hidden
+    probe_ssim@r   structural similarity, its map averaged over those pixels
+    probe_gain     dB above filling each hidden pixel with the mean of the image's visible pixels
+    native_psnr_*  dB at the trial's own unit, strategy and final ratio, as papers plot them
+
+Intensities are in [0, 1], 1 is the data range; PSNR is taken per image, then averaged over images.
+
+B batch · C channels · S pixels along every axis · U mask units · P patches
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainables import counter, distributed
+from trainables.config import ProbeConfig, TrialConfig
+from trainables.context import Context
+from trainables.data import Dataset, to_device
+from trainables.mae import MAE
+from trainables.masking import (
+    MASKING,
+    MaskRequest,
+    hidden_units,
+    pixels_hidden,
+    split_indices,
+    unit_to_patch,
+)
+from trainables.metrics import psnr
+from trainables.pictures import save_reconstruction
+from trainables.schedules import SCHEDULES
+
+# isort: split
+# after mae, which imports timm_blocks, which mends a torchvision that torchmetrics could not import
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+PICTURES = 4  # validation images that are drawn
+
+# (standardised images (B, C, *S), visible_BV, hidden_BX) -> predicted images, every patch
+Reconstruct = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Judge:
+    """The probed validation images of a data set, ready on the device for model after model."""
+
+    def __init__(
+        self, config: TrialConfig, dataset: Dataset, probe: ProbeConfig, context: Context
+    ) -> None:
+        self.config, self.dataset, self.probe, self.context = config, dataset, probe, context
+        rows = probe_rows(dataset.rows("val"), probe.images)
+        self.images = to_device(dataset, rows, context.device, labels=False)
+        self.rows = torch.as_tensor(rows, device=context.device)
+        self.chunk = max(1, config.pretrain.batch // context.world_size)
+
+    @torch.no_grad()
+    def scores(self, model: MAE) -> dict[str, float]:
+        """Each metric's mean over the images; a collective, every worker measures its share."""
+        rank, world_size = self.context.rank, self.context.world_size
+        mine = torch.arange(rank, len(self.rows), world_size, device=self.context.device)
+        sums: dict[str, Tensor] = {}
+        for places_B in torch.split(mine, self.chunk):
+            values = measure(
+                self._reconstruct(model),
+                self.images.batch(places_B)[0],
+                self.rows[places_B],
+                self.config,
+                self.probe,
+                self.dataset.mean,
+                self.dataset.std,
+            )
+            for name, values_B in values.items():
+                sums[name] = sums.get(name, 0) + values_B.double().sum()
+        names = metric_names(self.probe)
+        zero = torch.zeros((), dtype=torch.float64, device=self.context.device)
+        total = torch.stack([sums.get(name, zero) for name in names])
+        means = distributed.sum_over_workers(total, self.context) / len(self.rows)
+        return dict(zip(names, means.tolist(), strict=True))
+
+    @torch.no_grad()
+    def draw(self, model: MAE, path: Path) -> None:
+        """Picture of a few images at the middle one of the probe's ratios."""
+        places = torch.arange(len(self.rows), device=self.context.device)
+        places = places[:: max(1, len(places) // PICTURES)][:PICTURES]
+        images = self.images.batch(places)[0]
+        size, patch = images.shape[2:], self.config.model.patch
+        ratio = sorted(self.probe.ratios)[len(self.probe.ratios) // 2]
+        is_hidden_BP, hidden = probe_mask(self.probe, ratio, size, patch, self.rows[places])
+        visible_BV, hidden_BX = split_indices(is_hidden_BP, hidden)
+        predicted = self._reconstruct(model)(images, visible_BV, hidden_BX)
+        mean, std = self.dataset.mean, self.dataset.std
+        save_reconstruction(
+            path,
+            to_intensity(images, mean, std),
+            pixels_hidden(is_hidden_BP, [edge // patch for edge in size], patch),
+            to_intensity(predicted, mean, std),
+        )
+
+    def _reconstruct(self, model: MAE) -> Reconstruct:
+        """`model.reconstruct` in eval mode, at the trial's precision, never compiled."""
+        settings, device = self.config.pretrain, self.context.device
+
+        def reconstruct(images: Tensor, visible_BV: Tensor, hidden_BX: Tensor) -> Tensor:
+            # every ratio is another shape, which is not worth compiling for a few images
+            eager = (
+                torch.compiler.set_stance("force_eager")
+                if settings.compile
+                else contextlib.nullcontext()
+            )
+            model.eval()
+            with eager, distributed.autocast(settings.precision, device):
+                predicted = model.reconstruct(images, visible_BV, hidden_BX, target=settings.target)
+            model.train()
+            return predicted
+
+        return reconstruct
+
+
+def probe_rows(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """`count` of the validation rows, evenly spread; all of them when there are fewer."""
+    count = min(count, len(rows))
+    return rows[np.arange(count) * len(rows) // max(1, count)]
+
+
+def probe_mask(
+    probe: ProbeConfig, ratio: float, size: Sequence[int], patch: int, rows_B: Tensor
+) -> tuple[Tensor, int]:
+    """(is_hidden_BP, number hidden): from seed, ratio and row, so the same for every trial."""
+    assert probe.unit is not None and probe.unit % patch == 0
+    unit_grid = [edge // probe.unit for edge in size]
+    num_units = math.prod(unit_grid)
+    hidden = hidden_units(ratio, num_units)
+    noise_BU = counter.uniform(probe.seed, f"probe@{ratio!r}", 0, rows_B, num_units)
+    order_BU = noise_BU.argsort(dim=1, stable=True)
+    is_hidden_BU = torch.zeros_like(noise_BU, dtype=torch.bool)
+    is_hidden_BU.scatter_(1, order_BU[:, :hidden], True)
+    return _in_patches(is_hidden_BU, hidden, unit_grid, probe.unit // patch)
+
+
+def native_mask(
+    config: TrialConfig, probe_seed: int, size: Sequence[int], rows_B: Tensor
+) -> tuple[Tensor, int]:
+    """(is_hidden_BP, number hidden) as the trial itself hides at the end of its schedule."""
+    unit_grid = tuple(edge // config.unit for edge in size)
+    ratio, strategy = config.masking.ratio, config.masking.strategy
+    hidden = hidden_units(SCHEDULES[ratio.name](1.0, **ratio.options()), math.prod(unit_grid))
+    request = MaskRequest(unit_grid, hidden, 1.0, probe_seed, 0, rows_B)
+    is_hidden_BU = MASKING[strategy.name](request, **strategy.options())
+    return _in_patches(is_hidden_BU, hidden, unit_grid, config.unit // config.model.patch)
+
+
+def metric_names(probe: ProbeConfig) -> list[str]:
+    """What `measure` measures."""
+    per_ratio = [f"probe_{kind}@{ratio:g}" for kind in ("psnr", "ssim") for ratio in probe.ratios]
+    means = ["probe_psnr", "probe_ssim", "probe_gain"]
+    return [*means, *per_ratio, "native_psnr_hidden", "native_psnr_all"]
+
+
+def measure(
+    reconstruct: Reconstruct,
+    images: Tensor,
+    rows_B: Tensor,
+    config: TrialConfig,
+    probe: ProbeConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, Tensor]:
+    """Every metric of these images: name -> (B,). `images` are standardised (B, C, *S)."""
+    size, patch = images.shape[2:], config.model.patch
+    grid = [edge // patch for edge in size]
+    truth = to_intensity(images, mean, std)
+
+    values: dict[str, Tensor] = {}
+    gains = []
+    for ratio in probe.ratios:
+        is_hidden_BP, hidden = probe_mask(probe, ratio, size, patch, rows_B)
+        is_hidden_BS = pixels_hidden(is_hidden_BP, grid, patch)
+        predicted = _predict(reconstruct, images, is_hidden_BP, hidden, mean, std)
+        values[f"probe_psnr@{ratio:g}"] = psnr(predicted, truth, is_hidden_BS)
+        values[f"probe_ssim@{ratio:g}"] = ssim(predicted, truth, is_hidden_BS)
+        trivial = psnr(mean_of_visible(truth, is_hidden_BS), truth, is_hidden_BS)
+        gains.append(values[f"probe_psnr@{ratio:g}"] - trivial)
+    for metric in ("probe_psnr", "probe_ssim"):
+        values[metric] = torch.stack([values[f"{metric}@{r:g}"] for r in probe.ratios]).mean(0)
+    values["probe_gain"] = torch.stack(gains).mean(0)
+
+    is_hidden_BP, hidden = native_mask(config, probe.seed, size, rows_B)
+    is_hidden_BS = pixels_hidden(is_hidden_BP, grid, patch)
+    predicted = _predict(reconstruct, images, is_hidden_BP, hidden, mean, std)
+    values["native_psnr_hidden"] = psnr(predicted, truth, is_hidden_BS)
+    values["native_psnr_all"] = psnr(predicted, truth, torch.ones_like(is_hidden_BS))
+    return values
+
+
+def to_intensity(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Standardised (B, C, *S) -> intensities in [0, 1], what is outside clipped."""
+    per_channel = (1, -1, *[1] * (images.ndim - 2))
+    scale = torch.tensor(std, device=images.device).reshape(per_channel)
+    shift = torch.tensor(mean, device=images.device).reshape(per_channel)
+    return (images.float() * scale + shift).clamp(0, 1)
+
+
+def ssim(predicted: Tensor, truth: Tensor, where_BS: Tensor) -> Tensor:
+    """Structural similarity of each image, its map averaged over the pixels `where_BS` -> (B,).
+
+    Visible pixels are the truth, as a window at the rim of a hidden region sees both. The window is
+    the usual Gaussian (sigma 1.5, 11 pixels); below 11 pixels of edge it shrinks with the image.
+    """
+    composite = torch.where(where_BS[:, None], predicted, truth)
+    sigma = 1.5 * min(1.0, min(truth.shape[2:]) / 11)
+    _, map_BCS = structural_similarity_index_measure(
+        composite, truth, data_range=1.0, sigma=sigma, return_full_image=True, reduction="none"
+    )
+    return _mean_where(map_BCS.mean(dim=1), where_BS)
+
+
+def mean_of_visible(truth: Tensor, is_hidden_BS: Tensor) -> Tensor:
+    """The trivial filling: each channel's mean over the image's visible pixels, everywhere."""
+    channels = truth.shape[1]
+    means = [_mean_where(truth[:, channel], ~is_hidden_BS) for channel in range(channels)]
+    level_BC = torch.stack(means, dim=1)
+    return level_BC.reshape(*level_BC.shape, *[1] * (truth.ndim - 2)).expand_as(truth)
+
+
+def _predict(
+    reconstruct: Reconstruct,
+    images: Tensor,
+    is_hidden_BP: Tensor,
+    hidden: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    return to_intensity(reconstruct(images, *split_indices(is_hidden_BP, hidden)), mean, std)
+
+
+def _in_patches(
+    is_hidden_BU: Tensor, hidden: int, unit_grid: Sequence[int], patches_per_unit: int
+) -> tuple[Tensor, int]:
+    is_hidden_BP = unit_to_patch(is_hidden_BU, unit_grid, patches_per_unit)
+    return is_hidden_BP, hidden * patches_per_unit ** len(unit_grid)
+
+
+def _mean_where(values_BS: Tensor, where_BS: Tensor) -> Tensor:
+    weight_BS = where_BS.to(values_BS.dtype)
+    return (values_BS * weight_BS).flatten(1).sum(1) / weight_BS.flatten(1).sum(1)

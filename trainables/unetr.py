@@ -1,0 +1,134 @@
+"""U-Net Transformer (Hatamizadeh et al. 2022) on our encoder, for any patch size, any image axes.
+
+Level l has the image's size / 2**l. The decoder climbs from the deepest level, which holds the
+last block's tokens, to level 0, and at each level adds the tokens of an earlier block; level 0 adds
+the image itself. Tokens are interpolated or averaged from their grid to the level's size: below
+patch 8 the deepest ones are averaged, so that there are always three levels under the image, and
+patches that are no power of two need nothing special.
+
+Upsampling is by interpolation and convolution, which beat transposed convolutions under a vision
+transformer (arXiv 2507.01744); skips are added, at two thirds of the cost of concatenation. The
+skip from the image goes around the encoder: compare with the random-init and frozen controls before
+crediting the pretraining.
+
+B batch · C channels · *S spatial axes · P patches · D encoder width · K classes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock
+from monai.networks.layers.factories import Conv
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainables.config import TrialConfig
+from trainables.mae import Encoder, initialise, patchify
+
+FEWEST_LEVELS = 3  # under the image's own
+WIDEST = 8  # channels double with the level up to this many times the finest level's
+NORM_GROUPS = 8
+# By number of axes
+INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
+POOLING: dict[int, Callable[..., Tensor]] = {
+    1: functional.adaptive_avg_pool1d,
+    2: functional.adaptive_avg_pool2d,
+    3: functional.adaptive_avg_pool3d,
+}
+
+
+class UNETR(nn.Module):
+    """Encoder blocks as the contracting path, convolutions as the expanding one."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        image_size: Sequence[int],
+        num_classes: int,
+        features: int,
+        *,
+        trains_encoder: bool = True,
+    ) -> None:
+        super().__init__()
+        self.trains_encoder = trains_encoder
+        self.encoder = encoder.requires_grad_(trains_encoder)
+        num_levels = max(FEWEST_LEVELS, round(math.log2(encoder.patch)))
+        levels = range(1, num_levels + 1)
+        # Blocks (from 1) whose tokens levels 1, 2, ... take in; the deepest takes the last block's
+        self.after = [max(1, round(encoder.depth * level / num_levels)) for level in levels]
+        self.sizes = [tuple(-(-edge // 2**level) for edge in image_size) for level in (0, *levels)]
+        widths = [features * min(2**level, WIDEST) for level in (0, *levels)]
+
+        axes = len(image_size)
+        convolution = Conv["conv", axes]
+        self.image_skip = convolution(encoder.channels, widths[0], kernel_size=3, padding=1)
+        self.token_skips = nn.ModuleList(nn.Linear(encoder.width, width) for width in widths[1:])
+        self.narrow = nn.ModuleList(
+            convolution(deeper, width, kernel_size=1) for width, deeper in pairwise(widths)
+        )
+        self.refine = nn.ModuleList(_two_convolutions(axes, width) for width in widths[:-1])
+        self.head = UnetOutBlock(axes, widths[0], num_classes)
+
+    def train(self, mode: bool = True) -> UNETR:
+        """A frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        self.encoder.train(mode and self.trains_encoder)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Standardised images (B, C, *S) -> class scores (B, K, *S)."""
+        tokens = self.encoder.features(patchify(images, self.encoder.patch), self.after)
+        skips = [self.image_skip(images)]
+        for project, tokens_BPD, size in zip(self.token_skips, tokens, self.sizes[1:], strict=True):
+            tokens_on_grid = project(tokens_BPD).transpose(1, 2).unflatten(2, self.encoder.grid)
+            skips.append(_resized(tokens_on_grid, size))
+
+        features = skips[-1]
+        for level in reversed(range(len(skips) - 1)):
+            # A 1x1 convolution and interpolation commute: narrow first, as that is cheaper
+            features = _resized(self.narrow[level](features), self.sizes[level])
+            features = self.refine[level](features + skips[level])
+        scores: Tensor = self.head(features)
+        return scores
+
+
+def build_unetr(
+    config: TrialConfig,
+    image_size: Sequence[int],
+    channels: int,
+    num_classes: int,
+    seed: int = 0,
+) -> UNETR:
+    """A model whose weights follow from `seed` alone; load pretrained ones into `.encoder`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        encoder = Encoder(config.model.size, config.model.patch, image_size, channels)
+        model = UNETR(
+            encoder,
+            image_size,
+            num_classes,
+            config.segment.features,
+            trains_encoder=config.segment.encoder != "frozen",
+        )
+    initialise(encoder, seed)
+    return model
+
+
+def _two_convolutions(axes: int, width: int) -> nn.Module:
+    """Group norm, as instance norm has no answer for a level of a single pixel."""
+    norm = ("group", {"num_groups": math.gcd(width, NORM_GROUPS)})
+    block: nn.Module = UnetrBasicBlock(axes, width, width, kernel_size=3, stride=1, norm_name=norm)
+    return block
+
+
+def _resized(features: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(B, C, *S) averaged down or interpolated up to `size`; all axes go the same way."""
+    if features.shape[2:] == size:
+        return features
+    if all(now >= wanted for now, wanted in zip(features.shape[2:], size, strict=True)):
+        return POOLING[len(size)](features, size)
+    return functional.interpolate(features, size, mode=INTERPOLATION[len(size)])
