@@ -75,7 +75,7 @@ def ranking(tables: StudyTables) -> Drawn:
     heads = []
     for line in lines_of(shown):
         interval = "" if line.n < 2 else f" [{goal.show(line.low)}, {goal.show(line.high)}]"
-        seeds = "1 seed" if line.n == 1 else f"{line.n} seeds"
+        seeds = _count(line.n, "seed")
         heads.append(
             f"<b>{line.rank}</b>  {text(line.label)}  ·  <b>{goal.show(line.mean)}</b>{interval}"
             f"  ·  {seeds}"
@@ -274,7 +274,7 @@ def _cell_hover(line: Any, measure: Measure) -> str:
     more = [f"and {len(line.labels) - 6} more"] if len(line.labels) > 6 else []
     head = f"<b>patch {line.patch} px, ratio {line.ratio}</b>"
     values = f"{measure.title} {measure.show(line.mean)} ({spread})"
-    counts = f"{line.arms} arms, {line.n} trials:"
+    counts = f"{_count(line.arms, 'arm')}, {_count(line.n, 'trial')}:"
     return "<br>".join([head, values, counts, *arms, *more])
 
 
@@ -347,7 +347,7 @@ def schedules(tables: StudyTables, metric: str) -> Drawn:
     for row, line in enumerate(lines_of(numbers)):
         heads.append(
             f"<b>{text(line.schedule)}</b>  ·  median {measure.show(line.median)}"
-            f"  ·  {line.n} trials, {line.arms} arms"
+            f"  ·  {_count(line.n, 'trial')}, {_count(line.arms, 'arm')}"
         )
         traces += [
             go.Scatter(
@@ -538,6 +538,8 @@ def pareto(tables: StudyTables, x: str, y: str) -> Drawn:
     traces: list[Any] = []
     front = numbers[numbers["on_front"]]
     shape = "vh" if _goal(tables, x) else "hv"
+    spread = np.linspace(0, len(front) - 1, min(len(front), 7)).round().astype(int)
+    named = set(front["arm"].iloc[spread])  # of a long front, as many as stay legible
     traces.append(
         go.Scatter(
             x=list(front["x"] / scale),
@@ -555,10 +557,7 @@ def pareto(tables: StudyTables, x: str, y: str) -> Drawn:
                 y=list(part["y"]),
                 mode="markers+text",
                 name=GROUP_TITLES.get(group, plain(group)),
-                text=[
-                    f"#{int(line.rank)}" if line.on_front and line.rank == line.rank else ""
-                    for line in lines_of(part)
-                ],
+                text=[f"#{line.rank:.0f}" if line.arm in named else "" for line in lines_of(part)],
                 textposition="top center",
                 textfont={"color": colour("ink"), "size": 12},
                 cliponaxis=False,
@@ -761,6 +760,7 @@ def classes(tables: StudyTables, prefix: str) -> Drawn:
         traces, heads, "IoU (validation)" if per_class else "object F1 (validation)", 74
     )
     drawn.update_layout(showlegend=True, margin_t=44)
+    drawn.update_xaxes(rangemode="nonnegative")
     most = int(numbers["n"].max())
     how = "95 % t intervals over seeds" if most > 1 else "one seed: no intervals"
     says = f"Best arm against the controls; {how}. Numbers in the order of the legend."
@@ -780,6 +780,10 @@ def best_arm(ranks: pd.DataFrame) -> str | None:
 
 def p_words(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _mean_and_interval(values: Iterable[float]) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from analysis.figures import best_arm, ranking_numbers
 from analysis.tables import StudyTables, final, lines_of
@@ -18,6 +18,13 @@ from analysis.tables import StudyTables, final, lines_of
 BEST_ARMS = 3
 MOST_PIXELS = 25_000_000  # checked in the header, before anything is decoded
 WIDEST = 1200  # pixels that a page can show
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,  # what Pillow raises for some broken PNG chunks
+    Image.DecompressionBombWarning,
+    Image.DecompressionBombError,
+)
 KINDS = {
     "reconstruction": "image | hidden (grey) | reconstructed",
     "segmentation": "image | truth | predicted",
@@ -105,5 +112,7 @@ def _picture(tables: StudyTables, trial: str, kind: str, group: str) -> Picture:
         return Picture(kind, KINDS[kind], None, f"No {kind} was drawn.")
     try:
         return Picture(kind, KINDS[kind], data_uri(path), "")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning) as error:
+    except UnidentifiedImageError:
+        return Picture(kind, KINDS[kind], None, f"{path.name} cannot be shown: it is no PNG.")
+    except UNREADABLE as error:
         return Picture(kind, KINDS[kind], None, f"{path.name} cannot be shown: {error}.")

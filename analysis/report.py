@@ -120,7 +120,7 @@ def render(tables: StudyTables) -> str:
     )
     template = environment.from_string(_resource("report.html"))
     page: str = template.render(
-        name=plain(tables.name),
+        name=tables.name,
         question=plain(tables.spec.get("question") or "", 400),
         policy=policy([plotly, script]),
         light=Markup(theme.css_variables(dark=False)),
@@ -143,7 +143,7 @@ def render(tables: StudyTables) -> str:
         methods=methods(tables),
         csv=Markup("data:text/csv;charset=utf-8;base64,") + _base64(results_csv(tables)),
         csv_name=f"{plain(tables.name, 64)}.csv",
-        content=Markup(_json(content)),
+        content=Markup(as_json(content)),
         plotly=Markup(plotly),
         script=Markup(script),
     )
@@ -217,7 +217,7 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
     gap = goal.show(verdict["mean"], signed=True)
     if verdict["n"] < 2:
         return (
-            f"With one seed per arm this difference ({gap}) has no interval, and the best of many "
+            f"One seed: no interval. The difference ({gap}) may be chance, and the best of many "
             f"single runs looks better than it is. To know, run the study with "
             f"`confirm: {{arms: 3, seeds: 5}}` or with `seeds: 3` and more."
         )
@@ -562,7 +562,7 @@ def _plain(figure: go.Figure) -> dict[str, Any]:
     return {"data": content["data"], "layout": content["layout"]}
 
 
-def _json(content: Any) -> str:
+def as_json(content: Any) -> str:
     """JSON for a script element: six digits, no NaN, and nothing that could end the element."""
     written = json.dumps(_finite(content), separators=(",", ":"), sort_keys=True, allow_nan=False)
     return written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from analysis.theme import plain
 from study.folder import StudyFolder
 from study.ledger import (
     Result,
@@ -30,6 +31,7 @@ from trainables.schedules import SCHEDULES
 
 PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"
 LARGEST_TEXT = 256 * 1024
+LONGEST_WORD = 60
 
 TITLES = {
     "probe_psnr": "probe PSNR",
@@ -147,7 +149,7 @@ def assemble(
     drawn = sorted(suggestions, key=lambda suggestion: suggestion.number)
     return StudyTables(
         folder=folder,
-        name=str(spec.get("study") or folder.root.name),
+        name=plain(spec.get("study") or folder.root.name),
         spec=spec,
         spec_text=spec_text,
         environment=environment,
@@ -309,8 +311,9 @@ def _group(origin: str) -> str:
 def _schedule(suggestion: Suggestion) -> str:
     named = suggestion.labels.get("masking.ratio")
     if isinstance(named, str):
-        return named
-    return str(_child(_child(suggestion.config, "masking"), "ratio").get("name", "unknown"))
+        return plain(named, LONGEST_WORD)
+    ratio = _child(_child(suggestion.config, "masking"), "ratio")
+    return plain(ratio.get("name", "unknown"), LONGEST_WORD)
 
 
 def _label(suggestion: Suggestion) -> str:
@@ -328,6 +331,7 @@ def _label(suggestion: Suggestion) -> str:
         if path not in ("model.patch", "masking.ratio", "masking.ratio.value", "masking.unit"):
             words.append(f"{path.rpartition('.')[2]} {_short(value)}")
     prefix = {"control": "control: ", "search": ""}.get(group := _group(suggestion.origin))
+    words = [plain(word, LONGEST_WORD) for word in words]
     return (f"{group}: " if prefix is None else prefix) + ", ".join(words)
 
 

@@ -1,5 +1,4 @@
-"""Connect to Ray: a cluster that is there (`RAY_ADDRESS`, or the one a submitted job runs on), or one
-of our own on this machine."""
+"""Connect to Ray: a cluster that is there (`RAY_ADDRESS`, set in a job too), or one started here."""
 
 from __future__ import annotations
 
@@ -33,24 +32,23 @@ def connect(*, env_vars: dict[str, str], address: str | None = None) -> Connecti
     # workers inherit the environment of a cluster that we start; elsewhere it travels with the job
     if is_local:
         os.environ.update(env_vars)
-        ray.init(
+        context = ray.init(
             address="local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
     else:
-        ray.init(
+        context = ray.init(
             address=address,
             log_to_driver=False,
             logging_level=logging.WARNING,
             runtime_env={"env_vars": env_vars},
         )
     resources = ray.cluster_resources()
-    dashboard = getattr(ray._private.worker._global_node, "webui_url", None) or None
     return Connection(
         is_local=is_local,
-        dashboard=None if is_local else dashboard,
+        dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
         nodes=sum(node["Alive"] for node in ray.nodes()),

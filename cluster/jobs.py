@@ -69,7 +69,7 @@ def stop(address: str, study: str, *, timeout: float = 60) -> str | None:
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"job {job.submission_id} still runs after {timeout:g} s")
                 time.sleep(0.5)
-            return job.submission_id
+            return str(job.submission_id)
     return None
 
 

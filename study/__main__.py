@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from trainables.errors import StorageError, UserError
 
-EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -150,18 +150,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: the user's errors become one message and an exit code."""
     try:
         app(args=arguments, standalone_mode=True)
-    except UserError as error:
-        _fail(error, EXIT_USER)
-    except StorageError as error:
-        _fail(error, getattr(error, "exit_code", 74))
+    except (UserError, StorageError) as error:
+        print(f"maskstudy: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; nothing is lost: the same command goes on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-
-
-def _fail(error: Any, code: int) -> None:
-    print(f"maskstudy: {error}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

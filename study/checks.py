@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 PHASES = ("pretrain", "segment")
 WITH_CLASS = ("iou", "dice", "object_f1")  # also measured per class or size: iou/platelet
 WITH_RATIO = ("probe_psnr", "probe_ssim")  # also measured per ratio: probe_psnr@0.25
-MOST_COMBINATIONS = 10_000
+MOST_COMBINATIONS = 2_000  # that are looked at one by one
+MOST_ARMS = 10_000  # of a grid
 
 
 def check_metrics(spec: Any, problems: Problems) -> None:
@@ -132,7 +133,13 @@ def check_search(spec: Any, problems: Problems) -> None:
                 problems.add(("search", path), nested_problem(detail))
             continue
         _check_options(spec, path, item, problems)
-        _check_grid(spec, parameters.values(), problems)
+        _check_points(spec, parameters.values(), problems)
+    if not problems.found and spec.sampler is not None and spec.sampler.name == "grid":
+        arms = space.combinations(
+            spec.search, lambda parameter: space.grid_values(parameter.item) or []
+        )
+        if next(islice(arms, MOST_ARMS, None), None) is not None:
+            problems.add(("search",), f"given a grid of more than {MOST_ARMS:,} arms")
 
 
 def _check_options(spec: Any, path: str, item: SearchItem, problems: Problems) -> None:
@@ -145,7 +152,10 @@ def _check_options(spec: Any, path: str, item: SearchItem, problems: Problems) -
             return list(parameter.item.choices)
         return [parameter.item.low, parameter.item.high]
 
-    for point in islice(space.combinations(search, ends), MOST_COMBINATIONS):
+    for count, point in enumerate(space.combinations(search, ends)):
+        if count == MOST_COMBINATIONS:
+            problems.add(("search", path), "given too many ranges within labels; expected fewer")
+            return
         settings = spec.trial.model_dump(mode="json")
         space.set_at(settings, path.split("."), point.overrides[path])
         found, config = _trial_problems(settings)
@@ -192,7 +202,7 @@ def _blamed(path: str, item: SearchItem, chosen: Any, where: Where) -> Where:
     return ("search", path, "choices", item.choices.index(chosen))
 
 
-def _check_grid(spec: Any, parameters: Iterable[space.Parameter], problems: Problems) -> None:
+def _check_points(spec: Any, parameters: Iterable[space.Parameter], problems: Problems) -> None:
     if spec.sampler is None:
         return
     for parameter in parameters:
@@ -227,8 +237,9 @@ def check_together(spec: Any, problems: Problems) -> Any:
                         f"{spec.resources.workers}",
                     )
     variants = list(_variants(spec, ("model.patch", "masking.unit")))
-    if len(variants) >= MOST_COMBINATIONS:
+    if len(variants) > MOST_COMBINATIONS:
         problems.add(("search",), "given too many patches and units to check; expected fewer")
+        return spec
     if spec.probe is None:
         return spec
     patches = {config.model.patch for config, _ in variants}
@@ -254,9 +265,10 @@ def _variants(spec: Any, paths: Sequence[str]) -> Iterator[tuple[TrialConfig, sp
     parts = [tuple(path.split(".")) for path in paths]
 
     def values(parameter: space.Parameter) -> list[Any]:
-        every = any(parameter.path == part[: len(parameter.path)] for part in parts)
-        finite = space.finite_values(parameter.item)
-        return finite if every and finite else (finite or [parameter.item.low])[:1]
+        item = parameter.item
+        first = list(item.choices)[:1] if item.choices is not None else [item.low]
+        is_wanted = any(parameter.path == part[: len(parameter.path)] for part in parts)
+        return (space.finite_values(item) or [item.low, item.high]) if is_wanted else first
 
     relevant = {
         path: item

@@ -34,15 +34,23 @@ console = Console(highlight=False, soft_wrap=True)
 
 def check(path: Path) -> None:
     """Validate, prepare the data, print the plan."""
+    import torch
+
     from study.plan import plan
     from study.spec import load_spec
     from trainables.data import open_dataset
+    from trainables.speed import flops_per_second
 
     spec = load_spec(path)
     dataset = open_dataset(_prepare(spec))
+    _refuse_unfit_data(spec, dataset)
     console.print(f"{path}: sound", markup=False)
     _print_pairs("data", dataset.describe())
-    _print_pairs("plan", plan(spec, dataset).describe())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = max(1, int(spec.resources.cpus_per_worker))
+    speed = flops_per_second(spec.trial, dataset, device, threads=threads)
+    _print_pairs("plan", plan(spec, dataset, flops_per_second=speed).describe())
+    console.print(f"  (at {speed:.2e} FLOP/s, measured here on one worker of the control arm)")
 
 
 def try_(path: Path, seconds: float) -> None:
@@ -129,6 +137,7 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
         folder.stop_request.unlink(missing_ok=True)
         decoded = _prepared_before(folder) if is_by_name else _prepare(spec)
         dataset = open_dataset(decoded)
+        _refuse_unfit_data(spec, dataset)
         _freeze(ledger, spec, dataset)
         is_labelled = len(dataset.rows("train")) > 0
         view = DataView(spec.folder_of_yaml, dataset.fingerprint, is_labelled)
@@ -204,18 +213,17 @@ def status(name: str | None, storage: Path | None, follow: bool) -> None:
 
 def export(name: str, output: Path, arm: str | None, storage: Path | None) -> None:
     """Copy the pretrained encoder of an arm's best trial into a new folder."""
+    from study.conductor import measure
     from study.resume import best_arms
     from study.spec import parse_spec
-    from study.stopping import collect, final_value
+    from study.stopping import final_value
 
     folder = find_study(name, storage)
     text = read_spec(folder)
     assert text is not None
     spec = parse_spec(text, folder.root, where=str(folder.spec))
     suggestions = read_suggestions(folder)
-    measured = collect(
-        read_rows(folder)[["trial", "phase", "metric", "progress", "value"]].to_dict("records")
-    )
+    measured = measure(read_rows(folder))
     with_encoder = [s for s in suggestions if folder.encoder(s.trial).is_dir()]
     ranked = best_arms(spec, suggestions, measured) or sorted({s.arm for s in with_encoder})
     candidates = [a for a in ranked if any(s.arm == a for s in with_encoder)]
@@ -285,15 +293,24 @@ def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 def _prepare(spec: Any) -> Path:
     from trainables.data import default_cache, prepare
 
-    return prepare(spec.data, spec.folder_of_yaml, default_cache())
+    folder: Path = prepare(spec.data, spec.folder_of_yaml, default_cache())
+    return folder
+
+
+def _refuse_unfit_data(spec: Any, dataset: Any) -> None:
+    from study.plan import data_problems, data_size
+
+    problems = data_problems(spec, data_size(dataset))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _prepared_before(folder: StudyFolder) -> Path:
     """The decoded data of a study that is resumed by name, away from its file."""
     from trainables.data import default_cache
 
-    fingerprint = read_environment(folder)["data_fingerprint"]
-    decoded = default_cache() / fingerprint
+    fingerprint: str = read_environment(folder)["data_fingerprint"]
+    decoded: Path = default_cache() / fingerprint
     if not decoded.is_dir():
         raise UserError(
             f"{folder.root}: the decoded data ({fingerprint[:12]}) are not in {default_cache()}; "

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from study.ledger import (
     Ledger,
     Outcome,
@@ -25,6 +27,7 @@ from study.resume import (
     Continue,
     Finished,
     Start,
+    Step,
     Wait,
     infrastructure_error,
     next_step,
@@ -47,6 +50,12 @@ class DataView:
     is_labelled: bool
 
 
+def measure(rows: pd.DataFrame) -> Measured:
+    """The ledger's rows as samplers and stopping rules want them."""
+    records = rows[["trial", "phase", "metric", "progress", "value"]].to_dict("records")
+    return collect({str(key): value for key, value in record.items()} for record in records)
+
+
 class Conductor:
     """The study's state in memory, rebuilt from the ledger at the start."""
 
@@ -57,8 +66,7 @@ class Conductor:
         self.running: dict[str, float] = {}  # trial -> when it was handed out
         self.is_exhausted = False
         rows = read_rows(ledger.folder)
-        columns = ["trial", "phase", "metric", "progress", "value"]
-        self.measured: Measured = collect(rows[columns].to_dict("records"))
+        self.measured: Measured = measure(rows)
         self.brain = Brain(spec)
         self.brain.replay(self.suggestions, self.results, self.measured)
         self.progress = Progress(
@@ -94,7 +102,7 @@ class Conductor:
             return step.suggestion
         return step
 
-    def next_step(self) -> Any:
+    def next_step(self) -> Step:
         """What `next` would do, without doing it."""
         return next_step(
             self.spec,

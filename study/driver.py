@@ -45,10 +45,17 @@ def drive(conductor: Conductor) -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables would fight with ours
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     connection = connect(env_vars=quiet_environment())
+    # the dashboard shows a job's log, and cannot resume by itself
+    address = f" --address {connection.dashboard}" if connection.job_id else ""
+    how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study}{address}"
+    conductor.progress.say(how_to_resume)
     scratch = Path(tempfile.mkdtemp(prefix="maskstudy-"))
     try:
         with _interruptible(conductor):
             _drive(conductor, connection, scratch)
+    except KeyboardInterrupt:
+        conductor.progress.say(f"interrupted, nothing is lost; {how_to_resume}")
+        raise
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
@@ -116,6 +123,7 @@ def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
         raise
     finally:
         progress.stop()
+    progress.say_first_steps(count)
     for slot in slots:
         slot.close(FAREWELL_SECONDS)
 
@@ -147,7 +155,7 @@ class _Adapter:
         return {}
 
 
-class _Searcher(_Adapter, Searcher):
+class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
     """Tune asks for trials here, and says when one has ended."""
 
     def __init__(self, conductor: Conductor, slots: list[Slot]) -> None:
@@ -179,6 +187,7 @@ class _Searcher(_Adapter, Searcher):
         if error or result is None or "outcome" not in result:
             self.conductor.done(suggestion, "lost", "its relay in Ray Tune died")
         else:
+            self.conductor.progress.first_step(suggestion, result.get("first_step_seconds"))
             self.conductor.done(suggestion, result["outcome"], result.get("error"))
 
     def save(self, checkpoint_path: str) -> None:
@@ -188,7 +197,7 @@ class _Searcher(_Adapter, Searcher):
         raise RuntimeError("a study is resumed from its ledger, not from Tune's state")
 
 
-class _Scheduler(_Adapter, FIFOScheduler):
+class _Scheduler(_Adapter, FIFOScheduler):  # type: ignore[misc]
     """Tune passes rows here. Stopping is a request to the workers; Tune itself stops nothing."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:

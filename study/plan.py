@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from study import space
 from study.checks import geometry_problems
@@ -19,6 +22,7 @@ from trainables.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
+    from trainables.data import Dataset
 
 MOST_SAMPLED = 24  # arms whose cost is computed
 MOST_WALKED = 2_000
@@ -72,8 +76,22 @@ class Plan:
     hours: float | None  # None without a speed
     warnings: list[str]
 
+    def describe(self) -> dict[str, str]:
+        """What `maskstudy check` prints."""
+        arms = {"control": self.control, "cheapest": self.cheapest, "dearest": self.dearest}
+        lines = {
+            "trials": f"{self.trials} and {self.confirmations} to confirm",
+            "searched arms": f"{self.searched_arms}"
+            + (f" of a grid of {self.grid_arms}" if self.grid_arms is not None else ""),
+            **{f"{name} arm": _one_line(cost) for name, cost in arms.items()},
+            "operations": f"{self.flops:.2e} FLOP",
+            "trials at once": str(self.concurrent),
+            "hours": "not measured" if self.hours is None else f"at most {self.hours:.2f}",
+        }
+        return lines | {f"warning {n}": text for n, text in enumerate(self.warnings, 1)}
 
-def data_size(dataset: Any) -> DataSize:
+
+def data_size(dataset: Dataset) -> DataSize:
     """The numbers of a prepared data set."""
     return DataSize(
         size=tuple(dataset.size),
@@ -105,13 +123,19 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
 
 def plan(
     spec: StudySpec,
-    data: DataSize,
+    data: DataSize | Dataset,
     *,
-    cpus: float,
-    gpus: float,
+    cpus: float | None = None,
+    gpus: float | None = None,
     flops_per_second: float | None = None,
 ) -> Plan:
-    """What `maskstudy check` prints. `flops_per_second` is the measured speed of one worker."""
+    """What a study will take on so many CPUs and GPUs (by default, this machine's).
+
+    `flops_per_second` is the measured speed of one worker.
+    """
+    data = data if isinstance(data, DataSize) else data_size(data)
+    cpus = float(os.cpu_count() or 1) if cpus is None else cpus
+    gpus = float(torch.cuda.device_count()) if gpus is None else gpus
     num_controls = (1 + (len(spec.controls) if data.classes else 0)) * spec.seeds
     room = max(0, spec.budget.trials - num_controls) if spec.search else 0
     grid_arms = _count_grid(spec) if spec.sampler.name == "grid" and spec.search else None
@@ -182,6 +206,14 @@ def count_parameters(config: TrialConfig, size: tuple[int, ...], channels: int) 
     decoding = decoder.depth * _block(decoder.width) + 2 * decoder.width
     head = (decoder.width + 1) * values
     return embedding + blocks + into_decoder + decoding + head
+
+
+def _one_line(cost: ArmCost) -> str:
+    return (
+        f"patch {cost.patch}: {cost.tokens} tokens, {cost.visible_tokens:.0f} visible; "
+        f"{cost.parameters / 1e6:.1f} M parameters; {cost.flops:.2e} FLOP; "
+        f"about {cost.memory_bytes / 2**30:.2f} GiB per worker"
+    )
 
 
 def _block(width: int) -> int:

@@ -1,10 +1,11 @@
-"""What a person sees while a study runs: a live table on a terminal, one line per event in a log."""
+"""What a person sees while a study runs: a live table on a terminal, lines in a log."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from rich.console import Console, Group
@@ -40,6 +41,7 @@ class Progress:
         self.slots = 1
         self.console = Console(highlight=False)
         self._live: Live | None = None
+        self._first_steps: list[float] = []  # seconds from decision to first step, by end of trial
 
     def start(self) -> None:
         if self.console.is_terminal:
@@ -84,6 +86,20 @@ class Progress:
             f"{outcome.value}: {describe(suggestion)}{why} · {self.num_done}/{self.total} trials"
             f"{self._best_text()}{self._left_text()}"
         )
+
+    def first_step(self, suggestion: Suggestion, seconds: float | None) -> None:
+        if seconds is not None:
+            self._first_steps.append(seconds)
+
+    def say_first_steps(self, num_slots: int) -> None:
+        """How long trials waited for their first step: in a cold slot, and in a warm one."""
+        in_order = sorted(self._first_steps)
+        cold, warm = in_order[-num_slots:], in_order[:-num_slots]
+        if warm:
+            self.say(
+                f"from decision to first step: {max(cold):.1f} s in a cold worker group, "
+                f"{median(warm):.2f} s (median of {len(warm)}; longest {max(warm):.2f} s) in a warm"
+            )
 
     @property
     def num_done(self) -> int:

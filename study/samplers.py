@@ -14,7 +14,8 @@ import hashlib
 import math
 import random as random_module
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -121,7 +122,7 @@ class Brain:
         """An untried arm, which depends on the history and `number` only; None if none is left."""
         known = {suggestion.arm for suggestion in self._suggestions}
         if self._walks:
-            return next((new for new in self._grid() if arm_id(new.config) not in known), None)
+            return next((new for arm, new in self._grid.items() if arm not in known), None)
         study = self.study()
         for attempt in range(RETRIES):
             proposal = self._propose(study, self._sampler, number, attempt, self._options)
@@ -167,8 +168,10 @@ class Brain:
     def _proposal(self, point: space.Point) -> Proposal:
         return Proposal(point.params, point.labels, space.resolve(self.spec, point.overrides))
 
-    def _grid(self) -> Iterator[Proposal]:
-        return map(self._proposal, space.enumerate_grid(self.spec))
+    @cached_property
+    def _grid(self) -> dict[str, Proposal]:
+        proposals = map(self._proposal, space.enumerate_grid(self.spec))
+        return {arm_id(proposal.config): proposal for proposal in proposals}
 
     def _left(self, known: set[str]) -> list[Proposal] | None:
         """Untried arms of a space that can be counted; None for others."""

@@ -13,7 +13,6 @@ Whoever decides is an `Ask` (an Optuna trial is one). Parameters are named "mode
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,9 @@ from trainables.config import Strict, TrialConfig
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
+
+
+MOST_VALUES = 1_000  # of one item that are ever counted
 
 
 def _number(value: Any) -> int | float:
@@ -49,7 +51,8 @@ class SearchItem(Strict):
     log: Annotated[bool, Field(description="equal factors are equally likely")] = False
     step: Annotated[Number, Field(description="distance between neighbouring values")] = None
     num: Annotated[
-        Annotated[int, Field(ge=2)] | None, Field(description="points of a grid over the range")
+        Annotated[int, Field(ge=2, le=MOST_VALUES)] | None,
+        Field(description="points of a grid over the range"),
     ] = None
 
     @model_validator(mode="after")
@@ -190,15 +193,17 @@ def grid_values(item: SearchItem) -> list[Any] | None:
 
 
 def finite_values(item: SearchItem) -> list[Any] | None:
-    """All values that an item can take; None if they cannot be counted."""
+    """All values that an item can take; None if they are too many to count."""
     if item.choices is not None:
         return list(item.choices)
-    if item.is_integer:
-        return list(range(item.low, item.high + 1, item.step or 1))
-    if item.step is None:
+    if item.step is None and not item.is_integer:
         return None
-    count = round((item.high - item.low) / item.step) + 1
-    return [_tidy(item.low + item.step * index) for index in range(count)]
+    step = item.step or 1
+    if (item.high - item.low) / step >= MOST_VALUES:
+        return None
+    count = round((item.high - item.low) / step) + 1
+    values = [item.low + step * index for index in range(count)]
+    return values if item.is_integer else [_tidy(value) for value in values]
 
 
 def is_item(value: Any) -> bool:
@@ -314,6 +319,8 @@ def _check_choices(choices: Any, given: set[str]) -> None:
         raise ValueError("given `choices` and a range; expected one of them")
     if not isinstance(choices, list | dict) or not choices:
         raise ValueError("expected `choices`: a list of values, or labels with values")
+    if len(choices) > MOST_VALUES:
+        raise ValueError(f"given {len(choices):,} choices; expected at most {MOST_VALUES:,}")
     if isinstance(choices, dict):
         for label in choices:
             if not label.strip() or not label.isprintable() or {".", "/"} & set(label):
@@ -326,9 +333,11 @@ def _check_choices(choices: Any, given: set[str]) -> None:
             raise ValueError(
                 f"given {value!r} without a label; expected `choices: {{label: value, ...}}`"
             )
-    for one, other in itertools.combinations(choices, 2):
-        if one == other:
-            raise ValueError(f"given {one!r} and {other!r}; expected choices that differ")
+    seen: dict[Any, Any] = {}
+    for value in choices:
+        if value in seen:
+            raise ValueError(f"given {seen[value]!r} and {value!r}; expected choices that differ")
+        seen[value] = value
 
 
 def _check_range(item: SearchItem) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from analysis.tables import StudyTables, assemble
+from analysis.tables import MIOU, StudyTables, assemble
 from study.folder import StudyFolder
 from study.ledger import COLUMNS, Ledger, Outcome, Result, Suggestion
 
@@ -64,6 +65,54 @@ _CONFIG: dict[str, Any] = {
     "pretrain": {"epochs": 40, "batch": 64, "target": "pixels"},
     "segment": {"epochs": 20, "batch": 16, "encoder": "finetune"},
 }
+
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "' onmouseover='alert(1)",
+    "<!--<script>",
+    "]]></style><style>*{display:none}</style>",
+    "<a href=javascript:alert(1)>x</a>",
+    "{{ 7 * 7 }}{% raw %}",
+    "\u202egnp.exe\u2028\u0007",
+    "$\\unicode{x}$ `<b>`",
+    "=cmd|' /C calc'!A1",
+    "../../etc/passwd",
+    "x" * 4096,
+]
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, scripts, and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[str | None, str]] = []
+        self.text = ""
+        self._inside: str | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs).get("type"), ""))
+        self._inside = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = None
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            kind, before = self.scripts[-1]
+            self.scripts[-1] = (kind, before + data)
+        elif self._inside is None:
+            self.text += data
+
+    def attribute(self, tag: str, name: str) -> list[str]:
+        return [str(found[name]) for kind, found in self.elements if kind == tag and name in found]
 
 
 class Run(NamedTuple):
@@ -114,6 +163,56 @@ def study_tables(root: Path, **options: Any) -> StudyTables:
         [suggestion for suggestion, _, _ in done],
         {result.trial: result for _, _, result in done},
         pd.DataFrame(rows, columns=list(COLUMNS)),
+    )
+
+
+def hand_made(*trials: dict[str, Any]) -> StudyTables:
+    """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, flops, origin, outcome}."""
+    suggestions, results, rows = [], {}, []
+    for number, given in enumerate(trials):
+        trial = {"seed": 0, "patch": 8, "ratio": 0.5, "origin": "search", "miou": None}
+        trial |= {"outcome": "complete", "psnr": None, "flops": None} | given
+        schedule = trial["ratio"]
+        if not isinstance(schedule, dict):
+            schedule = {"name": "constant", "value": schedule}
+        config = {"model": {"patch": trial["patch"]}, "masking": {"ratio": schedule}}
+        name = f"t{number}"
+        seed, origin, labels = trial["seed"], trial["origin"], trial.get("labels", {})
+        suggestions.append(Suggestion(number, name, trial["arm"], seed, origin, config, {}, labels))
+        outcome = Outcome(trial["outcome"])
+        results[name] = Result(name, outcome, 1.0, None, {"pretrain": 1.0, "segment": 1.0})
+        progress = 1.0 if outcome is Outcome.COMPLETE else 0.5
+        for phase, metric, value in (
+            ("pretrain", "probe_psnr", trial["psnr"]),
+            ("segment", "miou", trial["miou"]),
+            ("pretrain", "planned_flops", trial["flops"]),
+        ):
+            if value is not None:
+                about = ["study", name, trial["arm"], seed, phase, 10, 1.0, progress, metric]
+                goal = "minimize" if metric == "planned_flops" else "maximize"
+                rows.append([*about, value, goal, "dB" if metric == "probe_psnr" else "", 1.0, "a"])
+    return assemble(
+        StudyFolder(Path("study")),
+        {"study": "study", "objectives": [{"metric": MIOU, "goal": "maximize"}]},
+        SPEC,
+        {},
+        suggestions,
+        results,
+        pd.DataFrame(rows, columns=list(COLUMNS)),
+    )
+
+
+def hostile_study(root: Path) -> StudyFolder:
+    words = " ".join(HOSTILE[:-1])
+    return write_study(
+        root,
+        question=words,
+        name=HOSTILE[0],
+        label=words,
+        classes=("background", *HOSTILE[:6]),
+        error="\n".join(HOSTILE),
+        environment=ENVIRONMENT | {HOSTILE[1]: HOSTILE, "data": {HOSTILE[0]: HOSTILE[2]}},
+        confirm_seeds=2,
     )
 
 

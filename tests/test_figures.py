@@ -8,53 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
-from synthetic import SPEC, study_tables
 
 from analysis import figures, theme
 from analysis.figures import FIGURES, pareto_front
-from analysis.tables import MIOU, PSNR, StudyTables, assemble, complete_trials
-from study.folder import StudyFolder
-from study.ledger import COLUMNS, Outcome, Result, Suggestion
+from analysis.tables import MIOU, PSNR, StudyTables, complete_trials
+from study.ledger import Outcome
+from tests.synthetic import hand_made, study_tables
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-
-
-def hand_made(*trials: dict[str, Any]) -> StudyTables:
-    """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, flops, origin, outcome}."""
-    suggestions, results, rows = [], {}, []
-    for number, given in enumerate(trials):
-        trial = {"seed": 0, "patch": 8, "ratio": 0.5, "origin": "search", "miou": None}
-        trial |= {"outcome": "complete", "psnr": None, "flops": None} | given
-        schedule = trial["ratio"]
-        if not isinstance(schedule, dict):
-            schedule = {"name": "constant", "value": schedule}
-        config = {"model": {"patch": trial["patch"]}, "masking": {"ratio": schedule}}
-        name = f"t{number}"
-        seed, origin, labels = trial["seed"], trial["origin"], trial.get("labels", {})
-        suggestions.append(Suggestion(number, name, trial["arm"], seed, origin, config, {}, labels))
-        outcome = Outcome(trial["outcome"])
-        results[name] = Result(name, outcome, 1.0, None, {"pretrain": 1.0, "segment": 1.0})
-        progress = 1.0 if outcome is Outcome.COMPLETE else 0.5
-        for phase, metric, value in (
-            ("pretrain", "probe_psnr", trial["psnr"]),
-            ("segment", "miou", trial["miou"]),
-            ("pretrain", "planned_flops", trial["flops"]),
-        ):
-            if value is not None:
-                about = ["study", name, trial["arm"], seed, phase, 10, 1.0, progress, metric]
-                goal = "minimize" if metric == "planned_flops" else "maximize"
-                rows.append([*about, value, goal, "dB" if metric == "probe_psnr" else "", 1.0, "a"])
-    return assemble(
-        StudyFolder(Path("study")),
-        {"study": "study", "objectives": [{"metric": MIOU, "goal": "maximize"}]},
-        SPEC,
-        {},
-        suggestions,
-        results,
-        pd.DataFrame(rows, columns=list(COLUMNS)),
-    )
 
 
 @pytest.fixture(scope="module")

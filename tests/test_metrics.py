@@ -92,7 +92,8 @@ def test_an_object_is_found_at_half_overlap_and_not_below():
     truth = [[1, 1, 1, 1, 0, 0]]
     assert objects(truth, [[1, 1, 0, 0, 0, 0]]).sum(axis=0).tolist() == [1, 0, 0]
     assert objects(truth, [[0, 1, 1, 0, 0, 0]]).sum(axis=0).tolist() == [1, 0, 0]
-    assert objects(truth, [[1, 0, 0, 0, 0, 0]]).sum(axis=0).tolist() == [0, 1, 1]
+    assert objects(truth, [[0, 1, 1, 0, 0, 1]]).sum(axis=0).tolist() == [1, 1, 0]
+    assert objects(truth, [[0, 0, 1, 1, 1, 0]]).sum(axis=0).tolist() == [0, 1, 1]  # 2 of 5
     assert objects(truth, [[2, 2, 2, 2, 0, 0]]).sum(axis=0).tolist() == [0, 1, 1]
 
 

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import pytest
 import torch
-import toy
 from torch import distributed as dist
 from torch import multiprocessing as workers
 
+from tests import toy
 from trainables import checkpoint, pretrain
 from trainables.config import ProbeConfig
 from trainables.data import to_device
@@ -256,12 +256,13 @@ def test_a_nan_in_one_step_is_found_at_the_end_of_the_epoch(tmp_path, monkeypatc
     def poisoned(model, images, config, seed, plan, step, samples_B, real=pretrain.batch_loss):
         steps.append(step)
         loss = real(model, images, config, seed, plan, step, samples_B)
-        return loss * float("nan") if step == 5 else loss
+        return loss * float("nan") if step == 7 else loss
 
     monkeypatch.setattr(pretrain, "batch_loss", poisoned)
     diary = toy.Diary()
     assert run(tmp_path, diary)[0] == "diverged"
-    assert diary.calls == [("pretrain", 4)] and steps[-1] == 6
+    assert diary.calls == [("pretrain", 4), ("pretrain", 7)]
+    assert steps[-1] == 8  # the second epoch ends with the ninth step, the next rung is at 14
 
 
 def test_a_split_without_images_is_the_users_to_mend(tmp_path):

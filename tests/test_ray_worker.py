@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import ray
 import torch
 from ray import cloudpickle
 
-from trainables.ray_worker import MAX_GROUP_STARTS, Slot, quiet_environment
+from trainables.ray_worker import MAX_GROUP_STARTS, Desk, Slot, quiet_environment
 
 pytestmark = [
     pytest.mark.ray,
@@ -41,16 +41,22 @@ def cluster() -> Iterator[None]:
 
 
 def sums_over_ranks(
-    job: dict[str, Any], *, device: Any, rank: int, world_size: int, attempt: str, report: Any,
+    job: dict[str, Any],
+    *,
+    device: Any,
+    rank: int,
+    world_size: int,
+    attempt: str,
+    report: Any,
     heartbeat: Any,
 ) -> str:
     """Stands for a trial: every rank adds its rank; rank 0 reports the sum and its process."""
     value = torch.tensor([float(rank + 1)])
+    if "dies_first" in job and rank == 0 and attempt.endswith(job["dies_first"]):
+        os.kill(os.getpid(), signal.SIGKILL)
     if world_size > 1:
         torch.distributed.all_reduce(value)
     if "dies" in job and rank == 0 and attempt.endswith(job["dies"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if job.get("always_dies") and rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if job.get("raises") and rank == world_size - 1:
         raise ValueError("a planted error")
@@ -108,6 +114,11 @@ def test_a_killed_worker_costs_one_attempt(slot: Slot) -> None:
     assert events[-2]["attempt"] == "1.2"
 
 
+def test_a_rank_whose_peer_was_killed_does_not_fail_the_trial(slot: Slot) -> None:
+    events = play(slot, dies_first=".1")
+    assert events[-1]["outcome"] == "complete"
+
+
 def test_an_error_on_one_rank_ends_the_trial_but_not_the_slot(slot: Slot) -> None:
     failed = play(slot, raises=True)
     assert failed[-1]["outcome"] == "failed"
@@ -120,17 +131,37 @@ def test_running_out_of_memory_is_an_outcome_of_its_own(slot: Slot) -> None:
     assert play(slot)[-1]["outcome"] == "complete"
 
 
-def test_a_job_that_always_kills_its_workers_is_given_up(cluster: None, tmp_path: Path) -> None:
-    slot = Slot(
-        "doomed-slot",
-        sums_over_ranks,
-        workers=1,
-        cpus_per_worker=1,
-        gpus_per_worker=0,
-        storage=tmp_path,
-    )
-    events = play(slot, always_dies=True)
-    assert events[-1]["outcome"] == "lost"
-    assert f"{MAX_GROUP_STARTS} worker groups" in events[-1]["error"]
-    assert play(slot)[-1]["outcome"] == "complete"
-    assert slot.close(30)
+def test_a_job_that_always_kills_its_workers_is_given_up_and_the_next_one_is_taken() -> None:
+    async def story() -> None:
+        desk = Desk()
+        await desk.place({"serial": "1", "trial": "doomed"})
+        for group in range(1, MAX_GROUP_STARTS + 1):  # each group takes it and dies
+            job = await desk.take(0, await desk.enter(), None)
+            assert job is not None
+            assert job["group"] == group
+        taking = asyncio.create_task(desk.take(0, await desk.enter(), None))
+        event = await desk.next_event(0)
+        assert event["outcome"] == "lost"
+        assert f"{MAX_GROUP_STARTS} worker groups" in event["error"]
+        await desk.place({"serial": "2", "trial": "sound"})
+        job = await taking
+        assert job is not None
+        assert (job["trial"], job["group"]) == ("sound", 1)
+
+    asyncio.run(asyncio.wait_for(story(), 5))
+
+
+def test_a_relay_that_starts_again_hears_all_events_once_more() -> None:
+    async def story() -> None:
+        desk = Desk()
+        job = {"serial": "1", "trial": "t"}
+        await desk.place(job)
+        await desk.take(0, await desk.enter(), None)
+        reporting = asyncio.create_task(desk.report("1", [{"value": 1.0}], "a"))
+        first = await desk.next_event(0)
+        await desk.place(job)  # the relay died here, and lays its job down again
+        assert await desk.next_event(0) == first
+        await desk.decide(0, True)
+        assert await reporting
+
+    asyncio.run(asyncio.wait_for(story(), 5))

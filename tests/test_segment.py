@@ -189,6 +189,21 @@ def test_rungs_report_every_metric_and_the_last_one_the_test_split(tmp_path):
     assert "test_miou" not in values(run(tmp_path / "b", dataset=cells(test=0))[1][-1])
 
 
+def test_the_reported_loss_is_the_mean_since_the_rung_before(tmp_path, monkeypatch):
+    losses = []
+
+    def recorded(scores, truth):
+        losses.append(dice_cross_entropy(scores, truth))
+        return losses[-1]
+
+    monkeypatch.setattr("trainables.segment.dice_cross_entropy", recorded)
+    _, (half, full), _ = run(tmp_path, epochs=4)  # two passes to each rung
+    values_of_steps = [loss.item() for loss in losses]
+    assert len(values_of_steps) == 12
+    assert values(half)["loss"] == pytest.approx(sum(values_of_steps[:6]) / 6, abs=1e-5)
+    assert values(full)["loss"] == pytest.approx(sum(values_of_steps[6:]) / 6, abs=1e-5)
+
+
 def test_a_picture_of_the_validation_images_is_left(tmp_path):
     run(tmp_path)
     picture = np.asarray(Image.open(tmp_path / "pictures" / "segmentation.png"))

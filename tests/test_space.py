@@ -140,6 +140,8 @@ def test_the_grid_goes_into_labels():
         ({"low": 0.1, "high": 0.9, "num": 5}, [0.1, 0.3, 0.5, 0.7, 0.9]),
         ({"low": 1e-4, "high": 1e-2, "num": 3, "log": True}, [1e-4, 1e-3, 1e-2]),
         ({"low": 0.1, "high": 0.9}, None),
+        ({"low": 1, "high": 10**18}, None),
+        ({"low": 0.0, "high": 1.0, "step": 0.0005}, None),
         ({"choices": ["a", None, True]}, ["a", None, True]),
     ],
 )
@@ -157,7 +159,7 @@ def test_the_trial_is_found_in_its_space_with_its_parameters():
         "  model.patch: {choices: [4, 16]}\n",
         "  masking.ratio: {choices: {a: {name: constant, value: {low: 0.1, high: 0.7}}}}\n",
         "  masking.ratio: {choices: {a: {name: linear, start: 0.75, end: 0.76}}}\n",
-        "  pretrain.epochs: {low: 1, high: 40, step: 13}\n  model.patch: {choices: [4]}\n",
+        "  pretrain.epochs: {low: 2, high: 41, step: 13}\n",
     ):
         assert space.params_of(study(search), study(search).trial) is None
     labels = "  masking.ratio: {choices: {low: {name: constant, value: 0.5}, as is: constant}}\n"

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from study.reader import read_yaml
+from study.samplers import Brain
 from study.spec import Difference, difference, load_spec, parse_spec, schema
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import UserError
@@ -253,6 +256,12 @@ def test_a_grid_needs_points_and_names_the_line_that_lacks_them():
     parse(re.sub(r"(high: 0\.\d)", r"\1, num: 3", text))
 
 
+def test_a_grid_that_nobody_can_run_is_refused():
+    text = changed("sampler: {name: tpe}", "sampler: grid")
+    text = re.sub(r"(high: 0\.\d)", r"\1, num: 1000", text)
+    assert "s.yaml:9: search: given a grid of more than 10,000 arms" in mistakes(text)[0]
+
+
 def test_a_bare_name_stands_for_the_name_with_defaults():
     assert parse(changed("sampler: {name: tpe}", "sampler: tpe")).sampler.name == "tpe"
     text = changed("{name: constant, value: 0.75}", "constant")
@@ -406,3 +415,49 @@ def test_the_control_is_the_trial_as_it_stands_in_the_file():
     spec = parse(GOOD)
     expected = TrialConfig.model_validate(read_yaml(GOOD, "s.yaml")[0]["trial"])
     assert arm_id(spec.trial) == arm_id(expected)
+
+
+PLAIN = [None, True, 0, -1, 1, 8, 2**62, 0.5, 1e300, "", "tpe", "linear", "a/b", "x" * 99, "\n"]
+TREES = [[], {}, [8], [[8]], {"name": "step"}, {"name": 3}, {"choices": [8]}, {"low": "a"}]
+ITEMS = [
+    {"choices": {"a": {"low": 1}}},
+    {"choices": {"a": {"name": "constant"}}},
+    {"low": 1, "high": 2**62},
+    {"low": 0.1, "high": 0.9},
+    {"low": 4, "high": 64, "step": 4, "num": 3},
+]
+HOSTILE = st.sampled_from([*PLAIN, *TREES, *ITEMS])
+
+
+def _places(data, path=()):
+    if path:
+        yield path
+    inner = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in inner if isinstance(data, dict | list) else ():
+        yield from (
+            _places(value, (*path, key)) if isinstance(value, dict | list) else [(*path, key)]
+        )
+
+
+PLACES = list(_places(read_yaml(GOOD, "s.yaml")[0]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PLACES), HOSTILE, st.booleans()), min_size=1, max_size=3))
+def test_whatever_stands_in_the_file_only_a_user_error_is_raised(changes):
+    data, _ = read_yaml(GOOD, "s.yaml")
+    for path, value, is_new in changes:
+        around = data
+        try:
+            for part in path[:-1]:
+                around = around[part]
+            key = f"{path[-1]}x" if is_new and isinstance(around, dict) else path[-1]
+            around[key] = json.loads(json.dumps(value))
+        except (KeyError, IndexError, TypeError):
+            continue
+    try:
+        spec = parse(json.dumps(data))
+    except UserError as error:
+        assert all(line.startswith("s.yaml:") for line in str(error).splitlines())
+    else:
+        Brain(spec).ask(0)

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import study_tables, write_study
 
 from analysis.tables import arm_scores, final, flatten, load, mean_ratio
 from study.folder import StudyFolder
 from study.ledger import LedgerError
+from tests.synthetic import study_tables, write_study
 from trainables.errors import StorageError, UserError
 
 

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import pytest
 import torch
-import toy
 from torch import distributed as dist
 from torch import multiprocessing as workers
 
+from tests import toy
 from trainables import checkpoint, pretrain, segment
 from trainables.trial import run_trial
 

@@ -111,7 +111,7 @@ def pretrain(
     distributed.reset_peak_memory(device)
     loss_sum = torch.zeros((), device=device)
     saved = started = beaten = time.perf_counter()
-    beaten_step = counters.step
+    first_step = beaten_step = counters.step
     for step, positions in batches(seed, plan, counters.step, images.rows.device):
         batch = images.batch(positions[share])[0]
         with distributed.autocast(config.pretrain.precision, device):
@@ -127,7 +127,8 @@ def pretrain(
         loss_sum += loss.detach()
         done = step + 1
         now = time.perf_counter()
-        if context.is_main and now - beaten > HEARTBEAT_SECONDS:
+        is_due = step == first_step or now - beaten > HEARTBEAT_SECONDS
+        if context.is_main and is_due:
             speed = (done - beaten_step) * plan.batch / (now - beaten)
             context.heartbeat("pretrain", done / plan.steps, speed)
             beaten, beaten_step = now, done

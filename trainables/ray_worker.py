@@ -1,17 +1,17 @@
 """Slots: worker groups that stay warm. The only file that imports ray.train.
 
-Starting a Ray Train worker group costs seconds; a trial on a laptop lasts not much longer. So a slot is
-one long-lived `TorchTrainer` run. Its workers ask a *desk* (a named-by-handle actor that costs no CPU)
-for the next job, train it together, hand in the rows, and ask again: process group, imports, device
+Starting a Ray Train worker group costs seconds; a trial on a laptop lasts not much longer. So a
+slot is one long-lived `TorchTrainer` run. Its workers ask a *desk* (an actor that costs no CPU) for
+the next job, train it together, hand in the rows, and ask again: process group, imports, device
 context and data stay warm.
 
     driver --place--> desk --take--> workers          (a job: plain JSON)
     driver <-events-- desk <-report- rank 0            (rows at a rung, the outcome)
     driver --decide-> desk --------> rank 0            (go on, or stop here)
 
-Stopping is cooperative: rank 0 waits at a rung for the decision, and nobody kills a live worker group.
-When a worker dies, Ray Train starts the group anew; the new workers find the unfinished job on the desk
-and go on from its last checkpoint.
+Stopping is cooperative: rank 0 waits at a rung for the decision, and nobody kills a live worker
+group. When a worker dies, Ray Train starts the group anew; the new workers find the unfinished job
+on the desk and go on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Desk:
         self.decision: asyncio.Future[bool] | None = None
         self.changed = asyncio.Condition()
         self.group_starts = 0
+        self.num_condemned = 0  # worker groups that are not to get another job
         self.beat_: dict[str, Any] = {}
 
     async def place(self, job: Job) -> None:
@@ -64,9 +65,9 @@ class Desk:
 
     async def decide(self, event: int, stop: bool) -> None:
         """Answer the rows of event number `event`."""
-        if self.decision is not None and event == len(self.events) - 1:
-            if not self.decision.done():
-                self.decision.set_result(stop)
+        is_newest = event == len(self.events) - 1
+        if is_newest and self.decision is not None and not self.decision.done():
+            self.decision.set_result(stop)
 
     async def close(self) -> None:
         """Send the workers home after the present job."""
@@ -81,21 +82,33 @@ class Desk:
     async def last_beat(self) -> dict[str, Any]:
         return self.beat_
 
-    async def take(self, rank: int, finished: str | None) -> Job | None:
+    async def enter(self) -> int:
+        """A worker has come; what it gets is its ticket for `take`."""
+        return self.num_condemned
+
+    async def condemn(self, ticket: int) -> None:
+        """An error has put the ranks of this worker group out of step: it gets no other job."""
+        async with self.changed:
+            self.num_condemned = max(self.num_condemned, ticket + 1)
+            self.changed.notify_all()
+
+    async def take(self, rank: int, ticket: int, finished: str | None) -> Job | None:
         """The next job for a worker that has finished job `finished`; None: go home."""
         async with self.changed:
-            await self.changed.wait_for(
-                lambda: not self.open
-                or (self.job is not None and self.job["serial"] != finished and not self._is_over())
-            )
-            if not self.open or self.job is None:
-                return None
-            if rank == 0:
-                self.group_starts += 1
-                if self.group_starts > MAX_GROUP_STARTS:
-                    lost = self.group_starts - 1
-                    self._add({"outcome": "lost", "error": f"{lost} worker groups died in it"})
-            return {**self.job, "group": self.group_starts}
+            while True:
+                await self.changed.wait_for(
+                    lambda: not self.open or ticket < self.num_condemned or self._has_job(finished)
+                )
+                if ticket < self.num_condemned:
+                    raise RuntimeError("this worker group is being replaced")
+                if not self.open or self.job is None:
+                    return None
+                if rank == 0:
+                    self.group_starts += 1
+                if self.group_starts <= MAX_GROUP_STARTS:
+                    return {**self.job, "group": self.group_starts}
+                lost = f"{MAX_GROUP_STARTS} worker groups died in it"
+                self._add({"outcome": "lost", "error": lost})
 
     async def report(self, serial: str, rows: list[dict[str, Any]], attempt: str) -> bool:
         """Hand in rows; returns, once they are durable, whether the trial is to stop here."""
@@ -106,10 +119,17 @@ class Desk:
             self._add({"rows": rows, "attempt": attempt})
         return await self.decision
 
-    async def finish(self, serial: str, outcome: str, error: str | None) -> None:
+    async def finish(
+        self, serial: str, outcome: str, error: str | None, first_step_seconds: float | None = None
+    ) -> None:
+        """Hand in how the job ended, and how long after the decision its first step was done."""
         async with self.changed:
             if self.job is not None and self.job["serial"] == serial and not self._is_over():
-                self._add({"outcome": outcome, "error": error})
+                end = {"outcome": outcome, "error": error}
+                self._add({**end, "first_step_seconds": first_step_seconds})
+
+    def _has_job(self, finished: str | None) -> bool:
+        return self.job is not None and self.job["serial"] != finished and not self._is_over()
 
     def _add(self, event: Event) -> None:
         self.events.append(event)
@@ -127,18 +147,28 @@ def work(settings: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])
+    ticket = ray.get(desk.enter.remote())
     finished = None
     while True:
-        job = ray.get(desk.take.remote(rank, finished))
+        job = ray.get(desk.take.remote(rank, ticket, finished))
         if job is None:
             return
         serial = finished = job["serial"]
-        outcome, error = _train(run_job, job, desk, device, rank, world_size)
-        if rank == 0 or error is not None:
-            ray.get(desk.finish.remote(serial, outcome, error))
-        if error is not None and world_size > 1:
-            # the other ranks hang in a collective: only a new group gets them out of it
-            raise RuntimeError(f"rank {rank} failed in trial {job['trial']}: {error}")
+        try:
+            outcome, first_step = _train(run_job, job, desk, device, rank, world_size)
+        except Exception as error:  # whatever a trial throws is that trial's outcome
+            if not _is_lost_peer(error, world_size):
+                ray.get(desk.finish.remote(serial, *_as_outcome(error)))
+            if world_size > 1:
+                # the other ranks hang in a collective: only a new group gets them out of it
+                ray.get(desk.condemn.remote(ticket))
+                raise
+        else:
+            if rank == 0:
+                ray.get(desk.finish.remote(serial, outcome, None, first_step))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _train(
@@ -148,38 +178,47 @@ def _train(
     device: torch.device,
     rank: int,
     world_size: int,
-) -> tuple[str, str | None]:
-    """Run one job; errors of the trial become its outcome, so that the worker lives on."""
+) -> tuple[str, float | None]:
+    """(outcome, seconds from the decision for this job to its first step's end, by wall clocks)."""
     attempt = f"{job['attempt']}.{job['group']}"
+    first_step: list[float] = []
 
     def report(rows: list[dict[str, Any]]) -> bool:
         return bool(ray.get(desk.report.remote(job["serial"], rows, attempt)))
 
     def heartbeat(phase: str, progress: float, images_per_second: float) -> None:
+        if not first_step:
+            first_step.append(time.time() - job.get("decided", time.time()))
         beat = {"phase": phase, "progress": progress, "images_per_second": images_per_second}
         desk.beat.remote({"trial": job["trial"], "time": time.time(), **beat})
 
-    try:
-        outcome = run_job(
-            job,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            attempt=attempt,
-            report=report,
-            heartbeat=heartbeat,
-        )
-        return outcome, None
-    except torch.OutOfMemoryError as error:
-        return "out-of-memory", str(error)
-    except MemoryError:
-        return "out-of-memory", traceback.format_exc()
-    except Exception:  # whatever a trial throws is that trial's outcome, not the slot's end
-        return "failed", traceback.format_exc()
-    finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    outcome = run_job(
+        job,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        attempt=attempt,
+        report=report,
+        heartbeat=heartbeat,
+    )
+    return outcome, first_step[0] if first_step else None
+
+
+def _as_outcome(error: Exception) -> tuple[str, str]:
+    """Outcome and text of an error of the trial."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "out-of-memory", str(error) or "the worker ran out of memory"
+    return "failed", "".join(traceback.format_exception(error))
+
+
+def _is_lost_peer(error: Exception, world_size: int) -> bool:
+    """Whether a rank failed only because another one has died: the trial goes on in a new group.
+
+    Gloo's errors are plain RuntimeErrors that name its source file.
+    """
+    if world_size == 1:
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 class Slot:

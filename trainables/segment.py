@@ -88,7 +88,7 @@ def segment(
     distributed.reset_peak_memory(device)
     loss_sum = torch.zeros((), device=device)
     saved = started = beaten = time.perf_counter()
-    beaten_step = counters.step
+    first_step = beaten_step = counters.step
     for step, positions in batches(seed, plan, counters.step, device):
         pixels, truth = images.batch(positions[share])
         pixels, truth = AUGMENTATIONS[settings.augment.name](
@@ -109,7 +109,8 @@ def segment(
         loss_sum += loss.detach()
         done = step + 1
         now = time.perf_counter()
-        if context.is_main and now - beaten > HEARTBEAT_SECONDS:
+        is_due = step == first_step or now - beaten > HEARTBEAT_SECONDS
+        if context.is_main and is_due:
             speed = (done - beaten_step) * plan.batch / (now - beaten)
             context.heartbeat("segment", done / plan.steps, speed)
             beaten, beaten_step = now, done

@@ -2,14 +2,16 @@
 
 Level l has the image's size / 2**l. The decoder climbs from the deepest level, which holds the
 last block's tokens, to level 0, and at each level adds the tokens of an earlier block; level 0 adds
-the image itself. Tokens are interpolated or averaged from their grid to the level's size: below
-patch 8 the deepest ones are averaged, so that there are always three levels under the image, and
-patches that are no power of two need nothing special.
+the image itself. Each token is mapped to the pixels that its patch has at the level, as in MAE's
+own head, as it alone knows where in the patch small things lie (mIoU 0.78 and 0.71 with two seeds,
+0.73 and 0.65 when tokens were interpolated: patch 16, discs of 2 to 6 pixels, size pico). Below
+patch 8 the deepest tokens are averaged, so that there are always three levels under the image;
+where a patch is no power of two, what remains is interpolated.
 
-Upsampling is by interpolation and convolution, which beat transposed convolutions under a vision
-transformer (arXiv 2507.01744); skips are added, at two thirds of the cost of concatenation. The
-skip from the image goes around the encoder: compare with the random-init and frozen controls before
-crediting the pretraining.
+From level to level it goes by interpolation and convolution, which beat transposed convolutions
+under a vision transformer (arXiv 2507.01744); skips are added, at two thirds of the cost of
+concatenation. The skip from the image goes around the encoder: compare with the random-init and
+frozen controls before crediting the pretraining.
 
 B batch · C channels · *S spatial axes · P patches · D encoder width · K classes
 """
@@ -27,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables.config import TrialConfig
-from trainables.mae import Encoder, initialise, patchify
+from trainables.mae import Encoder, initialise, patchify, unpatchify
 
 FEWEST_LEVELS = 3  # under the image's own
 WIDEST = 8  # channels double with the level up to this many times the finest level's
-NORM_GROUPS = 8
+NORM_GROUPS = 4
 # By number of axes
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 POOLING: dict[int, Callable[..., Tensor]] = {
@@ -66,11 +68,13 @@ class UNETR(nn.Module):
         axes = len(image_size)
         convolution = Conv["conv", axes]
         self.image_skip = convolution(encoder.channels, widths[0], kernel_size=3, padding=1)
-        self.token_skips = nn.ModuleList(nn.Linear(encoder.width, width) for width in widths[1:])
+        self.token_skips = nn.ModuleList(
+            TokenSkip(encoder, level, widths[level], self.sizes[level]) for level in levels
+        )
         self.narrow = nn.ModuleList(
             convolution(deeper, width, kernel_size=1) for width, deeper in pairwise(widths)
         )
-        self.refine = nn.ModuleList(_two_convolutions(axes, width) for width in widths[:-1])
+        self.refine = nn.ModuleList(_residual_block(axes, width) for width in widths[:-1])
         self.head = UnetOutBlock(axes, widths[0], num_classes)
 
     def train(self, mode: bool = True) -> UNETR:
@@ -83,9 +87,7 @@ class UNETR(nn.Module):
         """Standardised images (B, C, *S) -> class scores (B, K, *S)."""
         tokens = self.encoder.features(patchify(images, self.encoder.patch), self.after)
         skips = [self.image_skip(images)]
-        for project, tokens_BPD, size in zip(self.token_skips, tokens, self.sizes[1:], strict=True):
-            tokens_on_grid = project(tokens_BPD).transpose(1, 2).unflatten(2, self.encoder.grid)
-            skips.append(_resized(tokens_on_grid, size))
+        skips += [skip(found) for skip, found in zip(self.token_skips, tokens, strict=True)]
 
         features = skips[-1]
         for level in reversed(range(len(skips) - 1)):
@@ -94,6 +96,22 @@ class UNETR(nn.Module):
             features = self.refine[level](features + skips[level])
         scores: Tensor = self.head(features)
         return scores
+
+
+class TokenSkip(nn.Module):
+    """Tokens (B, P, D) -> features (B, width, *size) of a level, each token in its own place."""
+
+    def __init__(self, encoder: Encoder, level: int, width: int, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.grid, self.width, self.size = encoder.grid, width, size
+        self.edge = max(1, round(encoder.patch / 2**level))  # of a patch at this level
+        # Tokens grow from block to block, and in training; without this they drown the image's skip
+        self.norm = nn.LayerNorm(encoder.width)
+        self.map = nn.Linear(encoder.width, self.edge ** len(size) * width)
+
+    def forward(self, tokens_BPD: Tensor) -> Tensor:
+        features = unpatchify(self.map(self.norm(tokens_BPD)), self.grid, self.edge, self.width)
+        return _resized(features, self.size)
 
 
 def build_unetr(
@@ -118,10 +136,12 @@ def build_unetr(
     return model
 
 
-def _two_convolutions(axes: int, width: int) -> nn.Module:
-    """Group norm, as instance norm has no answer for a level of a single pixel."""
+def _residual_block(axes: int, width: int) -> nn.Module:
+    """Two convolutions; group norm, as instance norm cannot handle a level of a single pixel."""
     norm = ("group", {"num_groups": math.gcd(width, NORM_GROUPS)})
-    block: nn.Module = UnetrBasicBlock(axes, width, width, kernel_size=3, stride=1, norm_name=norm)
+    block: nn.Module = UnetrBasicBlock(
+        axes, width, width, kernel_size=3, stride=1, norm_name=norm, res_block=True
+    )
     return block
 
 

@@ -5,14 +5,23 @@ To add a source, write a function (root, *, options) -> store.Source and add it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainables.data import smears
-from trainables.data.store import Dataset, Resident, default_cache, open_dataset, to_device, write
+from trainables.data import images, smears
+from trainables.data.store import (
+    Dataset,
+    Resident,
+    Source,
+    default_cache,
+    open_dataset,
+    to_device,
+    write,
+)
 from trainables.named import Choice, named
 
-SOURCES = {"smears": smears.smears}
+SOURCES: dict[str, Callable[..., Source]] = {"smears": smears.smears, "images": images.images}
 
 if TYPE_CHECKING:
     DataConfig = Choice

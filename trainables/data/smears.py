@@ -25,7 +25,9 @@ Window = tuple[slice, slice]
 Count = Annotated[int, Field(ge=0)]
 Edge = Annotated[int, Field(ge=8, le=4096)]
 Diameter = Annotated[float, Field(ge=1.0, le=1024.0)]
-Mean = Annotated[float, Field(ge=0.0, le=5000.0)]
+Mean = Annotated[
+    float | None, Field(ge=0.0, le=5000.0, description="mean count per image; null: by area")
+]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 CLASSES = ["background", "red cell", "white cell", "platelet"]
@@ -53,11 +55,13 @@ def smears(
     red_diameter: Diameter = 14.0,
     white_diameter: Diameter = 24.0,
     platelet_diameter: Diameter = 5.0,
-    spread: Share = 0.1,
-    red_cells: Mean | None = None,
-    white_cells: Mean | None = None,
-    platelets: Mean | None = None,
-    overlap: Share = 0.3,
+    spread: Annotated[Share, Field(description="standard deviation of diameters, relative")] = 0.1,
+    red_cells: Mean = None,
+    white_cells: Mean = None,
+    platelets: Mean = None,
+    overlap: Annotated[
+        Share, Field(description="0: cells keep apart; 1: they fall anywhere")
+    ] = 0.3,
     stain: Share = 0.5,
     light: Share = 0.5,
     noise: Share = 0.5,
@@ -200,9 +204,7 @@ class Canvas:
         self.instances[window][inside] = self.num_instances
 
 
-def _place(
-    look: Look, label: int, placed: dict[int, Placed], rng: np.random.Generator
-) -> Placed:
+def _place(look: Look, label: int, placed: dict[int, Placed], rng: np.random.Generator) -> Placed:
     """Radii (N,) and centres (N, 2) of a class: darts that miss what is placed already."""
     count = rng.poisson(look.mean_count(label))
     wobble = np.clip(1 + look.spread * rng.standard_normal(count), 0.5, 1.5)
@@ -308,7 +310,7 @@ def _nucleus(
         field += np.exp2(-((to_y**2 + to_x**2) / size**2).astype(np.float32))
     # at half height the field falls by ln(2) / size per pixel
     slope = nucleus.size * radius / math.log(2)
-    return np.clip((field - 0.5) * slope + 0.5, 0, 1)
+    return np.asarray(np.clip((field - 0.5) * slope + 0.5, 0, 1))
 
 
 def _outline(
@@ -328,7 +330,7 @@ def _outline(
 
 def _soft_edge(depth: Floats, radii_N: Floats) -> Floats:
     """1 inside, 0 outside, and over one pixel in between."""
-    return np.clip((1 - depth) * _each(radii_N) + 0.5, 0, 1)
+    return np.asarray(np.clip((1 - depth) * _each(radii_N) + 0.5, 0, 1))
 
 
 def _expose(look: Look, canvas: Canvas, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -338,10 +340,9 @@ def _expose(look: Look, canvas: Canvas, rng: np.random.Generator) -> npt.NDArray
     eosin, azure = (
         np.array(colour) + 0.035 * look.stain * rng.standard_normal(3) for colour in (EOSIN, AZURE)
     )
-    absorbed = (
-        (strength[0] * eosin)[:, None, None].astype(np.float32) * canvas.inner(canvas.eosin)
-        + (strength[1] * azure)[:, None, None].astype(np.float32) * canvas.inner(canvas.azure)
-    )
+    absorbed = (strength[0] * eosin)[:, None, None].astype(np.float32) * canvas.inner(
+        canvas.eosin
+    ) + (strength[1] * azure)[:, None, None].astype(np.float32) * canvas.inner(canvas.azure)
     lamp = 226 + 12 * look.light * rng.standard_normal() + 7 * look.light * rng.standard_normal(3)
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None] - rng.uniform(-0.5, 0.5)
     x = np.linspace(-1, 1, width, dtype=np.float32) - rng.uniform(-0.5, 0.5)
@@ -350,7 +351,7 @@ def _expose(look: Look, canvas: Canvas, rng: np.random.Generator) -> npt.NDArray
     picture = light * np.exp(-math.log(10) * np.maximum(absorbed, 0))
     picture = ndimage.gaussian_filter(picture, (0, 0.55, 0.55))
     shot = rng.standard_normal(picture.shape, np.float32) * np.sqrt(picture / 200)
-    return np.clip(np.rint(picture + 5 * look.noise * shot), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(picture + 5 * look.noise * shot), 0, 255), np.uint8)
 
 
 def _grain(shape: tuple[int, int], sigma: float, rng: np.random.Generator) -> Floats:

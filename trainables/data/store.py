@@ -207,9 +207,9 @@ def write(source: Source, cache: Path) -> Path:
     """The folder of the decoded source; decoded by the first process that asks for it."""
     fingerprint = source.fingerprint()
     folder = cache / fingerprint
-    if folder.is_dir() and damage(folder) is None:
-        return folder
     try:
+        if folder.is_dir() and damage(folder) is None:
+            return folder
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{fingerprint}.lock"):
             reason = damage(folder) if folder.exists() else None
@@ -233,7 +233,7 @@ def write(source: Source, cache: Path) -> Path:
     except OSError as error:
         raise StorageError(
             f"cannot write prepared data to {cache}: {error.strerror or error}; "
-            f"set MASKSTUDY_CACHE to a folder that is writable and has room"
+            "set MASKSTUDY_CACHE to a folder that is writable and has room"
         ) from error
     return folder
 
@@ -313,7 +313,7 @@ def _decode_into(source: Source, folder: Path, fingerprint: str) -> None:
 
     meta = _measure(source, images, masks)
     for array in (images, masks, instances):
-        if array is not None:
+        if isinstance(array, np.memmap):
             array.flush()
     rows = {"names": source.names, "groups": source.groups, "splits": source.splits}
     (folder / "rows.json").write_text(canonical_json(rows))
@@ -385,7 +385,8 @@ def _measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
             },
             "pixel_share": {
                 name: round(float(count / max(1, share.sum())), 5)
-                for name, count in zip(classes, share, strict=False)
+                for name, count in zip(classes, share, strict=True)
+                if source.is_labelled
             },
             "objects": {
                 name: {"count": len(found), "median_diameter": round(float(np.median(found)), 1)}
@@ -409,11 +410,9 @@ def _histogram(images: Array, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int
     return counts
 
 
-def _diameters(
-    masks: Array, rows: npt.NDArray[np.int64], label: int
-) -> npt.NDArray[np.float64]:
+def _diameters(masks: Array, rows: npt.NDArray[np.int64], label: int) -> npt.NDArray[np.float64]:
     """Diameters of discs as large as the objects: touching pixels of a class, also diagonally."""
-    areas = [np.zeros(0)]
+    areas: list[Array] = [np.zeros(0)]
     for row in rows:
         objects, _ = ndimage.label(masks[row] == label, structure=np.ones((3, 3)))
         areas.append(np.bincount(objects.ravel())[1:])
@@ -423,8 +422,9 @@ def _diameters(
 def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """A new memory map whose blocks exist: a full disk is an error now, not a SIGBUS later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 
@@ -439,6 +439,8 @@ def _signed(images: Array) -> Array:
 
 
 def _fits(images: Tensor, masks: Tensor | None, num_rows: int, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True  # it shares the memory of the host
     per_row = sum(t[0].numel() * t.element_size() for t in (images, masks) if t is not None)
     return per_row * num_rows <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 

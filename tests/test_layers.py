@@ -1,0 +1,65 @@
+"""Who may import whom.  pytest tests/test_layers.py"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "analysis": {"analysis", "study", "trainables"},
+    "study": {"study", "trainables", "cluster"},
+    "trainables": {"trainables"},
+    "cluster": {"cluster"},
+}
+REACHES_ACROSS = {"study/__main__.py"}
+FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_one_way(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    if name in REACHES_ACROSS:
+        return
+    ours = {module.split(".")[0] for module in imported(path)} & set(MAY_IMPORT)
+    assert ours <= MAY_IMPORT[name.split("/")[0]]
+
+
+@pytest.mark.parametrize(
+    ("module", "only"),
+    [
+        ("ray.tune", "study/driver.py"),
+        ("ray.train", "trainables/ray_worker.py"),
+        ("timm", "trainables/timm_blocks.py"),
+    ],
+)
+def test_one_file_knows_a_library_that_changes_often(module: str, only: str) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(name == module or name.startswith(f"{module}.") for name in imported(path))
+    }
+    assert users == {only}
+
+
+def test_reading_a_study_needs_neither_torch_nor_ray_nor_optuna() -> None:
+    code = (
+        "import sys, analysis.report, study.ledger;"
+        "print([m for m in ('torch', 'ray', 'optuna', 'timm', 'monai') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,138 @@
+"""What a study will take: counted by hand, and compared with the model itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from study.plan import DataSize, arm_cost, count_parameters, data_problems, data_size, plan
+from study.spec import parse_spec
+from trainables.config import TrialConfig
+from trainables.data import open_dataset, prepare
+from trainables.mae import build_mae
+
+torch.set_num_threads(1)
+
+DATA = DataSize((64, 64), 3, pretrain_images=100, train_images=50, classes=())
+LABELLED = DataSize((64, 64), 3, 100, 50, ("background", "cell"))
+
+
+def study(rest="", search="model.patch: {choices: [4, 8, 16]}", trials=10, sampler="grid"):
+    text = f"""\
+study: s
+data: {{source: smears, size: 64}}
+trial: {{model: {{size: pico, patch: 8, decoder: {{depth: 1, width: 64}}}}}}
+search: {{{search}}}
+objectives: [{{metric: pretrain/probe_psnr, goal: maximize}}]
+sampler: {sampler}
+budget: {{trials: {trials}}}
+{rest}"""
+    return parse_spec(text, Path(), where="s.yaml")
+
+
+def made(spec, data=DATA, **options):
+    return plan(spec, data, **({"cpus": 8, "gpus": 0} | options))
+
+
+@pytest.mark.parametrize("patch, channels, width", [(8, 3, 64), (16, 1, 128)])
+def test_parameters_are_those_of_the_model(patch, channels, width):
+    config = TrialConfig.model_validate(
+        {"model": {"size": "pico", "patch": patch, "decoder": {"depth": 3, "width": width}}}
+    )
+    model = build_mae(config, (64, 32), channels, seed=0)
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(config, (64, 32), channels) == expected
+
+
+def test_tokens_are_counted_by_hand():
+    cost = arm_cost(study().trial, DATA)
+    assert (cost.patch, cost.tokens, cost.visible_tokens) == (8, 64, 16.0)
+
+
+def test_a_grid_has_its_arms_and_the_control_is_one_of_them():
+    found = made(study())
+    assert (found.grid_arms, found.searched_arms, found.trials) == (2, 2, 3)
+    assert found.warnings == []
+    assert made(study("seeds: 3\n", trials=20)).trials == 9
+    assert made(study("controls: [random-init, frozen]\n"), LABELLED).trials == 5
+
+
+def test_the_cheapest_and_the_dearest_arm_are_those_of_the_ends():
+    found = made(study(sampler="tpe", trials=30))
+    assert (found.cheapest.patch, found.control.patch, found.dearest.patch) == (16, 8, 4)
+    assert found.cheapest.flops < found.control.flops < found.dearest.flops
+    assert (found.searched_arms, found.trials, found.grid_arms) == (29, 30, None)
+
+
+def test_hours_by_hand():
+    spec = study(search="", sampler="random")
+    found = made(spec, flops_per_second=1e9, cpus=1)
+    assert found.trials == 1
+    assert found.flops == found.control.flops
+    assert found.hours == pytest.approx(found.control.flops / 1e9 / 3600)
+    assert made(spec).hours is None
+    two = study("seeds: 2\nresources: {workers: 2}\n", search="", sampler="random")
+    assert made(two, flops_per_second=1e9, cpus=4).hours == pytest.approx(found.hours / 2)
+
+
+def test_confirmations_come_on_top():
+    found = made(study("confirm: {arms: 5, seeds: 2}\n"))
+    assert (found.trials, found.confirmations) == (3, 6)  # two searched arms and the control
+
+
+@pytest.mark.parametrize(
+    "resources, cpus, gpus, expected",
+    [
+        ("{}", 8, 0, 8),
+        ("{workers: 4}", 11, 0, 2),
+        ("{workers: 2, gpus_per_worker: 1}", 64, 8, 4),
+        ("{gpus_per_worker: 0.5}", 3, 8, 3),
+        ("{concurrent: 2}", 8, 0, 2),
+        ("{gpus_per_worker: 1}", 8, 0, 0),
+    ],
+)
+def test_as_many_trials_at_once_as_fit(resources, cpus, gpus, expected):
+    found = made(study(f"resources: {resources}\n"), cpus=cpus, gpus=gpus)
+    assert found.concurrent == expected
+
+
+def test_what_will_disappoint_is_said():
+    assert "nothing can start" in made(study("resources: {gpus_per_worker: 1}\n")).warnings[0]
+    assert "stays incomplete" in made(study(trials=2)).warnings[0]
+    assert "first 10 arms by chance" in made(study(sampler="tpe")).warnings[0]
+    last = made(study("seeds: 2\n", sampler="random", trials=9)).warnings[0]
+    assert "the last arm gets 1 of 2 seeds" in last
+
+
+def test_labels_cost_a_second_phase():
+    spec = study()
+    without, labelled = arm_cost(spec.trial, DATA), arm_cost(spec.trial, LABELLED)
+    assert without.segment_flops == 0 < labelled.segment_flops
+    segment = spec.trial.segment.model_copy(update={"encoder": "random-init"})
+    twin = arm_cost(spec.trial.model_copy(update={"segment": segment}), LABELLED)
+    assert (twin.pretrain_flops, twin.flops) == (0, twin.segment_flops)
+
+
+def test_what_only_the_data_can_tell_is_told():
+    assert data_problems(study(), DATA) == []
+    segment = study().objectives[0].model_copy(update={"metric": "segment/miou"})
+    spec = study().model_copy(update={"objectives": [segment]})
+    assert "no labels" in data_problems(spec, DATA)[0]
+    assert data_problems(spec, LABELLED) == []
+    of_class = segment.model_copy(update={"metric": "segment/iou/cel"})
+    spec = study().model_copy(update={"objectives": [of_class]})
+    assert "expected a class of the data: background, cell" in data_problems(spec, LABELLED)[0]
+    odd = DataSize((60, 60), 3, 100, 50, ())
+    assert any("does not divide the image size 60x60" in one for one in data_problems(study(), odd))
+
+
+def test_a_prepared_data_set_and_this_machine_are_enough(tmp_path):
+    text = "{source: smears, size: 32, images: 8, val: 4, test: 4}"
+    spec = parse_spec(
+        study().text.replace("{source: smears, size: 64}", text), Path(), where="s.yaml"
+    )
+    dataset = open_dataset(prepare(spec.data, tmp_path, tmp_path))
+    found = plan(spec, dataset)
+    assert (found.control.tokens, found.concurrent >= 1) == (16, True)
+    assert data_problems(spec, data_size(dataset)) == []
+    assert "16 tokens, 4 visible" in found.describe()["control arm"]

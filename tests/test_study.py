@@ -1,0 +1,182 @@
+"""A whole study on a real Ray cluster, killed and resumed.  pytest tests/test_study.py"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from study.folder import StudyFolder
+from study.ledger import Outcome, read_results, read_rows, read_suggestions
+from tests.conftest import TINY_STUDY
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+# long enough to be hit in the middle; about 4 s of training a trial
+STUDY = TINY_STUDY.replace("epochs: 4, batch: 8", "epochs: 60, batch: 8")
+CLOCKED = ("images_per_second", "device_seconds", "peak_memory")  # measured, not computed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    path = write_study(tmp_path_factory.mktemp("whole"))
+    finished = run(path)
+    assert finished.returncode == 0, finished.stderr
+    return folder_of(path)
+
+
+def test_a_study_runs_every_trial_once_and_resuming_it_does_nothing(
+    uninterrupted: StudyFolder,
+) -> None:
+    suggestions, results = read_suggestions(uninterrupted), read_results(uninterrupted)
+    assert [s.origin for s in suggestions] == ["control", "control:random-init", "search", "search"]
+    assert len({s.arm for s in suggestions}) == 4
+    assert {r.outcome for r in results.values()} == {Outcome.COMPLETE}
+    before = comparable(uninterrupted)
+    began = time.monotonic()
+    again = run(uninterrupted.root.parent.parent / "tiny.yaml")
+    assert again.returncode == 0
+    assert "nothing is left to do" in again.stdout
+    assert time.monotonic() - began < 30
+    pd.testing.assert_frame_equal(comparable(uninterrupted), before)
+
+
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(
+    uninterrupted: StudyFolder, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path)
+    folder = folder_of(path)
+    driver = start(path)
+    wait_until(lambda: third_trial_is_under_way(folder), driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    ended = set(read_results(folder))
+    rows = read_rows(folder)
+    assert len(ended) == 2
+
+    resumed = run(path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "goes on with" in resumed.stdout
+    kept = read_rows(folder).merge(rows, how="inner")
+    assert len(kept) == len(rows), "rows of before the kill have changed"
+    pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
+
+
+def test_a_killed_worker_goes_on_from_its_checkpoint(
+    uninterrupted: StudyFolder, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path)
+    folder = folder_of(path)
+    driver = start(path, MASKSTUDY_TEST=str(tmp_path))
+    wait_until(lambda: third_trial_is_under_way(folder), driver)
+    workers = processes_with("MASKSTUDY_TEST", str(tmp_path), title="ray::RayTrainWorker")
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    assert driver.wait(240) == 0
+    attempts = read_rows(folder).groupby("trial").attempt.nunique()
+    assert sorted(attempts) == [1, 1, 1, 2]
+    pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
+
+
+def test_two_workers_find_what_one_finds(uninterrupted: StudyFolder, tmp_path: Path) -> None:
+    two = STUDY.replace("workers: 1", "workers: 2").replace("trials: 4", "trials: 1")
+    path = write_study(tmp_path, two.replace("controls:", "controls: []"))
+    assert run(path).returncode == 0
+    mine = comparable(folder_of(path))
+    theirs = comparable(uninterrupted)
+    theirs = theirs[theirs.trial.isin(mine.trial)].reset_index(drop=True)
+    keys = ["trial", "phase", "step", "metric"]
+    pd.testing.assert_frame_equal(mine[keys], theirs[keys])
+    psnr = mine.metric == "probe_psnr"
+    pd.testing.assert_series_equal(mine.value[psnr], theirs.value[psnr], rtol=0.02)
+
+
+def test_a_second_driver_is_refused(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    driver = start(path)
+    try:
+        wait_until(lambda: folder_of(path).spec.exists(), driver)
+        second = run(path)
+        assert second.returncode == 75
+        assert str(driver.pid) in second.stderr
+    finally:
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130
+
+
+def write_study(folder: Path, text: str = STUDY) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+def folder_of(path: Path) -> StudyFolder:
+    return StudyFolder(path.parent / "studies" / "tiny")
+
+
+def start(path: Path, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "study", "run", str(path), "--no-report"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
+    )
+
+
+def run(path: Path) -> subprocess.CompletedProcess[str]:
+    driver = start(path)
+    stdout, stderr = driver.communicate(timeout=240)
+    return subprocess.CompletedProcess(driver.args, driver.returncode, stdout, stderr)
+
+
+def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert driver.poll() is None, driver.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def third_trial_is_under_way(folder: StudyFolder) -> bool:
+    if len(list(folder.suggestions.glob("*.json"))) < 3:
+        return False
+    third = read_suggestions(folder)[2].trial
+    checkpoints = folder.checkpoints(third)
+    return checkpoints.is_dir() and any(
+        (checkpoint / "manifest.json").exists() for checkpoint in checkpoints.iterdir()
+    )
+
+
+def comparable(folder: StudyFolder) -> pd.DataFrame:
+    """What must be equal, bit for bit, however often a study was interrupted."""
+    rows = read_rows(folder)
+    rows = rows[~rows.metric.isin(CLOCKED)]
+    columns = ["trial", "arm", "seed", "phase", "step", "progress", "metric", "value"]
+    return rows[columns].sort_values(columns[:7]).reset_index(drop=True)
+
+
+def processes_with(variable: str, value: str, *, title: str) -> list[int]:
+    """Processes by a variable of their environment and how their title begins."""
+    found = []
+    for process in candidates():
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            has_title = (process / "cmdline").read_text().startswith(title)
+            if has_title and f"{variable}={value}".encode() in environment:
+                found.append(int(process.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+def candidates() -> Iterator[Path]:
+    return (process for process in Path("/proc").iterdir() if process.name.isdigit())
