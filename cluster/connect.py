@@ -1,4 +1,4 @@
-"""Connect to Ray: a cluster that is there (`RAY_ADDRESS`, set in a job too), or one started here."""
+"""Connect to Ray: a cluster that is there (`RAY_ADDRESS`, set in a job too), or one started now."""
 
 from __future__ import annotations
 

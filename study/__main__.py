@@ -44,12 +44,12 @@ def check(study: StudyFile) -> None:
 @app.command(name="try")
 def try_(
     study: StudyFile,
-    seconds: Annotated[float, typer.Option(help="roughly how long it may take")] = 20,
+    images: Annotated[int, typer.Option(help="of each split that are used")] = 16,
 ) -> None:
     """Run one tiny trial in this process, without Ray: a breakpoint works."""
     from study import commands
 
-    commands.try_(study, seconds)
+    commands.try_(study, images)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def check(path: Path) -> None:
     console.print(f"  (at {speed:.2e} FLOP/s, measured here on one worker of the control arm)")
 
 
-def try_(path: Path, seconds: float) -> None:
-    """One trial in this process: the study's own, cut down to about `seconds`."""
+def try_(path: Path, num_images: int) -> None:
+    """One trial in this process: the study's own, for one epoch of a few images of each split."""
     import torch
 
     from study.spec import load_spec
@@ -64,32 +65,44 @@ def try_(path: Path, seconds: float) -> None:
 
     spec = load_spec(path)
     dataset = open_dataset(_prepare(spec))
+    _refuse_unfit_data(spec, dataset)
+    dataset = replace(dataset, splits=_first_of_each(dataset.splits, num_images))
     config = spec.trial.model_copy(
         update={
             "pretrain": spec.trial.pretrain.model_copy(update={"epochs": 1}),
             "segment": spec.trial.segment.model_copy(update={"epochs": 1}),
         }
     )
-    deadline = time.monotonic() + seconds
 
     def report(rows: list[dict[str, Any]]) -> bool:
         for row in rows:
             name = f"{row['phase']}/{row['metric']}"
-            console.print(f"  {row['progress']:4.0%} {name:<34} {row['value']:.5g} {row['unit']}")
-        return time.monotonic() > deadline
+            console.print(f"  {name:<38} {row['value']:>10.5g} {row['unit']}", markup=False)
+        return False
 
     with tempfile.TemporaryDirectory(prefix="maskstudy-try-") as folder:
         context = Context(
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
             folder=Path(folder),
             attempt="try",
-            rungs=tuple(spec.rungs),
+            rungs=(1.0,),
             report=report,
             heartbeat=lambda *_: None,
         )
-        console.print("one epoch of each phase, in this process; its numbers are worth nothing")
+        console.print(
+            f"one epoch of each phase on {num_images} images, in this process; its numbers are "
+            f"worth nothing"
+        )
         outcome = run_trial(config, spec.seed, dataset, spec.probe, context)
     console.print(f"{outcome}: the study's trial runs", markup=False)
+
+
+def _first_of_each(splits: Any, count: int) -> Any:
+    """The splits with no more than `count` images in each; the others are in none."""
+    kept = splits.copy()
+    for split in set(splits):
+        kept[(splits == split).nonzero()[0][count:]] = ""
+    return kept
 
 
 def run(path: Path, *, build_report: Callable[[Path], Path] | None) -> int:

@@ -26,7 +26,7 @@ def test_a_trial_is_complete_without_a_word():
     assert config.masking.ratio.options() == {"value": 0.75}
     assert config.masking.strategy.name == "random"
     assert config.pretrain.optimizer.options()["base_lr"] == 1.5e-4
-    assert config.segment.optimizer.options()["base_lr"] == 1e-3
+    assert config.segment.optimizer.options()["base_lr"] == 1e-2
 
 
 def test_equal_settings_are_the_same_trial():

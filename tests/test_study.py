@@ -27,8 +27,8 @@ CLOCKED = ("images_per_second", "device_seconds", "peak_memory")  # measured, no
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     path = write_study(tmp_path_factory.mktemp("whole"))
-    finished = run(path)
-    assert finished.returncode == 0, finished.stderr
+    code, printed = run(path)
+    assert code == 0, printed
     return folder_of(path)
 
 
@@ -41,9 +41,9 @@ def test_a_study_runs_every_trial_once_and_resuming_it_does_nothing(
     assert {r.outcome for r in results.values()} == {Outcome.COMPLETE}
     before = comparable(uninterrupted)
     began = time.monotonic()
-    again = run(uninterrupted.root.parent.parent / "tiny.yaml")
-    assert again.returncode == 0
-    assert "nothing is left to do" in again.stdout
+    code, printed = run(uninterrupted.root.parent.parent / "tiny.yaml")
+    assert code == 0
+    assert "nothing is left to do" in printed
     assert time.monotonic() - began < 30
     pd.testing.assert_frame_equal(comparable(uninterrupted), before)
 
@@ -61,9 +61,9 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(
     rows = read_rows(folder)
     assert len(ended) == 2
 
-    resumed = run(path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "goes on with" in resumed.stdout
+    code, printed = run(path)
+    assert code == 0, printed
+    assert "goes on with" in printed
     kept = read_rows(folder).merge(rows, how="inner")
     assert len(kept) == len(rows), "rows of before the kill have changed"
     pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
@@ -88,8 +88,9 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(
 
 def test_two_workers_find_what_one_finds(uninterrupted: StudyFolder, tmp_path: Path) -> None:
     two = STUDY.replace("workers: 1", "workers: 2").replace("trials: 4", "trials: 1")
-    path = write_study(tmp_path, two.replace("controls:", "controls: []"))
-    assert run(path).returncode == 0
+    path = write_study(tmp_path, two + "controls: []\n")
+    code, printed = run(path)
+    assert code == 0, printed
     mine = comparable(folder_of(path))
     theirs = comparable(uninterrupted)
     theirs = theirs[theirs.trial.isin(mine.trial)].reset_index(drop=True)
@@ -104,9 +105,9 @@ def test_a_second_driver_is_refused(tmp_path: Path) -> None:
     driver = start(path)
     try:
         wait_until(lambda: folder_of(path).spec.exists(), driver)
-        second = run(path)
-        assert second.returncode == 75
-        assert str(driver.pid) in second.stderr
+        code, printed = run(path)
+        assert code == 75
+        assert str(driver.pid) in printed
     finally:
         driver.send_signal(signal.SIGINT)
         assert driver.wait(60) == 130
@@ -122,26 +123,27 @@ def folder_of(path: Path) -> StudyFolder:
     return StudyFolder(path.parent / "studies" / "tiny")
 
 
-def start(path: Path, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "study", "run", str(path), "--no-report"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **variables},
-    )
+def start(path: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """Run the study; what it prints goes to a file, as Ray's processes may outlive it."""
+    with path.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "study", "run", str(path), "--no-report"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **variables},
+        )
 
 
-def run(path: Path) -> subprocess.CompletedProcess[str]:
+def run(path: Path) -> tuple[int, str]:
+    """Exit code and what was printed."""
     driver = start(path)
-    stdout, stderr = driver.communicate(timeout=240)
-    return subprocess.CompletedProcess(driver.args, driver.returncode, stdout, stderr)
+    return driver.wait(240), path.with_suffix(".log").read_text()
 
 
-def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 200
     while not condition():
-        assert driver.poll() is None, driver.communicate()
+        assert driver.poll() is None, "the driver has ended"
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

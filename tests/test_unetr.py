@@ -64,15 +64,15 @@ def test_every_parameter_gets_a_gradient(patch):
     assert silent == []
 
 
-def test_tokens_reach_the_place_they_come_from():
-    """A change in one patch, seen through the encoder alone, moves the scores there most."""
-    model = build_unetr(config(4), (16, 32), 1, 2).eval()
-    torch.nn.init.zeros_(model.image_skip.weight)
-    images = torch.zeros(1, 1, 16, 32)
-    images[..., 4:8, 8:12] = 5.0
-    moved = (model(images) - model(torch.zeros_like(images))).abs().sum((0, 1))
-    row, column = divmod(int(moved.argmax()), 32)
-    assert 2 <= row < 10 and 6 <= column < 14
+def test_a_token_is_mapped_to_the_pixels_of_its_patch():
+    skips = build_unetr(config(4), (16, 32), 1, 2).token_skips  # a grid of 4 x 8 patches
+    tokens = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
+    edited = tokens.clone()
+    edited[:, 10] = -tokens[:, 10]  # line 1, column 2
+    for skip, lines, columns in ((skips[0], (2, 4), (4, 6)), (skips[1], (1, 2), (2, 3))):
+        moved = (skip(edited) != skip(tokens)).any(dim=1)[0].nonzero()
+        assert moved.amin(dim=0).tolist() == [lines[0], columns[0]]
+        assert (moved.amax(dim=0) + 1).tolist() == [lines[1], columns[1]]
 
 
 def test_features_are_averaged_down_and_interpolated_up():

@@ -96,7 +96,7 @@ class SegmentConfig(Strict):
     epochs: Positive = 20
     batch: Positive = 16
     encoder: Literal["finetune", "frozen", "random-init"] = "finetune"
-    optimizer: Optimizer = Field(default={"name": "adamw", "base_lr": 1e-3}, validate_default=True)
+    optimizer: Optimizer = Field(default={"name": "adamw", "base_lr": 1e-2}, validate_default=True)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     warmup_images: Annotated[int, Field(ge=0)] | None = None
     features: Annotated[int, Field(ge=4, description="channels of the finest decoder level")] = 16

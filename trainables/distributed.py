@@ -7,6 +7,7 @@ starts the workers, and every function below is a collective: all ranks call it 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import resource
 import sys
 from typing import Any
@@ -25,9 +26,11 @@ def data_parallel(model: nn.Module, context: Context) -> nn.Module:
     if context.world_size == 1:
         return model
     devices = [context.device] if context.device.type == "cuda" else None
-    # the only buffers are fixed positions, the same on every rank
+    # the only buffers are fixed positions, the same on every rank; torch 2.13 renamed the option
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
-        model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, device_ids=devices, gradient_as_bucket_view=True, **{option: False}
     )
 
 

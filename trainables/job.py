@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context, Row
 from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
+from trainables.data.store import damage
 from trainables.errors import UserError
 from trainables.trial import run_trial
 
@@ -73,7 +74,7 @@ def run_job(
 def _dataset_on_this_node(job: dict[str, Any]) -> Dataset:
     """The decoded data, from this node's cache or decoded here for all trials to come."""
     folder = default_cache() / job["fingerprint"]
-    if not folder.is_dir():
+    if damage(folder) is not None:
         config = TypeAdapter(DataConfig).validate_python(job["data"])
         folder = prepare(config, Path(job["data_root"]), default_cache())
         if folder.name != job["fingerprint"]:

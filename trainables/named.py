@@ -55,9 +55,7 @@ def _options_model(name: str, function: Callable[..., Any], key: str) -> type[Ch
             required = parameter.default is inspect.Parameter.empty
             default = ... if required else parameter.default
             hint = hints[parameter.name]
-            if (
-                typing.get_origin(hint) is tuple
-            ):  # files hold lists, and study files are read strictly
+            if _holds_tuple(hint):  # files hold lists, and study files are read strictly
                 hint = Annotated[hint, BeforeValidator(_as_tuple)]
             fields[parameter.name] = (hint, default)
     return create_model(
