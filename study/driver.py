@@ -174,7 +174,10 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
             return None
         slot = self._free.pop()
         self._taken[trial_id] = (slot, step)
-        return {"slot": slot, "job": self.conductor.job(step), "number": step.number}
+        job = self.conductor.job(step)
+        # the workers need not wait until Tune has started the relay, which places the same job
+        self.slots[slot].desk.place.remote(job)
+        return {"slot": slot, "job": job, "number": step.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass

@@ -29,9 +29,8 @@ def data_parallel(model: nn.Module, context: Context) -> nn.Module:
     # the only buffers are fixed positions, the same on every rank; torch 2.13 renamed the option
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, **{option: False}
-    )
+    options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, device_ids=devices, **options)
 
 
 def batch_slice(batch: int, context: Context, setting: str) -> slice:
