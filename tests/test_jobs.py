@@ -102,6 +102,9 @@ def test_the_quickstart_is_stopped_midway_and_submitted_again(head: tuple[str, P
     assert not rows.duplicated(["trial", "phase", "step", "metric"]).any()
     assert len(rows.merge(rows_before, how="inner")) == len(rows_before)
     assert folder.report.exists()
+    for suggestion in suggestions:
+        if results[suggestion.trial].outcome is Outcome.COMPLETE:
+            assert (folder.pictures(suggestion.trial) / "segmentation.png").exists()
 
 
 def test_our_own_submit_and_resume_tell_the_dashboard_what_runs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from study.folder import StudyFolder
 from study.ledger import Outcome, read_results, read_rows, read_suggestions
 from tests.conftest import TINY_STUDY
+from trainables.timm_blocks import create_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -46,6 +49,24 @@ def test_a_study_runs_every_trial_once_and_resuming_it_does_nothing(
     assert "nothing is left to do" in printed
     assert time.monotonic() - began < 30
     pd.testing.assert_frame_equal(comparable(uninterrupted), before)
+
+
+def test_the_best_encoder_is_handed_over_to_timm(
+    uninterrupted: StudyFolder, tmp_path: Path
+) -> None:
+    output = tmp_path / "encoder"
+    command = ["export", str(uninterrupted.root), "--output", str(output)]
+    subprocess.run([sys.executable, "-m", "study", *command], check=True, capture_output=True)
+    described = json.loads((output / "encoder.json").read_text())
+    encoder = create_model(
+        described["timm"]["model"],
+        checkpoint_path=str(output / "encoder.safetensors"),
+        **described["timm"]["kwargs"],
+    )
+    with torch.no_grad():
+        tokens = encoder.forward_features(torch.zeros(1, 3, 32, 32))
+    assert tokens.shape[-1] == 64
+    assert torch.isfinite(tokens).all()
 
 
 def test_a_killed_driver_loses_nothing_and_repeats_nothing(

@@ -37,9 +37,9 @@ def make_job(
         "seed": seed,
         "probe": probe.model_dump(mode="json"),
         "rungs": rungs,
-        "folder": str(folder),
+        "folder": str(folder.resolve()),  # workers have working directories of their own
         "data": data.model_dump(mode="json", by_alias=True),
-        "data_root": str(data_root),
+        "data_root": str(data_root.resolve()),
         "fingerprint": fingerprint,
     }
 
