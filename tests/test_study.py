@@ -121,17 +121,20 @@ def test_two_workers_find_what_one_finds(uninterrupted: StudyFolder, tmp_path: P
     pd.testing.assert_series_equal(mine.value[psnr], theirs.value[psnr], rtol=0.02)
 
 
-def test_a_second_driver_is_refused(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_and_the_first_one_heeds_stop(tmp_path: Path) -> None:
     path = write_study(tmp_path)
     driver = start(path)
     try:
         wait_until(lambda: folder_of(path).spec.exists(), driver)
-        code, printed = run(path)
+        code, printed = run(path, log="second.log")
         assert code == 75
         assert str(driver.pid) in printed
+        stop = [sys.executable, "-m", "study", "stop", str(path)]
+        subprocess.run(stop, check=True, capture_output=True)
+        assert driver.wait(120) == 130
+        assert "nothing is lost" in path.with_suffix(".log").read_text()
     finally:
-        driver.send_signal(signal.SIGINT)
-        assert driver.wait(60) == 130
+        driver.kill()
 
 
 def write_study(folder: Path, text: str = STUDY) -> Path:
@@ -144,21 +147,21 @@ def folder_of(path: Path) -> StudyFolder:
     return StudyFolder(path.parent / "studies" / "tiny")
 
 
-def start(path: Path, **variables: str) -> subprocess.Popen[bytes]:
+def start(path: Path, *, log: str = "tiny.log", **variables: str) -> subprocess.Popen[bytes]:
     """Run the study; what it prints goes to a file, as Ray's processes may outlive it."""
-    with path.with_suffix(".log").open("wb") as log:
+    with (path.parent / log).open("wb") as printed:
         return subprocess.Popen(
             [sys.executable, "-m", "study", "run", str(path), "--no-report"],
-            stdout=log,
+            stdout=printed,
             stderr=subprocess.STDOUT,
             env={**os.environ, **variables},
         )
 
 
-def run(path: Path) -> tuple[int, str]:
+def run(path: Path, *, log: str = "tiny.log") -> tuple[int, str]:
     """Exit code and what was printed."""
-    driver = start(path)
-    return driver.wait(240), path.with_suffix(".log").read_text()
+    driver = start(path, log=log)
+    return driver.wait(240), (path.parent / log).read_text()
 
 
 def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,84 @@
+"""The display.  pytest tests/test_progress.py"""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from study.ledger import Outcome, Suggestion
+from study.progress import Progress, duration
+
+
+def suggestion(number: int, origin: str = "search") -> Suggestion:
+    return Suggestion(
+        number=number,
+        trial=f"{number:012x}",
+        arm=f"{number:08x}",
+        seed=0,
+        origin=origin,
+        config={},
+        params={"model.patch": 4, "masking.ratio": "constant"},
+        labels={},
+    )
+
+
+def played() -> Progress:
+    progress = Progress(
+        study="cells", total=6, done=2, metrics=["segment/miou"], goals=["maximize"]
+    )
+    progress.console = Console(width=160, record=True, file=io.StringIO())
+    for number, miou in ((0, 0.4), (1, 0.6)):
+        one = suggestion(number)
+        progress.suggested(one, resumed=False)
+        progress.rung(one, "segment", 1.0, {"segment/miou": miou})
+        progress.finished(one, Outcome.COMPLETE, None)
+    progress.suggested(suggestion(2, "control"), resumed=True)
+    progress.beat(f"{2:012x}", "pretrain", 0.5, 123.0)
+    return progress
+
+
+def test_it_counts_what_earlier_runs_finished_too() -> None:
+    assert played().num_done == 4
+
+
+def test_time_left_is_the_mean_duration_of_what_is_left() -> None:
+    progress = played()
+    for line in progress.lines.values():
+        line.seconds = 10.0
+        line.began -= 4  # the running one has been at it for 4 s
+    left = progress.seconds_left()
+    assert left is not None
+    assert abs(left - (10 + 6)) < 1  # one waits, one has 6 s to go
+    progress.slots = 2
+    assert abs(progress.seconds_left() - 8) < 1  # type: ignore[operator]
+
+
+def test_the_table_shows_arm_phase_best_and_time_left() -> None:
+    progress = played()
+    progress.console.print(progress.table())
+    text = progress.console.export_text()
+    for word in (
+        "cells: 4/6",
+        "best segment/miou 0.6",
+        "patch 4",
+        "pretrain",
+        "50%",
+        "123",
+        "left",
+    ):
+        assert word in text, text
+
+
+def test_waiting_for_the_first_step_is_summed_up_cold_and_warm() -> None:
+    progress = played()
+    for seconds in (14.0, 0.1, 0.3, 0.2):
+        progress.first_step(suggestion(0), seconds)
+    progress.say_first_steps(1)
+    text = progress.console.export_text()
+    assert "14.0 s in a cold" in text
+    assert "0.20 s (median of 3; longest 0.30 s)" in text
+
+
+def test_durations_are_rounded_for_people() -> None:
+    assert [duration(s) for s in (5, 89, 300, 7200)] == ["5 s", "89 s", "5 min", "2.0 h"]
