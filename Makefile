@@ -19,8 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the quickstart study and write its report (about 4 minutes on 2 cores)
 	$(BIN)/maskstudy run study/examples/quickstart.yaml
 
-test: $(STAMP) ## run all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run all tests, file by file on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP) ## run the tests that start neither Ray nor a browser
 	$(BIN)/python -m pytest -m 'not ray and not browser'

@@ -14,20 +14,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from study.environment import environment
 from study.folder import StudyFolder
 from study.ledger import (
     Ledger,
-    Outcome,
     Suggestion,
     read_environment,
-    read_results,
     read_rows,
     read_spec,
     read_suggestions,
 )
+from study.overview import arms_table, is_held, studies, studies_table
 from trainables.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -212,16 +210,16 @@ def stop(name: str, address: str | None, storage: Path | None) -> None:
 def status(name: str | None, storage: Path | None, follow: bool) -> None:
     """A table of all studies of the storage, or of one study's arms."""
     if name is None:
-        console.print(_studies_table(_storage(storage)))
+        console.print(studies_table(_storage(storage)))
         return
     folder = find_study(name, storage)
     if not follow:
-        console.print(_arms_table(folder))
+        console.print(arms_table(folder))
         return
-    with Live(_arms_table(folder), console=console, refresh_per_second=1) as live:
+    with Live(arms_table(folder), console=console, refresh_per_second=1) as live:
         while is_held(folder):
             time.sleep(2)
-            live.update(_arms_table(folder))
+            live.update(arms_table(folder))
 
 
 def export(name: str, output: Path, arm: str | None, storage: Path | None) -> None:
@@ -272,27 +270,11 @@ def find_study(name: str, storage: Path | None) -> StudyFolder:
     for root in (given, _storage(storage) / name):
         if StudyFolder(root).spec.is_file():
             return StudyFolder(root)
-    known = ", ".join(folder.root.name for folder in _studies(_storage(storage))) or "none"
+    known = ", ".join(folder.root.name for folder in studies(_storage(storage))) or "none"
     raise UserError(
         f"{name}: no such study in {_storage(storage)}; studies there: {known}. Name the study's "
         f"folder, its YAML file, or its storage with --storage"
     )
-
-
-def is_held(folder: StudyFolder) -> bool:
-    """Whether a driver holds the study now."""
-    import fcntl
-
-    if not folder.lock.exists():
-        return False
-    descriptor = os.open(folder.lock, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -366,58 +348,6 @@ def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
 
 def _storage(storage: Path | None) -> Path:
     return storage or Path(os.environ.get("MASKSTUDY_STORAGE") or "studies")
-
-
-def _studies(storage: Path) -> list[StudyFolder]:
-    folders = sorted(storage.iterdir()) if storage.is_dir() else []
-    return [StudyFolder(path) for path in folders if StudyFolder(path).spec.is_file()]
-
-
-def _studies_table(storage: Path) -> Table:
-    table = Table(title=f"studies in {storage}")
-    for column in ("study", "state", "trials", *(outcome.value for outcome in Outcome)):
-        table.add_column(column)
-    for folder in _studies(storage):
-        results = read_results(folder)
-        counts = [sum(r.outcome is outcome for r in results.values()) for outcome in Outcome]
-        table.add_row(
-            folder.root.name,
-            "running" if is_held(folder) else "at rest",
-            str(len(read_suggestions(folder))),
-            *(str(count or "") for count in counts),
-        )
-    return table
-
-
-def _arms_table(folder: StudyFolder) -> Table:
-    from study.progress import arm_text
-    from study.spec import parse_spec
-
-    text = read_spec(folder)
-    assert text is not None
-    spec = parse_spec(text, folder.root, where=str(folder.spec))
-    rows, results = read_rows(folder), read_results(folder)
-    state = "running" if is_held(folder) else "at rest"
-    table = Table(title=f"{spec.study} ({state})")
-    metrics = [objective.metric for objective in spec.objectives]
-    for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *metrics):
-        table.add_column(column)
-    for suggestion in read_suggestions(folder):
-        mine = rows[rows.trial == suggestion.trial]
-        newest = mine.sort_values(["phase", "progress"]).groupby(mine.phase + "/" + mine.metric)
-        values = newest.value.last()
-        result = results.get(suggestion.trial)
-        last = mine.iloc[-1] if len(mine) else None
-        table.add_row(
-            suggestion.trial[:6],
-            suggestion.arm,
-            str(suggestion.seed),
-            arm_text(suggestion),
-            result.outcome.value if result else "unfinished",
-            f"{last.phase} {last.progress:.0%}" if last is not None else "",
-            *(f"{values[metric]:.4g}" if metric in values else "" for metric in metrics),
-        )
-    return table
 
 
 def _print_pairs(title: str, pairs: dict[str, Any]) -> None:

@@ -62,46 +62,67 @@ def drive(conductor: Conductor) -> None:
 
 
 def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
-    resources, progress = conductor.spec.resources, conductor.progress
+    slots = _start_slots(conductor, connection, scratch)
+    errors: list[Exception] = []  # of ours, before Tune made text of them
+    tuner = _tuner(conductor, slots, errors, scratch)
+    conductor.progress.start()
     try:
-        count = num_slots(
-            cpus=connection.cpus,
-            gpus=connection.gpus,
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            asked=resources.concurrent,
+        with _watching(conductor, slots):
+            tuner.fit()
+    except KeyboardInterrupt:
+        for slot in slots:
+            if slot.error is not None:
+                raise RuntimeError(f"the worker group {slot.name} is gone") from slot.error
+        raise
+    except Exception as error:
+        raise (errors[0] if errors else error) from None
+    finally:
+        conductor.progress.stop()
+    conductor.progress.say_first_steps(len(slots))
+    for slot in slots:
+        slot.close(FAREWELL_SECONDS)
+
+
+def _start_slots(conductor: Conductor, connection: Connection, scratch: Path) -> list[Slot]:
+    """As many warm worker groups as fit; they come up while Tune does."""
+    resources, progress = conductor.spec.resources, conductor.progress
+    each: dict[str, Any] = {
+        "workers": resources.workers,
+        "cpus_per_worker": resources.cpus_per_worker,
+        "gpus_per_worker": resources.gpus_per_worker,
+    }
+    try:
+        fit = num_slots(
+            cpus=connection.cpus, gpus=connection.gpus, asked=resources.concurrent, **each
         )
     except ValueError as error:
         raise UserError(f"resources: {error}") from error
-    progress.slots = count = min(count, max(1, progress.total - progress.num_done))
+    count = min(fit, max(1, progress.total - progress.num_done))
+    progress.slots = count
     progress.say(
         f"{count} trial(s) at once on {connection.cpus:g} CPUs, {connection.gpus:g} GPUs; "
         f"starting {count} x {resources.workers} workers"
     )
-    slots = [
-        Slot(
-            f"{conductor.spec.study}-{conductor.ledger.epoch}-slot-{index}",
-            run_job,
-            workers=resources.workers,
-            cpus_per_worker=resources.cpus_per_worker,
-            gpus_per_worker=resources.gpus_per_worker,
-            # what Ray Train keeps of a slot is never read: trials have checkpoints of their own
-            storage=_ray_folder(conductor, connection, scratch),
-        )
-        for index in range(count)
-    ]
+    # what Ray Train keeps of a slot is never read: trials have checkpoints of their own
+    storage = _ray_folder(conductor, connection, scratch)
+    prefix = f"{conductor.spec.study}-{conductor.ledger.epoch}-slot"
+    return [Slot(f"{prefix}-{index}", run_job, storage=storage, **each) for index in range(count)]
+
+
+def _tuner(
+    conductor: Conductor, slots: list[Slot], errors: list[Exception], scratch: Path
+) -> ray.tune.Tuner:
     relay = ray.tune.with_resources(
         ray.tune.with_parameters(_relay, desks=[slot.desk for slot in slots]),
         {"memory": 1 << 20},  # Tune wants a resource; the slots have the CPUs
     )
-    tuner = ray.tune.Tuner(
+    return ray.tune.Tuner(
         relay,
         tune_config=ray.tune.TuneConfig(
-            search_alg=_Searcher(conductor, slots),
-            scheduler=_Scheduler(conductor, slots),
+            search_alg=_Searcher(conductor, slots, errors),
+            scheduler=_Scheduler(conductor, slots, errors),
             num_samples=-1,
-            max_concurrent_trials=count,
+            max_concurrent_trials=len(slots),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -112,20 +133,6 @@ def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
             failure_config=ray.tune.FailureConfig(max_failures=3),  # a relay picks up its thread
         ),
     )
-    progress.start()
-    try:
-        with _watching(conductor, slots):
-            tuner.fit()
-    except KeyboardInterrupt:
-        for slot in slots:
-            if slot.error is not None:
-                raise RuntimeError(f"the worker group {slot.name} is gone") from slot.error
-        raise
-    finally:
-        progress.stop()
-    progress.say_first_steps(count)
-    for slot in slots:
-        slot.close(FAREWELL_SECONDS)
 
 
 def _relay(config: dict[str, Any], desks: list[Any]) -> None:
@@ -147,9 +154,18 @@ def _relay(config: dict[str, Any], desks: list[Any]) -> None:
 class _Adapter:
     """What both adapters know. Tune pickles them at its start; their state is the ledger."""
 
-    def __init__(self, conductor: Conductor, slots: list[Slot]) -> None:
+    def __init__(self, conductor: Conductor, slots: list[Slot], errors: list[Exception]) -> None:
         super().__init__()
-        self.conductor, self.slots = conductor, slots
+        self.conductor, self.slots, self.errors = conductor, slots, errors
+
+    @contextmanager
+    def keeping_errors(self) -> Iterator[None]:
+        """Keep an error as it was: Tune raises a text in its place."""
+        try:
+            yield
+        except Exception as error:
+            self.errors.append(error)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -158,8 +174,8 @@ class _Adapter:
 class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
     """Tune asks for trials here, and says when one has ended."""
 
-    def __init__(self, conductor: Conductor, slots: list[Slot]) -> None:
-        super().__init__(conductor, slots)
+    def __init__(self, conductor: Conductor, slots: list[Slot], errors: list[Exception]) -> None:
+        super().__init__(conductor, slots, errors)
         self._free = list(reversed(range(len(slots))))
         self._taken: dict[str, tuple[int, Suggestion]] = {}  # by Tune's id
 
@@ -167,7 +183,8 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        step = self.conductor.next()
+        with self.keeping_errors():
+            step = self.conductor.next()
         if isinstance(step, Finished):
             return str(Searcher.FINISHED)
         if isinstance(step, Wait):
@@ -188,8 +205,8 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         slot, suggestion = self._taken.pop(trial_id)
         self._free.append(slot)
         if error or result is None or "outcome" not in result:
-            self.conductor.done(suggestion, "lost", "its relay in Ray Tune died")
-        else:
+            result = {"outcome": "lost", "error": "its relay in Ray Tune died"}
+        with self.keeping_errors():
             self.conductor.progress.first_step(suggestion, result.get("first_step_seconds"))
             self.conductor.done(suggestion, result["outcome"], result.get("error"))
 
@@ -206,7 +223,8 @@ class _Scheduler(_Adapter, FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "rows" in result:
             suggestion = self.conductor.suggestions[trial.config["number"]]
-            stop = self.conductor.rows(suggestion, result["rows"], result["attempt"])
+            with self.keeping_errors():
+                stop = self.conductor.rows(suggestion, result["rows"], result["attempt"])
             desk = self.slots[trial.config["slot"]].desk
             desk.decide.remote(result["number"], stop)
         return str(self.CONTINUE)

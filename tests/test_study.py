@@ -137,6 +137,23 @@ def test_a_second_driver_is_refused_and_the_first_one_heeds_stop(tmp_path: Path)
         driver.kill()
 
 
+def test_a_storage_that_fails_midway_ends_the_run_with_74(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    folder = folder_of(path)
+    driver = start(path)
+    wait_until(lambda: folder.suggestion(0).exists(), driver)
+    rows = folder.rows(read_suggestions(folder)[0].trial)
+    wait_until(rows.parent.is_dir, driver)
+    rows.write_text("where a folder should be")
+    assert driver.wait(120) == 74
+    printed = path.with_suffix(".log").read_text()
+    assert "rows" in printed
+    assert "Traceback" not in printed
+    rows.unlink()
+    code, printed = run(path)
+    assert code == 0, printed
+
+
 def write_study(folder: Path, text: str = STUDY) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(text)

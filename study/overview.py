@@ -1,0 +1,77 @@
+"""Where studies stand, read from their folders: what `maskstudy status` shows."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from rich.table import Table
+
+from study.folder import StudyFolder
+from study.ledger import Outcome, read_results, read_rows, read_spec, read_suggestions
+from study.progress import arm_text
+from study.spec import parse_spec
+
+
+def studies(storage: Path) -> list[StudyFolder]:
+    folders = sorted(storage.iterdir()) if storage.is_dir() else []
+    return [StudyFolder(path) for path in folders if StudyFolder(path).spec.is_file()]
+
+
+def studies_table(storage: Path) -> Table:
+    table = Table(title=f"studies in {storage}")
+    for column in ("study", "state", "trials", *(outcome.value for outcome in Outcome)):
+        table.add_column(column)
+    for folder in studies(storage):
+        results = read_results(folder)
+        counts = [sum(r.outcome is outcome for r in results.values()) for outcome in Outcome]
+        table.add_row(
+            folder.root.name,
+            "running" if is_held(folder) else "at rest",
+            str(len(read_suggestions(folder))),
+            *(str(count or "") for count in counts),
+        )
+    return table
+
+
+def arms_table(folder: StudyFolder) -> Table:
+    text = read_spec(folder)
+    assert text is not None
+    spec = parse_spec(text, folder.root, where=str(folder.spec))
+    rows, results = read_rows(folder), read_results(folder)
+    state = "running" if is_held(folder) else "at rest"
+    table = Table(title=f"{spec.study} ({state})")
+    metrics = [objective.metric for objective in spec.objectives]
+    for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *metrics):
+        table.add_column(column)
+    for suggestion in read_suggestions(folder):
+        mine = rows[rows.trial == suggestion.trial]
+        newest = mine.sort_values(["phase", "progress"]).groupby(mine.phase + "/" + mine.metric)
+        values = newest.value.last()
+        result = results.get(suggestion.trial)
+        last = mine.iloc[-1] if len(mine) else None
+        table.add_row(
+            suggestion.trial[:6],
+            suggestion.arm,
+            str(suggestion.seed),
+            arm_text(suggestion),
+            result.outcome.value if result else "unfinished",
+            f"{last.phase} {last.progress:.0%}" if last is not None else "",
+            *(f"{values[metric]:.4g}" if metric in values else "" for metric in metrics),
+        )
+    return table
+
+
+def is_held(folder: StudyFolder) -> bool:
+    """Whether a driver holds the study now."""
+    if not folder.lock.exists():
+        return False
+    descriptor = os.open(folder.lock, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
