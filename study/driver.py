@@ -46,8 +46,11 @@ def drive(conductor: Conductor) -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     connection = connect(env_vars=quiet_environment())
     # the dashboard shows a job's log, and cannot resume by itself
-    address = f" --address {connection.dashboard}" if connection.job_id else ""
-    how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study}{address}"
+    if connection.job_id:
+        where = f"--address {connection.dashboard}"
+    else:
+        where = f"--storage {conductor.ledger.folder.root.parent}"
+    how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)
     scratch = Path(tempfile.mkdtemp(prefix="maskstudy-"))
     try:

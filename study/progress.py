@@ -65,9 +65,11 @@ class Progress:
 
     def beat(self, trial: str, phase: str, progress: float, images_per_second: float) -> None:
         line = self.lines.get(trial)
-        if line is not None and line.outcome is None:
+        if line is None or line.outcome is not None:
+            return
+        if phase != line.phase or progress > line.progress:  # a rung may have overtaken it
             line.phase, line.progress = phase, progress
-            line.images_per_second = images_per_second
+        line.images_per_second = images_per_second
 
     def rung(self, suggestion: Suggestion, phase: str, progress: float, values: dict[str, float]):  # type: ignore[no-untyped-def]
         line = self.lines[suggestion.trial]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -82,9 +82,11 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(
     rows = read_rows(folder)
     assert len(ended) == 2
 
-    code, printed = run(path)
+    path.unlink()  # by its name, a study goes on without the file it was begun with
+    code, printed = run(path, command=["resume", "tiny", "--storage", str(folder.root.parent)])
     assert code == 0, printed
     assert "goes on with" in printed
+    assert folder.report.exists()
     kept = read_rows(folder).merge(rows, how="inner")
     assert len(kept) == len(rows), "rows of before the kill have changed"
     pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
@@ -164,20 +166,23 @@ def folder_of(path: Path) -> StudyFolder:
     return StudyFolder(path.parent / "studies" / "tiny")
 
 
-def start(path: Path, *, log: str = "tiny.log", **variables: str) -> subprocess.Popen[bytes]:
+def start(
+    path: Path, *, log: str = "tiny.log", command: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[bytes]:
     """Run the study; what it prints goes to a file, as Ray's processes may outlive it."""
+    command = command or ["run", str(path), "--no-report"]
     with (path.parent / log).open("wb") as printed:
         return subprocess.Popen(
-            [sys.executable, "-m", "study", "run", str(path), "--no-report"],
+            [sys.executable, "-m", "study", *command],
             stdout=printed,
             stderr=subprocess.STDOUT,
             env={**os.environ, **variables},
         )
 
 
-def run(path: Path, *, log: str = "tiny.log") -> tuple[int, str]:
+def run(path: Path, *, log: str = "tiny.log", command: Sequence[str] = ()) -> tuple[int, str]:
     """Exit code and what was printed."""
-    driver = start(path, log=log)
+    driver = start(path, log=log, command=command)
     return driver.wait(240), (path.parent / log).read_text()
 
 
