@@ -44,7 +44,11 @@ def drive(conductor: Conductor) -> None:
         return
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables would fight with ours
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    connection = connect(env_vars=quiet_environment())
+    try:
+        connection = connect(env_vars=quiet_environment())
+    except (RuntimeError, ConnectionError) as error:
+        address = os.environ.get("RAY_ADDRESS", "a cluster of this machine's own")
+        raise UserError(f"Ray at {address}: {error}") from error
     # the dashboard shows a job's log, and cannot resume by itself
     if connection.job_id:
         where = f"--address {connection.dashboard}"

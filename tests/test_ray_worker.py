@@ -20,7 +20,7 @@ from trainables.ray_worker import MAX_GROUP_STARTS, Desk, Slot, quiet_environmen
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's, about itself
 ]
 
@@ -75,7 +75,7 @@ def play(slot: Slot, stop: bool = False, **job: Any) -> list[dict[str, Any]]:
     ray.get(slot.desk.place.remote({"trial": "t", "serial": serial, "attempt": "1", **job}))
     events: list[dict[str, Any]] = []
     while not events or "outcome" not in events[-1]:
-        events.append(ray.get(slot.desk.next_event.remote(len(events)), timeout=90))
+        events.append(ray.get(slot.desk.next_event.remote(len(events)), timeout=240))
         if "rows" in events[-1]:
             slot.desk.decide.remote(len(events) - 1, stop)
     return events

@@ -20,7 +20,7 @@ from study.ledger import Outcome, read_results, read_rows, read_suggestions
 from tests.conftest import TINY_STUDY
 from trainables.timm_blocks import create_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 # long enough to be hit in the middle; about 4 s of training a trial
 STUDY = TINY_STUDY.replace("epochs: 4, batch: 8", "epochs: 60, batch: 8")
