@@ -133,10 +133,9 @@ class Conductor:
     def rows(self, suggestion: Suggestion, rows: list[dict[str, Any]], attempt: str) -> bool:
         """Keep a rung's rows; True when the trial is to stop there."""
         trial = suggestion.trial
-        collect(({**row, "trial": trial} for row in rows), self.measured)
         phase, progress = rows[-1]["phase"], float(rows[-1]["progress"])
         values = {f"{row['phase']}/{row['metric']}": row["value"] for row in rows}
-        self.brain.report(trial, progress, values)
+        self.brain.report(trial, progress, values)  # and so into self.measured
         stop = not goes_on(self.spec, self.suggestions, self.measured, trial, phase, progress)
         if stop:
             decision = {"metric": STOPPED_HERE, "value": 1.0, "goal": "none", "unit": ""}
