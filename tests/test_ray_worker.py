@@ -16,7 +16,7 @@ import ray
 import torch
 from ray import cloudpickle
 
-from trainables.ray_worker import MAX_GROUP_STARTS, Desk, Slot, quiet_environment
+from trainables.ray_worker import MAX_GROUP_STARTS, Desk, Slot, _as_outcome, quiet_environment
 
 pytestmark = [
     pytest.mark.ray,
@@ -52,16 +52,12 @@ def sums_over_ranks(
 ) -> str:
     """Stands for a trial: every rank adds its rank; rank 0 reports the sum and its process."""
     value = torch.tensor([float(rank + 1)])
-    if "dies_first" in job and rank == 0 and attempt.endswith(job["dies_first"]):
+    if "dies" in job and rank == 0 and attempt.endswith(job["dies"]):
         os.kill(os.getpid(), signal.SIGKILL)
     if world_size > 1:
         torch.distributed.all_reduce(value)
-    if "dies" in job and rank == 0 and attempt.endswith(job["dies"]):
-        os.kill(os.getpid(), signal.SIGKILL)
     if job.get("raises") and rank == world_size - 1:
         raise ValueError("a planted error")
-    if job.get("out_of_memory"):
-        raise torch.OutOfMemoryError("planted")
     stop = False
     if rank == 0:
         row = {"sum": value.item(), "pid": os.getpid()}
@@ -108,15 +104,12 @@ def test_a_report_waits_for_the_decision_and_the_trial_stops(slot: Slot) -> None
     assert play(slot, stop=True)[-1]["outcome"] == "stopped"
 
 
-def test_a_killed_worker_costs_one_attempt(slot: Slot) -> None:
+def test_a_killed_worker_costs_one_attempt_and_its_peer_does_not_fail_the_trial(
+    slot: Slot,
+) -> None:
     events = play(slot, dies=".1")
     assert events[-1]["outcome"] == "complete"
     assert events[-2]["attempt"] == "1.2"
-
-
-def test_a_rank_whose_peer_was_killed_does_not_fail_the_trial(slot: Slot) -> None:
-    events = play(slot, dies_first=".1")
-    assert events[-1]["outcome"] == "complete"
 
 
 def test_an_error_on_one_rank_ends_the_trial_but_not_the_slot(slot: Slot) -> None:
@@ -126,9 +119,10 @@ def test_an_error_on_one_rank_ends_the_trial_but_not_the_slot(slot: Slot) -> Non
     assert play(slot)[-1]["outcome"] == "complete"
 
 
-def test_running_out_of_memory_is_an_outcome_of_its_own(slot: Slot) -> None:
-    assert play(slot, out_of_memory=True)[-1]["outcome"] == "out-of-memory"
-    assert play(slot)[-1]["outcome"] == "complete"
+def test_running_out_of_memory_is_an_outcome_of_its_own() -> None:
+    assert _as_outcome(torch.OutOfMemoryError("planted")) == ("out-of-memory", "planted")
+    assert _as_outcome(MemoryError())[0] == "out-of-memory"
+    assert _as_outcome(ValueError("planted"))[0] == "failed"
 
 
 def test_a_job_that_always_kills_its_workers_is_given_up_and_the_next_one_is_taken() -> None:

@@ -140,7 +140,7 @@ def test_a_second_driver_is_refused_and_the_first_one_heeds_stop(tmp_path: Path)
 
 
 def test_a_storage_that_fails_midway_ends_the_run_with_74(tmp_path: Path) -> None:
-    path = write_study(tmp_path)
+    path = write_study(tmp_path, STUDY.replace("trials: 4", "trials: 1") + "controls: []\n")
     folder = folder_of(path)
     driver = start(path)
     wait_until(lambda: folder.suggestion(0).exists(), driver)
