@@ -35,6 +35,8 @@ def connect(*, env_vars: dict[str, str], address: str | None = None) -> Connecti
         context = ray.init(
             address="local",
             include_dashboard=False,
+            # nobody else's business, and process groups look names up: this one needs no DNS
+            _node_ip_address="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
