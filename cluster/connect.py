@@ -29,9 +29,8 @@ def connect(*, env_vars: dict[str, str], address: str | None = None) -> Connecti
     check_version(ray.__version__)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     is_local = address == "local"
-    # workers inherit the environment of a cluster that we start; elsewhere it travels with the job
+    os.environ.update(env_vars)  # Tune reads some of it here; a cluster that we start inherits it
     if is_local:
-        os.environ.update(env_vars)
         context = ray.init(
             address="local",
             include_dashboard=False,

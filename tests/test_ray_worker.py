@@ -133,14 +133,33 @@ def test_a_job_that_always_kills_its_workers_is_given_up_and_the_next_one_is_tak
             job = await desk.take(0, await desk.enter(), None)
             assert job is not None
             assert job["group"] == group
-        taking = asyncio.create_task(desk.take(0, await desk.enter(), None))
+        ticket = await desk.enter()
+        assert await desk.take(1, ticket, None) is not None  # rank 1 was first, and begins it
+        with pytest.raises(RuntimeError, match="is being replaced"):
+            await desk.take(0, ticket, None)
         event = await desk.next_event(0)
         assert event["outcome"] == "lost"
         assert f"{MAX_GROUP_STARTS} worker groups" in event["error"]
         await desk.place({"serial": "2", "trial": "sound"})
-        job = await taking
+        job = await desk.take(0, await desk.enter(), None)
         assert job is not None
         assert (job["trial"], job["group"]) == ("sound", 1)
+
+    asyncio.run(asyncio.wait_for(story(), 5))
+
+
+def test_a_worker_that_waits_for_a_decision_nobody_makes_is_freed_by_the_next_job() -> None:
+    async def story() -> None:
+        desk = Desk()
+        await desk.place({"serial": "1", "trial": "its relay dies"})
+        await desk.take(0, await desk.enter(), None)
+        reporting = asyncio.create_task(desk.report("1", [{"value": 1.0}], "a"))
+        await desk.next_event(0)
+        await desk.place({"serial": "2", "trial": "next"})
+        assert await reporting, "it was told to go on with a job that is over"
+        job = await desk.take(0, await desk.enter(), "1")
+        assert job is not None
+        assert job["trial"] == "next"
 
     asyncio.run(asyncio.wait_for(story(), 5))
 

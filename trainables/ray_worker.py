@@ -54,6 +54,8 @@ class Desk:
         async with self.changed:
             if self.job is not None and self.job["serial"] == job["serial"]:
                 return
+            if self.decision is not None and not self.decision.done():
+                self.decision.set_result(True)  # of a job whose relay died: nobody will answer
             self.job, self.events, self.group_starts, self.beat_ = job, [], 0, {}
             self.changed.notify_all()
 
@@ -108,6 +110,7 @@ class Desk:
                 if self.group_starts <= MAX_GROUP_STARTS:
                     return {**self.job, "group": self.group_starts}
                 lost = f"{MAX_GROUP_STARTS} worker groups died in it"
+                self.num_condemned += 1  # another rank may have taken the job before this one
                 self._add({"outcome": "lost", "error": lost})
 
     async def report(self, serial: str, rows: list[dict[str, Any]], attempt: str) -> bool:
