@@ -16,7 +16,6 @@ ADVISED_RAY = (2, 55)  # fixes CVE-2026-41486; older versions are refused
 class Connection:
     """What the driver is connected to."""
 
-    is_local: bool
     dashboard: str | None
     cpus: float
     gpus: float
@@ -24,13 +23,12 @@ class Connection:
     job_id: str | None  # inside a submitted job
 
 
-def connect(*, env_vars: dict[str, str], address: str | None = None) -> Connection:
-    """Initialise Ray: `address`, else `RAY_ADDRESS`, else a private cluster on this machine."""
+def connect(*, env_vars: dict[str, str]) -> Connection:
+    """Initialise Ray: the cluster at `RAY_ADDRESS`, else a private one on this machine."""
     check_version(ray.__version__)
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    is_local = address == "local"
+    address = os.environ.get("RAY_ADDRESS") or "local"
     os.environ.update(env_vars)  # Tune reads some of it here; a cluster that we start inherits it
-    if is_local:
+    if address == "local":
         context = ray.init(
             address="local",
             include_dashboard=False,
@@ -48,7 +46,6 @@ def connect(*, env_vars: dict[str, str], address: str | None = None) -> Connecti
         )
     resources = ray.cluster_resources()
     return Connection(
-        is_local=is_local,
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),

@@ -123,7 +123,9 @@ def report(
 def export(
     name: Name,
     output: Annotated[Path, typer.Option("--output", "-o", help="a new folder")] = Path("encoder"),
-    arm: Annotated[str | None, typer.Option(help="an arm's id; default: the best")] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="an arm's id; default: the best searched one")
+    ] = None,
     storage: Storage = None,
 ) -> None:
     """Hand over a pretrained encoder as safetensors + JSON that timm loads."""

@@ -72,7 +72,7 @@ class Conductor:
         self.progress = Progress(
             study=spec.study,
             total=self.num_planned(),
-            done=sum(not self._is_open(s.trial) for s in self.suggestions),
+            done=len(self.results),
             metrics=[objective.metric for objective in spec.objectives],
             goals=[objective.goal for objective in spec.objectives],
         )
@@ -191,14 +191,11 @@ class Conductor:
         self.progress.suggested(suggestion, resumed=False)
         return suggestion
 
-    def _is_open(self, trial: str) -> bool:
-        return trial not in self.results
-
     def _finish_stopped(self) -> None:
         """Trials whose stop was decided, but which a crash kept from ending."""
         for suggestion in self.suggestions:
             metrics = self.measured.get(suggestion.trial, {})
             was_stopped = any(name.endswith(f"/{STOPPED_HERE}") for name in metrics)
-            if was_stopped and self._is_open(suggestion.trial):
+            if was_stopped and suggestion.trial not in self.results:
                 self.progress.suggested(suggestion, resumed=True)
                 self.done(suggestion, "stopped", None)

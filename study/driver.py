@@ -56,9 +56,11 @@ def drive(conductor: Conductor) -> None:
         where = f"--storage {conductor.ledger.folder.root.parent}"
     how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)
-    scratch = Path(tempfile.mkdtemp(prefix="maskstudy-"))
+    # Ray insists on storage that all nodes see; nothing in it is read back
+    shared = None if connection.nodes == 1 else conductor.ledger.folder.root.resolve()
+    scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
     try:
-        with _interruptible(conductor):
+        with _interruptible():
             _drive(conductor, connection, scratch)
     except KeyboardInterrupt:
         conductor.progress.say(f"interrupted, nothing is lost; {how_to_resume}")
@@ -85,7 +87,7 @@ def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
         raise (errors[0] if errors else error) from None
     finally:
         conductor.progress.stop()
-    conductor.progress.say_first_steps(len(slots))
+    conductor.progress.say_first_steps()
     for slot in slots:
         slot.close(FAREWELL_SECONDS)
 
@@ -110,10 +112,8 @@ def _start_slots(conductor: Conductor, connection: Connection, scratch: Path) ->
         f"{count} trial(s) at once on {connection.cpus:g} CPUs, {connection.gpus:g} GPUs; "
         f"starting {count} x {resources.workers} workers"
     )
-    # what Ray Train keeps of a slot is never read: trials have checkpoints of their own
-    storage = _ray_folder(conductor, connection, scratch)
     prefix = f"{conductor.spec.study}-{conductor.ledger.epoch}-slot"
-    return [Slot(f"{prefix}-{index}", run_job, storage=storage, **each) for index in range(count)]
+    return [Slot(f"{prefix}-{index}", run_job, storage=scratch, **each) for index in range(count)]
 
 
 def _tuner(
@@ -185,6 +185,7 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         super().__init__(conductor, slots, errors)
         self._free = list(reversed(range(len(slots))))
         self._taken: dict[str, tuple[int, Suggestion]] = {}  # by Tune's id
+        self._warm: set[int] = set()  # slots that have ended a trial
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         return True
@@ -214,7 +215,9 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         if error or result is None or "outcome" not in result:
             result = {"outcome": "lost", "error": "its relay in Ray Tune died"}
         with self.keeping_errors():
-            self.conductor.progress.first_step(suggestion, result.get("first_step_seconds"))
+            waited = result.get("first_step_seconds")
+            self.conductor.progress.first_step(waited, is_warm=slot in self._warm)
+            self._warm.add(slot)
             self.conductor.done(suggestion, result["outcome"], result.get("error"))
 
     def save(self, checkpoint_path: str) -> None:
@@ -237,15 +240,8 @@ class _Scheduler(_Adapter, FIFOScheduler):  # type: ignore[misc]
         return str(self.CONTINUE)
 
 
-def _ray_folder(conductor: Conductor, connection: Connection, scratch: Path) -> Path:
-    """Ray Train insists on storage that all nodes see."""
-    if connection.nodes == 1:
-        return scratch
-    return conductor.ledger.folder.root / ".ray"
-
-
 @contextmanager
-def _interruptible(conductor: Conductor) -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
     """Let SIGTERM (`ray job stop`, a cluster's time limit) end the run as Ctrl-C does."""
 
     def interrupt(*_: Any) -> None:

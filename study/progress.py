@@ -41,7 +41,8 @@ class Progress:
         self.slots = 1
         self.console = Console(highlight=False)
         self._live: Live | None = None
-        self._first_steps: list[float] = []  # seconds from decision to first step, by end of trial
+        # seconds from decision to first step, of trials in cold and in warm worker groups
+        self._first_steps: dict[str, list[float]] = {"cold": [], "warm": []}
 
     def start(self) -> None:
         if self.console.is_terminal:
@@ -71,7 +72,9 @@ class Progress:
             line.phase, line.progress = phase, progress
         line.images_per_second = images_per_second
 
-    def rung(self, suggestion: Suggestion, phase: str, progress: float, values: dict[str, float]):  # type: ignore[no-untyped-def]
+    def rung(
+        self, suggestion: Suggestion, phase: str, progress: float, values: dict[str, float]
+    ) -> None:
         line = self.lines[suggestion.trial]
         line.phase, line.progress = phase, progress
         line.values.update(values)
@@ -89,15 +92,14 @@ class Progress:
             f"{self._best_text()}{self._left_text()}"
         )
 
-    def first_step(self, suggestion: Suggestion, seconds: float | None) -> None:
+    def first_step(self, seconds: float | None, *, is_warm: bool) -> None:
+        """How long a trial waited for its first step; `is_warm`: not the first of its slot."""
         if seconds is not None:
-            self._first_steps.append(seconds)
+            self._first_steps["warm" if is_warm else "cold"].append(seconds)
 
-    def say_first_steps(self, num_slots: int) -> None:
-        """How long trials waited for their first step: in a cold slot, and in a warm one."""
-        in_order = sorted(self._first_steps)
-        cold, warm = in_order[-num_slots:], in_order[:-num_slots]
-        if warm:
+    def say_first_steps(self) -> None:
+        cold, warm = self._first_steps["cold"], self._first_steps["warm"]
+        if cold and warm:
             self.say(
                 f"from decision to first step: {max(cold):.1f} s in a cold worker group, "
                 f"{median(warm):.2f} s (median of {len(warm)}; longest {max(warm):.2f} s) in a warm"

@@ -72,12 +72,12 @@ def test_the_table_shows_arm_phase_best_and_time_left() -> None:
 
 def test_waiting_for_the_first_step_is_summed_up_cold_and_warm() -> None:
     progress = played()
-    for seconds in (14.0, 0.1, 0.3, 0.2):
-        progress.first_step(suggestion(0), seconds)
-    progress.say_first_steps(1)
+    for seconds, is_warm in ((14.0, False), (0.1, True), (20.0, True), (0.2, True), (None, True)):
+        progress.first_step(seconds, is_warm=is_warm)
+    progress.say_first_steps()
     text = progress.console.export_text()
     assert "14.0 s in a cold" in text
-    assert "0.20 s (median of 3; longest 0.30 s)" in text
+    assert "0.20 s (median of 3; longest 20.00 s)" in text
 
 
 def test_durations_are_rounded_for_people() -> None:
