@@ -34,7 +34,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     """A head node with a dashboard of its own: (address, storage of its jobs)."""
     home = tmp_path_factory.mktemp("home")
     storage = tmp_path_factory.mktemp("storage")
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, agent = free_ports(4)
     environment = {
         **os.environ,
         "HOME": str(home),
@@ -55,6 +55,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
             f"--port={gcs}",
             f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}",  # jobs go through it; others may have 52365
         ],
         env=environment,
         stdout=log,
