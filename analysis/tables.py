@@ -27,7 +27,7 @@ from study.ledger import (
     read_suggestions,
 )
 from trainables.errors import StorageError, UserError
-from trainables.schedules import SCHEDULES
+from trainables.schedules import MIDPOINTS, SCHEDULES
 
 PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"
 LARGEST_TEXT = 256 * 1024
@@ -78,7 +78,7 @@ class StudyTables:
     """What a study's folder says.
 
     suggestions: number, trial, arm, seed, origin. arms (index arm): origin, group ("search",
-    "control", "random-init", "frozen"), label, patch, unit, schedule, ratio (mean over progress),
+    "control", "random-init", "frozen"), label, patch, unit, schedule, ratio (mean over training),
     settings (flattened). results (index trial): outcome, seconds, error, pretrain, segment.
     """
 
@@ -204,14 +204,13 @@ def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None
 
 
 def mean_ratio(schedule: Mapping[str, Any]) -> float | None:
-    """The hidden share averaged over progress; None for a schedule unknown here."""
+    """The hidden share averaged over progress and chance; None for a schedule unknown here."""
     function: Any = SCHEDULES.get(str(schedule.get("name")))
     options = {key: value for key, value in schedule.items() if key != "name"}
     if function is None:
         return None
     try:
-        shares = [function((index + 0.5) / 200, **options) for index in range(200)]
-        return float(np.mean(shares))
+        return float(np.mean([function(*point, **options) for point in MIDPOINTS]))
     except (TypeError, ValueError):
         return None
 
@@ -312,8 +311,13 @@ def _schedule(suggestion: Suggestion) -> str:
     named = suggestion.labels.get("masking.ratio")
     if isinstance(named, str):
         return plain(named, LONGEST_WORD)
-    ratio = _child(_child(suggestion.config, "masking"), "ratio")
-    return plain(ratio.get("name", "unknown"), LONGEST_WORD)
+    return plain(_shape(_child(_child(suggestion.config, "masking"), "ratio")), LONGEST_WORD)
+
+
+def _shape(ratio: Mapping[str, Any]) -> str:
+    """A schedule's name, and of one that comes in several shapes which."""
+    name, shape = ratio.get("name", "unknown"), ratio.get("shape")
+    return str(name) if shape in (None, "linear") else f"{name} {shape}"
 
 
 def _label(suggestion: Suggestion) -> str:
@@ -328,7 +332,8 @@ def _label(suggestion: Suggestion) -> str:
     if strategy != "random":
         words.append(str(strategy))
     for path, value in suggestion.labels.items():
-        if path not in ("model.patch", "masking.ratio", "masking.ratio.value", "masking.unit"):
+        is_told = path in ("model.patch", "masking.unit") or f"{path}.".startswith("masking.ratio.")
+        if not is_told:
             words.append(f"{path.rpartition('.')[2]} {_short(value)}")
     prefix = {"control": "control: ", "search": ""}.get(group := _group(suggestion.origin))
     words = [plain(word, LONGEST_WORD) for word in words]
@@ -336,11 +341,19 @@ def _label(suggestion: Suggestion) -> str:
 
 
 def _ratio_words(ratio: dict[str, Any], suggestion: Suggestion) -> str:
-    name = str(ratio.get("name", "?"))
+    name, known = str(ratio.get("name", "?")), set(ratio)
     if name == "constant":
         words = f"ratio {_short(ratio.get('value'))}"
-    elif "start" in ratio and "end" in ratio:
-        words = f"ratio {_short(ratio['start'])}→{_short(ratio['end'])} {name}"
+    elif {"start", "end"} <= known:
+        words = f"ratio {_short(ratio['start'])}→{_short(ratio['end'])} {_shape(ratio)}"
+        words += _options(ratio, "exponent", "levels", "until")
+    elif {"low", "high"} <= known:
+        words = f"ratio {_short(ratio['low'])}-{_short(ratio['high'])} "
+        words += {"uniform": "random", "truncated_normal": "normal"}.get(name, name)
+        if {"mean", "deviation"} <= known:
+            words += f" {_short(ratio['mean'])}±{_short(ratio['deviation'])}"
+    elif "values" in known:
+        words = f"ratio {_brief(ratio['values'])} {name}" + _options(ratio, "at")
     else:
         options = " ".join(_short(value) for key, value in ratio.items() if key != "name")
         words = f"ratio {name} {options}".strip()
@@ -348,6 +361,19 @@ def _ratio_words(ratio: dict[str, Any], suggestion: Suggestion) -> str:
     if isinstance(label, str) and label not in (name, "constant"):
         words += f" {label}"
     return words
+
+
+def _options(settings: Mapping[str, Any], *names: str) -> str:
+    """Those of the named options that are set."""
+    given = [name for name in names if settings.get(name) is not None]
+    return "".join(f" {name} {_brief(settings[name])}" for name in given)
+
+
+def _brief(value: Any) -> str:
+    """Numbers with three digits, those of a list between slashes."""
+    if isinstance(value, list | tuple):
+        return "/".join(map(_brief, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _short(value: Any) -> str:

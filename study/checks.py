@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from study import space
-from study.mistakes import Problems, Where, explain, listed, near, nested_problem
+from study.mistakes import Problems, Where, explain, listed, message, near
 from study.reader import Document
 from study.space import SearchItem
-from trainables.config import ProbeConfig, TrialConfig, geometry_errors
+from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_errors
 from trainables.metrics import METRICS
-from trainables.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -103,19 +102,10 @@ def _objective_names() -> list[str]:
     return sorted(names)
 
 
-def schedule_problem(config: TrialConfig) -> str | None:
-    """Options that are valid one by one, but do not fit together."""
-    ratio = config.masking.ratio
-    try:
-        SCHEDULES[ratio.name](0.0, **ratio.options())
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def check_search(spec: Any, problems: Problems) -> None:
     """Every searched path is a setting of the trial, and every option of it makes a valid one."""
     known = list(_paths(spec.trial.model_dump(mode="json")))
+    before = len(problems.found)
     for path, item in spec.search.items():
         if path not in known:
             hint = near(path.removeprefix("trial."), known) or _same_end(path, known)
@@ -126,14 +116,16 @@ def check_search(spec: Any, problems: Problems) -> None:
             if path.startswith(f"{other}."):
                 problem = f"lies within {other}, which is searched too; expected one of them"
                 problems.add(("search", path), problem)
-        try:
-            parameters = space.parameters({path: item})
-        except ValidationError as error:
+        nested = list(space.nested_errors(path, item))
+        for around, given, error in nested:
             for detail in error.errors():
-                problems.add(("search", path), nested_problem(detail))
-            continue
-        _check_options(spec, path, item, problems)
-        _check_points(spec, parameters.values(), problems)
+                problem = message(detail, SearchItem, given)
+                problems.add((*around, *detail["loc"]), problem)
+        if not nested:
+            _check_options(spec, path, item, problems)
+            _check_points(spec, space.parameters({path: item}).values(), problems)
+    if len(problems.found) == before:
+        _check_siblings(spec, problems)
     if not problems.found and spec.sampler is not None and spec.sampler.name == "grid":
         arms = space.combinations(
             spec.search, lambda parameter: space.grid_values(parameter.item) or []
@@ -146,29 +138,42 @@ def _check_options(spec: Any, path: str, item: SearchItem, problems: Problems) -
     """Every option alone, ranges at both ends, must make a trial that is valid."""
     search = {path: item}
     known = space.parameters(search)
-
-    def ends(parameter: space.Parameter) -> list[Any]:
-        if parameter.item.choices is not None:
-            return list(parameter.item.choices)
-        return [parameter.item.low, parameter.item.high]
-
-    for count, point in enumerate(space.combinations(search, ends)):
+    parts = path.split(".")
+    for count, point in enumerate(space.combinations(search, _ends)):
         if count == MOST_COMBINATIONS:
             problems.add(("search", path), "given too many ranges within labels; expected fewer")
             return
         settings = spec.trial.model_dump(mode="json")
-        space.set_at(settings, path.split("."), point.overrides[path])
-        found, config = _trial_problems(settings)
-        if config is not None and path.startswith("masking"):
-            misfit = schedule_problem(config)
-            found = [(tuple(path.split(".")), misfit)] if misfit else []
-        for where, problem in found:
-            if where[: path.count(".") + 1] == tuple(path.split(".")):
+        space.set_at(settings, parts, point.overrides[path])
+        for where, problem in _trial_problems(settings)[0]:
+            # within the setting, or around it where it does not go together with its neighbours
+            if all(one == other for one, other in zip(where, parts, strict=False)):
                 problems.add(_blamed(path, item, point.params[path], where), problem)
         for name in point.params:
             parameter = known[name]
             if parameter.item.choices is None and parameter.item.is_integer:
                 _check_whole(settings, parameter, problems)
+
+
+def _check_siblings(spec: Any, problems: Problems) -> None:
+    """Options of one thing that are searched each by itself must go together at all their ends."""
+    families: dict[str, dict[str, SearchItem]] = {}
+    for path, item in spec.search.items():
+        families.setdefault(path.rpartition(".")[0], {})[path] = item
+    for search in families.values():
+        if len(search) == 1:
+            continue
+        for point in islice(space.combinations(search, _ends), MOST_COMBINATIONS):
+            settings = spec.trial.model_dump(mode="json")
+            for path, value in point.overrides.items():
+                space.set_at(settings, path.split("."), value)
+            for _, problem in _trial_problems(settings)[0]:
+                problems.add(("search", list(search)[-1]), problem)
+
+
+def _ends(parameter: space.Parameter) -> list[Any]:
+    item = parameter.item
+    return list(item.choices) if item.choices is not None else [item.low, item.high]
 
 
 def _check_whole(settings: Any, parameter: space.Parameter, problems: Problems) -> None:
@@ -236,6 +241,7 @@ def check_together(spec: Any, problems: Problems) -> Any:
                         f"given {batch}; expected a multiple of resources.workers: "
                         f"{spec.resources.workers}",
                     )
+    _check_conflicts(spec, problems)
     variants = list(_variants(spec, ("model.patch", "masking.unit")))
     if len(variants) > MOST_COMBINATIONS:
         problems.add(("search",), "given too many patches and units to check; expected fewer")
@@ -249,6 +255,14 @@ def check_together(spec: Any, problems: Problems) -> Any:
         _check_geometry(spec, [config for config, _ in variants], size, unit, problems)
     probe = spec.probe.model_copy(update={"unit": unit})
     return spec.model_copy(update={"probe": probe})
+
+
+def _check_conflicts(spec: Any, problems: Problems) -> None:
+    """Settings that exclude each other, in the control or in what the search may put together."""
+    paths = ("model.decoder.attention", "model.decoder.predicted", "pretrain.visible_weight")
+    for config, _ in _variants(spec, paths):
+        for name, problem in conflicts(config).items():
+            problems.add(_source(spec, *name.split(".")), f"given {problem}")
 
 
 def image_size(data: Any) -> tuple[int, ...] | None:
@@ -319,12 +333,13 @@ def _check_geometry(
             )
 
 
-def _source(spec: Any, section: str, key: str) -> Where:
+def _source(spec: Any, *keys: str) -> Where:
     """Where the study file decides a setting: under `search` if it is searched."""
-    for path in (f"{section}.{key}", section):
+    for length in range(len(keys), 0, -1):
+        path = ".".join(keys[:length])
         if path in spec.search:
             return ("search", path)
-    return ("trial", section, key)
+    return ("trial", *keys)
 
 
 def check_budget(spec: Any, problems: Problems) -> None:

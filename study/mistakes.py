@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from study.reader import Document, describe, show
-from study.space import SearchItem
 
 Where = tuple[str | int, ...]
 
@@ -109,12 +108,6 @@ def message(detail: ErrorDetails, root: type[BaseModel], data: Any) -> str:
         return f"given {show(given)}; expected a mapping with {listed(known) or 'keys'}"
     wanted = re.sub(r"^\w+ should (be|have) ", "", detail["msg"])
     return f"given {show(given)}; expected {wanted}"
-
-
-def nested_problem(detail: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    problem = message(detail, SearchItem, {})
-    return f"under a label: {where}: {problem}" if where else f"under a label: {problem}"
 
 
 def _known_keys(root: Any, path: Where, data: Any) -> list[str]:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ import torch
 from study import space
 from study.checks import geometry_problems
 from trainables import cost
-from trainables.config import SIZES, TrialConfig, arm_id
-from trainables.masking import hidden_units
-from trainables.schedules import SCHEDULES
+from trainables.config import TrialConfig, arm_id
+from trainables.mae import MAE
+from trainables.masking import has_teacher, hidden_units
+from trainables.schedules import MIDPOINTS, value_at
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -28,6 +29,7 @@ MOST_SAMPLED = 24  # arms whose cost is computed
 MOST_WALKED = 2_000
 MOST_COUNTED = 100_000  # arms of a grid
 BYTES_PER_PARAMETER = 16  # float32: weight, gradient, two moments of AdamW
+TEACHER_BYTES = 4  # of each parameter: the moving average's weight
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def arm_cost(config: TrialConfig, data: DataSize, workers: int = 1) -> ArmCost:
         pretrain_flops = cost.planned_flops(config, data.size, data.channels, data.pretrain_images)
     num_parameters = count_parameters(config, data.size, data.channels)
     activations = cost.activation_bytes(config, data.size, data.channels)
+    bytes_per_parameter = BYTES_PER_PARAMETER + (TEACHER_BYTES if has_teacher(config) else 0)
     return ArmCost(
         arm=arm_id(config),
         patch=config.model.patch,
@@ -191,21 +194,20 @@ def arm_cost(config: TrialConfig, data: DataSize, workers: int = 1) -> ArmCost:
         parameters=num_parameters,
         pretrain_flops=pretrain_flops,
         segment_flops=segment_flops,
-        memory_bytes=activations // workers + BYTES_PER_PARAMETER * num_parameters,
+        memory_bytes=activations // workers + bytes_per_parameter * num_parameters,
     )
 
 
 def count_parameters(config: TrialConfig, size: tuple[int, ...], channels: int) -> int:
-    """Weights of the masked autoencoder: blocks, embedding, head, norms and tokens."""
-    encoder = SIZES[config.model.size]
-    width, decoder = encoder["width"], config.model.decoder
-    values: int = config.model.patch ** len(size) * channels
-    embedding = (values + 1) * width + width  # and the class token
-    blocks = encoder["depth"] * _block(width) + 2 * width
-    into_decoder = (width + 1) * decoder.width + decoder.width  # and the mask token
-    decoding = decoder.depth * _block(decoder.width) + 2 * decoder.width
-    head = (decoder.width + 1) * values
-    return embedding + blocks + into_decoder + decoding + head
+    """Weights of the masked autoencoder and of what its strategy trains beside it."""
+    return _count_parameters(config.model_dump_json(exclude={"segment"}), tuple(size), channels)
+
+
+@lru_cache(maxsize=256)
+def _count_parameters(config_json: str, size: tuple[int, ...], channels: int) -> int:
+    with torch.device("meta"):
+        model = MAE(TrialConfig.model_validate_json(config_json), size, channels)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _one_line(cost: ArmCost) -> str:
@@ -216,16 +218,10 @@ def _one_line(cost: ArmCost) -> str:
     )
 
 
-def _block(width: int) -> int:
-    """Attention 4 w^2 + 4 w, MLP 8 w^2 + 5 w, two norms 4 w."""
-    return 12 * width**2 + 13 * width
-
-
 def _visible_share(config: TrialConfig, size: tuple[int, ...]) -> float:
     units = math.prod(edge // config.unit for edge in size)
-    ratio = config.masking.ratio
-    schedule = partial(SCHEDULES[ratio.name], **ratio.options())
-    return 1 - fmean(hidden_units(schedule(step / 100), units) for step in range(100)) / units
+    ratios = [value_at(config.masking.ratio, *point) for point in MIDPOINTS]
+    return 1 - fmean(hidden_units(ratio, units) for ratio in ratios) / units
 
 
 def _some_arms(spec: StudySpec) -> list[TrialConfig]:

@@ -5,9 +5,11 @@
       choices:                              # a label for figures -> a value or a sub-tree
         constant: {name: constant, value: {low: 0.1, high: 0.9}}
         rising:   {name: linear, start: {low: 0.1, high: 0.5}, end: {low: 0.5, high: 0.9}}
+        any:      {name: piecewise, values: [{low: 0.1, high: 0.5}, {low: 0.3, high: 0.9}, 0.9]}
 
 Whoever decides is an `Ask` (an Optuna trial is one). Parameters are named "model.patch",
-"masking.ratio" (the label), and "masking.ratio/constant.value" (only asked for under that label).
+"masking.ratio" (the label), and, only asked for under that label, "masking.ratio/constant.value" or
+"masking.ratio/any.values.0".
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from trainables.config import Strict, TrialConfig
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
 
+
+Where = tuple[str | int, ...]
 
 MOST_VALUES = 1_000  # of one item that are ever counted
 
@@ -101,8 +106,11 @@ class Parameter(NamedTuple):
     """One thing to decide."""
 
     item: SearchItem
-    path: tuple[str, ...]  # of the setting in `trial`
-    where: tuple[str | int, ...]  # of the item in the study file
+    path: Where  # of the setting in `trial`
+    where: Where  # of the item in the study file
+
+
+Found = dict[str, Parameter]
 
 
 def suggest(spec: StudySpec, ask: Ask) -> Point:
@@ -162,9 +170,10 @@ def combinations(
 ) -> Iterator[Point]:
     """Every point whose parameters are among their `values`; none where those are empty."""
     known = parameters(search)
+    of_name = cache(lambda name: values(known[name]))
     turns: list[int] = []
     while True:
-        walk = _Walk(known, values, turns)
+        walk = _Walk(of_name, turns)
         with contextlib.suppress(_NoWay):
             yield draw(search, walk)
         turns, counts = walk.turns, walk.counts
@@ -177,10 +186,17 @@ def combinations(
 
 def parameters(search: Mapping[str, SearchItem]) -> dict[str, Parameter]:
     """All parameters by name, those under a label included."""
-    found: dict[str, Parameter] = {}
+    found: Found = {}
     for path, item in search.items():
         _collect(path, item, tuple(path.split(".")), ("search", path), found)
     return found
+
+
+def nested_errors(path: str, item: SearchItem) -> Iterator[tuple[Where, Any, ValidationError]]:
+    """Distributions under labels that are none: where in the study file, what is there, and why."""
+    if isinstance(item.choices, dict):
+        for label, tree in item.choices.items():
+            yield from _tree_errors(tree, ("search", path, "choices", label))
 
 
 def grid_values(item: SearchItem) -> list[Any] | None:
@@ -213,15 +229,14 @@ def is_item(value: Any) -> bool:
     return value.keys() == {"choices"} or bool({"low", "high"} & value.keys())
 
 
-def get_at(settings: Any, path: Sequence[str]) -> Any:
+def get_at(settings: Any, path: Sequence[str | int]) -> Any:
+    """What stands at a path through mappings and lists; a KeyError if there is nothing."""
     for key in path:
-        if not isinstance(settings, dict):
-            raise KeyError(key)
-        settings = settings[key]
+        settings = dict(_branches(settings))[key]
     return settings
 
 
-def set_at(settings: dict[str, Any], path: Sequence[str], value: Any) -> None:
+def set_at(settings: dict[str, Any], path: Sequence[str | int], value: Any) -> None:
     get_at(settings, path[:-1])[path[-1]] = value
 
 
@@ -245,36 +260,47 @@ def _fill(name: str, tree: Any, ask: Ask, params: dict[str, Any]) -> Any:
     """The tree under a label with its own distributions decided."""
     if is_item(tree):
         return _draw(name, SearchItem.model_validate(tree, strict=True), ask, params)
+    filled = {key: _fill(f"{name}.{key}", value, ask, params) for key, value in _branches(tree)}
     if isinstance(tree, dict):
-        return {key: _fill(f"{name}.{key}", value, ask, params) for key, value in tree.items()}
-    return tree
+        return filled
+    return list(filled.values()) if isinstance(tree, list) else tree
 
 
-def _collect(
-    name: str,
-    item: SearchItem,
-    path: tuple[str, ...],
-    where: tuple[str | int, ...],
-    found: dict[str, Parameter],
-) -> None:
+def _collect(name: str, item: SearchItem, path: Where, where: Where, found: Found) -> None:
     found[name] = Parameter(item, path, where)
     if isinstance(item.choices, dict):
         for label, tree in item.choices.items():
             _collect_tree(f"{name}/{label}", tree, path, (*where, "choices", label), found)
 
 
-def _collect_tree(
-    name: str,
-    tree: Any,
-    path: tuple[str, ...],
-    where: tuple[str | int, ...],
-    found: dict[str, Parameter],
-) -> None:
+def _collect_tree(name: str, tree: Any, path: Where, where: Where, found: Found) -> None:
     if is_item(tree):
         _collect(name, SearchItem.model_validate(tree, strict=True), path, where, found)
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            _collect_tree(f"{name}.{key}", value, (*path, key), (*where, key), found)
+        return
+    for key, value in _branches(tree):
+        _collect_tree(f"{name}.{key}", value, (*path, key), (*where, key), found)
+
+
+def _tree_errors(tree: Any, where: Where) -> Iterator[tuple[Where, Any, ValidationError]]:
+    if not is_item(tree):
+        for key, value in _branches(tree):
+            yield from _tree_errors(value, (*where, key))
+        return
+    try:
+        item = SearchItem.model_validate(tree, strict=True)
+    except ValidationError as error:
+        yield where, tree, error
+        return
+    if isinstance(item.choices, dict):
+        for label, branch in item.choices.items():
+            yield from _tree_errors(branch, (*where, "choices", label))
+
+
+def _branches(tree: Any) -> Iterable[tuple[str | int, Any]]:
+    """The keys and values of a mapping, the places and items of a list; of all else nothing."""
+    if isinstance(tree, dict):
+        return tree.items()
+    return enumerate(tree) if isinstance(tree, list) else ()
 
 
 class _NoWay(Exception):
@@ -284,13 +310,8 @@ class _NoWay(Exception):
 class _Walk:
     """Decides by numbered turns; further on it takes the first turn, and remembers all of them."""
 
-    def __init__(
-        self,
-        known: Mapping[str, Parameter],
-        values: Callable[[Parameter], Sequence[Any]],
-        turns: Sequence[int],
-    ) -> None:
-        self.known, self.values = known, values
+    def __init__(self, values: Callable[[str], Sequence[Any]], turns: Sequence[int]) -> None:
+        self.values = values
         self.planned = list(turns)
         self.turns: list[int] = []
         self.counts: list[int] = []
@@ -305,7 +326,7 @@ class _Walk:
         return float(self.turn(name))
 
     def turn(self, name: str) -> Any:
-        values = self.values(self.known[name])
+        values = self.values(name)
         if not values:
             raise _NoWay
         index = self.planned[len(self.turns)] if len(self.turns) < len(self.planned) else 0
@@ -356,7 +377,7 @@ def _check_range(item: SearchItem) -> None:
             )
         if item.num is not None:
             raise ValueError("given both num and step; expected one of them")
-    if item.num is not None and len(_spread(item)) < item.num:
+    if item.num is not None and item.is_integer and len(_spread(item)) < item.num:
         raise ValueError(
             f"given num {item.num}; there are fewer whole numbers from {item.low} to {item.high}"
         )

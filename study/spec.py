@@ -236,10 +236,6 @@ def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
         if "trial" in wrong:
             spec = spec.model_copy(update={"trial": _sound_trial(data.get("trial"))})
     checks.check_metrics(spec, problems)
-    if spec.trial is not None:
-        misfit = checks.schedule_problem(spec.trial)
-        if misfit is not None:
-            problems.add(("trial", "masking", "ratio"), misfit)
     if spec.trial is not None and spec.search is not None:
         before = len(problems.found)
         checks.check_search(spec, problems)

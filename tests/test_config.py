@@ -11,6 +11,7 @@ from trainables.config import (
     TrialConfig,
     arm_id,
     canonical_json,
+    conflicts,
     digest,
     geometry_errors,
     trial_id,
@@ -75,8 +76,17 @@ def test_canonical_json_by_hand():
         ({"model": {"size": "giant"}}, "model.size"),
         ({"model": {"decoder": {"width": 96}}}, "model.decoder.width"),
         (
-            {"masking": {"ratio": {"name": "constant", "value": 1.0}}},
+            {"masking": {"ratio": {"name": "constant", "value": 1.5}}},
             "masking.ratio.constant.value",
+        ),
+        ({"masking": {"ratio": {"name": "constant", "value": 1.0}}}, "masking.ratio"),
+        (
+            {
+                "masking": {
+                    "strategy": {"name": "anatomask", "guided": {"name": "linear", "start": 0}}
+                }
+            },
+            "masking.strategy.anatomask.guided",
         ),
         ({"masking": {"ratio": {"name": "step", "values": [0.1, 0.2], "at": [0.9, 0.1]}}}, "ratio"),
         ({"pretrain": {"epochs": 0}}, "pretrain.epochs"),
@@ -90,6 +100,20 @@ def test_what_does_not_belong_is_refused_at_its_place(given, place):
         TrialConfig.model_validate(given)
     (error,) = caught.value.errors()
     assert place in ".".join(map(str, error["loc"]))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "weight", "refused"),
+    [
+        ({}, 0.5, []),
+        ({"attention": "cross", "predicted": 0.25}, 0, []),
+        ({"attention": "cross"}, 0.5, ["pretrain.visible_weight"]),
+        ({"predicted": 0.25}, 0.5, ["model.decoder.predicted"]),
+    ],
+)
+def test_what_excludes_each_other_is_told(decoder, weight, refused):
+    config = trial(model={"decoder": decoder}, pretrain={"visible_weight": weight})
+    assert list(conflicts(config)) == refused
 
 
 def test_a_trial_never_changes():

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainables.config import TrialConfig
 from trainables.cost import activation_bytes, mae_flops, planned_flops, segment_flops
 from trainables.mae import MAE
+from trainables.masking import MaskRequest
+from trainables.pretrain import choose_patches
 from trainables.unetr import build_unetr
 
 # model, image size, channels, hidden patches, weight of visible pixels
@@ -28,23 +30,56 @@ def trial(model, *, visible_weight=0.0, **masking):
 def counted(config, size, channels, hidden):
     """Forward, and forward and backward, of one image as PyTorch counts them."""
     with torch.device("meta"):
-        model = MAE(config.model, size, channels)
+        model = MAE(config, size, channels)
         image = torch.empty(1, channels, *size)
         numbers = torch.arange(model.encoder.positions.shape[0])[None]
     visible_BV, hidden_BX = numbers[:, hidden:], numbers[:, :hidden]
     # Fused attention on the CPU is not in the counter's table
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        weight = config.pretrain.visible_weight
-        loss = model(image, visible_BV, hidden_BX, visible_weight=weight)
+        loss = model(image, visible_BV, hidden_BX)
         forward = counter.get_total_flops()
         loss.backward()
-    return {"forward": forward, "step": counter.get_total_flops()}
+    return {"forward": forward, "guide": 0, "step": counter.get_total_flops()}
 
 
 @pytest.mark.parametrize(("model", "size", "channels", "hidden", "visible_weight"), CASES)
 def test_the_formula_equals_the_counter_to_the_digit(model, size, channels, hidden, visible_weight):
     config = trial(model, visible_weight=visible_weight)
     assert mae_flops(config, size, channels, hidden) == counted(config, size, channels, hidden)
+
+
+ALWAYS = {"name": "constant", "value": 0.5}
+GUIDED = {
+    "anatomask": {"name": "anatomask"},
+    "complementary": {"name": "anatomask", "complementary": True},
+    "hpm": {"name": "hpm"},
+    "attmask": {"name": "attmask"},
+    "amlp": {"name": "amlp", "category_weight": 0.1},
+    "amlp that asks": {"name": "amlp", "features": "encoder", "lesion": "highest_loss"},
+    "random": {"name": "random"},
+}
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_whole_step_costs_what_the_counter_says(name, attention):
+    """Where to hide, the loss, and backward: 15 units of 2 x 2 patches, of which 9 are hidden."""
+    decoder = {"depth": 2, "width": 64, "attention": attention}
+    if attention == "cross":
+        decoder["predicted"] = 0.5
+    model = {"size": "pico", "patch": 4, "decoder": decoder}
+    config = trial(model, strategy=GUIDED[name], unit=8, ratio=ALWAYS)
+    with torch.device("meta"):
+        mae = MAE(config, (24, 40), 2)
+        image, place = torch.empty(1, 2, 24, 40), torch.zeros(1, dtype=torch.int64)
+        request = MaskRequest((3, 5), 9, 0.5, 0, 0, place, image, mae, 2)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with torch.no_grad():
+                masks = choose_patches(config, request)
+            guide = counter.get_total_flops()
+            mae(image, *masks).backward()
+    found = mae_flops(config, (24, 40), 2, 36)
+    assert (found["guide"], found["step"]) == (guide, counter.get_total_flops())
 
 
 def test_one_block_by_hand():

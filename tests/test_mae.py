@@ -21,9 +21,12 @@ from trainables.timm_blocks import create_model
 SHAPES = [((8, 12), 4, 3), ((12, 8), 2, 1), ((4, 6, 8), 2, 1), ((3, 5), 1, 2)]
 
 
-def pico(patch=4, decoder_width=64, **pretrain):
-    model = {"size": "pico", "patch": patch, "decoder": {"depth": 1, "width": decoder_width}}
-    return TrialConfig.model_validate({"model": model, "pretrain": pretrain})
+def pico(patch=4, decoder_width=64, masking=None, decoder=None, **pretrain):
+    decoder = {"depth": 1, "width": decoder_width} | (decoder or {})
+    model = {"size": "pico", "patch": patch, "decoder": decoder}
+    return TrialConfig.model_validate(
+        {"model": model, "masking": masking or {}, "pretrain": pretrain}
+    )
 
 
 def images_of(size, channels, batch=4, seed=0):
@@ -183,7 +186,7 @@ def test_features_are_grid_tokens_after_the_named_blocks():
     patches_BPQ = patchify(images_of((8, 12), 3), 4)
     last, first = encoder.features(patches_BPQ, [4, 1])
     assert torch.equal(last, encoder(patches_BPQ)[:, 1:])
-    after_one = encoder.blocks[0](encoder._embed(patches_BPQ, None))
+    after_one = encoder.blocks[0](encoder.layers(patches_BPQ)[0])
     assert torch.equal(first, after_one[:, 1:])
 
 
@@ -205,14 +208,19 @@ def test_the_loss_is_over_hidden_pixels_only(size, patch, channels):
 
 @pytest.mark.parametrize(("size", "patch", "channels"), SHAPES)
 def test_visible_pixels_count_with_their_weight(size, patch, channels):
-    model = without_prediction(build_mae(pico(patch), size, channels, 0))
     images = images_of(size, channels)
     visible_BV, hidden_BX, is_hidden = half(size, patch)
     is_hidden = is_hidden.expand_as(images)
+    hidden, visible = images[is_hidden].square(), images[~is_hidden].square()
 
-    loss = model(images, visible_BV, hidden_BX, visible_weight=0.3)
-    expected = images[is_hidden].square().mean() + 0.3 * images[~is_hidden].square().mean()
-    torch.testing.assert_close(loss, expected)
+    expected = {
+        "per_region": hidden.mean() + 0.3 * visible.mean(),
+        "all_patches": (hidden.sum() + 0.3 * visible.sum()) / images.numel(),
+    }
+    for way, value in expected.items():
+        config = pico(patch, visible_weight=0.3, visible_mean=way)
+        model = without_prediction(build_mae(config, size, channels, 0))
+        torch.testing.assert_close(model(images, visible_BV, hidden_BX), value)
 
 
 @pytest.mark.parametrize(("size", "patch", "channels"), SHAPES)
@@ -225,7 +233,8 @@ def test_the_loss_is_the_error_of_the_reconstruction(size, patch, channels):
 
     loss = model(images, visible_BV, hidden_BX)
     torch.testing.assert_close(loss, error[is_hidden].mean())
-    loss = model(images, visible_BV, hidden_BX, visible_weight=2.0)
+    both = build_mae(pico(patch, visible_weight=2.0), size, channels, 0)
+    loss = both(images, visible_BV, hidden_BX)
     torch.testing.assert_close(loss, error[is_hidden].mean() + 2 * error[~is_hidden].mean())
 
 
@@ -241,39 +250,39 @@ def test_every_patch_knows_its_place_in_the_decoder():
 
 
 def test_normalised_targets_by_hand():
-    model = without_prediction(build_mae(pico(2), (2, 4), 1, 0))
+    model = without_prediction(build_mae(pico(2, target="normalised"), (2, 4), 1, 0))
     images = torch.tensor([[5.0, 5, 1, 3], [5, 5, 1, 3]])[None, None]
     order = torch.tensor([[0, 1]])
     # hidden patch 1, 3, 1, 3: mean 2, biased variance 1
-    loss = model(images, order[:, :1], order[:, 1:], target="normalised")
+    loss = model(images, order[:, :1], order[:, 1:])
     assert loss.item() == pytest.approx(1 / (1 + DEVIATION_FLOOR**2))
     # an even patch has the target 0
-    loss = model(images, order[:, 1:], order[:, :1], target="normalised")
+    loss = model(images, order[:, 1:], order[:, :1])
     assert loss.item() == 0
 
 
 def test_one_grey_level_in_an_even_patch_stays_a_small_target():
-    model = without_prediction(build_mae(pico(4), (4, 8), 1, 0))
+    model = without_prediction(build_mae(pico(4, target="normalised"), (4, 8), 1, 0))
     images = torch.zeros(1, 1, 4, 8)
     images[0, 0, 0, 0] = 1 / 255 / 0.2  # one of 256 levels where the data set's deviation is 0.2
     order = torch.tensor([[1, 0]])
-    loss = model(images, order[:, :1], order[:, 1:], target="normalised")
+    loss = model(images, order[:, :1], order[:, 1:])
     # without a floor every patch that is not even has a mean square of 1
     assert 0 < loss.item() < 0.01
 
 
 def test_patches_of_a_single_value_can_be_normalised():
-    model = build_mae(pico(1), (2, 3), 1, 0)
+    model = build_mae(pico(1, target="normalised"), (2, 3), 1, 0)
     visible_BV, hidden_BX, _ = half((2, 3), 1)
-    loss = model(images_of((2, 3), 1), visible_BV, hidden_BX, target="normalised")
+    loss = model(images_of((2, 3), 1), visible_BV, hidden_BX)
     assert loss.isfinite()
 
 
 def test_an_oracle_undoes_the_normalisation():
-    model = without_prediction(build_mae(pico(2), (2, 4), 1, 0))
+    model = without_prediction(build_mae(pico(2, target="normalised"), (2, 4), 1, 0))
     images = torch.tensor([[5.0, 5, 1, 3], [5, 5, 1, 3]])[None, None]
     order = torch.tensor([[0, 1]])
-    picture = model.reconstruct(images, order[:, :1], order[:, 1:], target="normalised")
+    picture = model.reconstruct(images, order[:, :1], order[:, 1:])
     assert picture.tolist() == [[[[5, 5, 2, 2], [5, 5, 2, 2]]]]
 
 
@@ -283,10 +292,11 @@ def test_an_oracle_undoes_the_normalisation():
 @pytest.mark.parametrize("visible_weight", [0.0, 0.5])
 @pytest.mark.parametrize("target", ["pixels", "normalised"])
 def test_every_parameter_gets_a_gradient(visible_weight, target):
-    model = build_mae(pico(), (8, 12), 3, 0)
+    config = pico(visible_weight=visible_weight, target=target)
+    model = build_mae(config, (8, 12), 3, 0)
     visible_BV, hidden_BX, _ = half((8, 12), 4)
     images = images_of((8, 12), 3)
-    model(images, visible_BV, hidden_BX, visible_weight=visible_weight, target=target).backward()
+    model(images, visible_BV, hidden_BX).backward()
     without = [
         name
         for name, weight in model.named_parameters()
@@ -296,13 +306,13 @@ def test_every_parameter_gets_a_gradient(visible_weight, target):
 
 
 def test_two_half_batches_average_to_the_gradient_of_the_whole():
-    model = build_mae(pico(), (8, 12), 3, 0)
+    model = build_mae(pico(visible_weight=0.5), (8, 12), 3, 0)
     images = images_of((8, 12), 3)
     visible_BV, hidden_BX, _ = half((8, 12), 4)
     gradients = {}
     for name, rows in {"whole": slice(0, 4), "first": slice(0, 2), "second": slice(2, 4)}.items():
         model.zero_grad()
-        loss = model(images[rows], visible_BV[rows], hidden_BX[rows], visible_weight=0.5)
+        loss = model(images[rows], visible_BV[rows], hidden_BX[rows])
         loss.backward()
         gradients[name] = torch.cat([weight.grad.flatten() for weight in model.parameters()])
     average = (gradients["first"] + gradients["second"]) / 2
@@ -338,12 +348,12 @@ def test_half_precision_gives_nearly_the_same_loss_in_float32():
 
 
 def test_the_forward_pass_compiles_in_one_piece():
-    model = build_mae(pico(), (8, 12), 1, 0)
+    model = build_mae(pico(visible_weight=0.1), (8, 12), 1, 0)
     visible_BV, hidden_BX, _ = half((8, 12), 4)
     images = images_of((8, 12), 1)
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    expected = model(images, visible_BV, hidden_BX, visible_weight=0.1)
-    loss = compiled(images, visible_BV, hidden_BX, visible_weight=0.1)
+    expected = model(images, visible_BV, hidden_BX)
+    loss = compiled(images, visible_BV, hidden_BX)
     torch.testing.assert_close(loss, expected)
 
 
@@ -353,7 +363,7 @@ def test_the_forward_pass_compiles_in_one_piece():
 def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = build_mae(pico(), (8, 12), 3, 0).state_dict()
+    first = build_mae(pico(visible_weight=0.1), (8, 12), 3, 0).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
     again = build_mae(pico(), (8, 12), 3, 0).state_dict()

@@ -1,78 +1,106 @@
 """Masking strategies and their geometry. Run: python -m pytest tests/test_masking.py"""
 
+import functools
 import math
-import typing
-from functools import partial
 
 import pytest
 import torch
 
+from trainables import counter
+from trainables.config import TrialConfig
 from trainables.errors import UserError
-from trainables.mae import patchify
+from trainables.mae import MAE, build_mae, patchify
 from trainables.masking import (
     MASKING,
     MaskRequest,
     hidden_units,
+    hide,
     pixels_hidden,
     plan_hidden,
     split_indices,
     unit_to_patch,
 )
-from trainables.schedules import SCHEDULES, Share
+from trainables.schedules import SCHEDULES
 
 GRIDS = [(8, 8), (3, 7), (1, 5), (2, 3, 4)]
 
-# Options that a rule cannot guess; a schedule of plain shares needs no entry here
-OPTIONS = {"step": {"values": [0.1, 0.9, 0.5], "at": [0.3, 0.6]}}
+# What hides the same units of an image whenever it is asked
+ALWAYS_ALIKE = ("attmask",)
 
 
-def request(grid, hidden, samples=None, *, seed=0, step=0):
+@functools.lru_cache(maxsize=64)
+def config_of(name, patches_per_unit=1):
+    model = {"size": "pico", "patch": 2, "decoder": {"depth": 1, "width": 64}}
+    masking = {"strategy": name, "unit": 2 * patches_per_unit}
+    return TrialConfig.model_validate({"model": model, "masking": masking})
+
+
+@functools.lru_cache(maxsize=64)
+def model_of(name, grid, patches_per_unit=1):
+    size = tuple(2 * patches_per_unit * units for units in grid)
+    return build_mae(config_of(name, patches_per_unit), size, 1, seed=0)
+
+
+@torch.no_grad()
+def ask(name, grid, hidden, samples=None, *, patches_per_unit=1, seed=0, step=0):
+    """What the strategy hides of noisy images, with a model of this grid to ask."""
     samples = torch.arange(6) if samples is None else samples
-    scores = (samples[:, None] * 5 + torch.arange(math.prod(grid)) * 7) % 13 / 13
-    return MaskRequest(grid, hidden, 0.5, seed, step, samples, scores)
+    model = model_of(name, grid, patches_per_unit)
+    size = [2 * patches_per_unit * units for units in grid]
+    noise = counter.uniform(7, "images", 0, samples, math.prod(size)).reshape(-1, 1, *size)
+    request = MaskRequest(grid, hidden, 0.5, seed, step, samples, noise, model, patches_per_unit)
+    return hide(config_of(name, patches_per_unit), request)
 
 
-def schedule_options(name):
-    if name in OPTIONS:
-        return OPTIONS[name]
-    hints = typing.get_type_hints(SCHEDULES[name], include_extras=True)
-    shares = [option for option, hint in hints.items() if hint == Share]
-    return {option: 0.9 if place % 2 else 0.15 for place, option in enumerate(shares)}
-
-
-@pytest.mark.parametrize("patches_per_unit", [1, 2])
-@pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("patches_per_unit", [1, 2, 4])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", MASKING)
-def test_every_sample_hides_exactly_the_asked_count(name, grid, ratio, patches_per_unit):
-    hidden = hidden_units(ratio, math.prod(grid))
-    is_hidden_BU = MASKING[name](request(grid, hidden))
-    assert is_hidden_BU.dtype == torch.bool
-    assert is_hidden_BU.shape == (6, math.prod(grid))
-    assert is_hidden_BU.sum(1).tolist() == [hidden] * 6
-    is_hidden_BP = unit_to_patch(is_hidden_BU, grid, patches_per_unit)
-    assert is_hidden_BP.sum(1).tolist() == [hidden * patches_per_unit ** len(grid)] * 6
+def test_every_sample_hides_exactly_the_asked_count(name, grid, patches_per_unit):
+    for ratio in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99):
+        hidden = hidden_units(ratio, math.prod(grid))
+        is_hidden_BU = ask(name, grid, hidden, patches_per_unit=patches_per_unit)
+        assert is_hidden_BU.dtype == torch.bool
+        assert is_hidden_BU.shape == (6, math.prod(grid))
+        assert is_hidden_BU.sum(1).tolist() == [hidden] * 6
+        is_hidden_BP = unit_to_patch(is_hidden_BU, grid, patches_per_unit)
+        assert is_hidden_BP.sum(1).tolist() == [hidden * patches_per_unit ** len(grid)] * 6
 
 
 @pytest.mark.parametrize("name", MASKING)
 def test_masks_follow_from_seed_step_and_sample(name):
-    first = MASKING[name](request((6, 6), 18))
+    first = ask(name, (6, 6), 19)
     torch.rand(1)
-    assert torch.equal(first, MASKING[name](request((6, 6), 18)))
-    assert not torch.equal(first, MASKING[name](request((6, 6), 18, step=1)))
-    assert not torch.equal(first, MASKING[name](request((6, 6), 18, seed=1)))
+    assert torch.equal(first, ask(name, (6, 6), 19))
+    is_alike = name in ALWAYS_ALIKE
+    assert torch.equal(first, ask(name, (6, 6), 19, step=1)) == is_alike
+    assert torch.equal(first, ask(name, (6, 6), 19, seed=1)) == is_alike
     assert len({tuple(row) for row in first.tolist()}) == 6
 
 
 @pytest.mark.parametrize("name", MASKING)
 def test_two_ranks_hide_what_one_would(name):
-    whole = MASKING[name](request((4, 6), 9, torch.arange(8)))
-    ranks = [MASKING[name](request((4, 6), 9, torch.arange(a, a + 4))) for a in (0, 4)]
+    whole = ask(name, (4, 6), 9, torch.arange(8))
+    ranks = [ask(name, (4, 6), 9, torch.arange(start, start + 4)) for start in (0, 4)]
     assert torch.equal(whole, torch.cat(ranks))
 
 
+@pytest.mark.parametrize("name", MASKING)
+def test_nothing_waits_for_the_device(name):
+    """On the meta device, where no number exists, reading one is an error."""
+    with torch.device("meta"):
+        model = MAE(config_of(name), (12, 12), 1)
+        request = MaskRequest(
+            (6, 6), 18, 0.5, 0, 0, torch.arange(4), torch.empty(4, 1, 12, 12), model
+        )
+        assert hide(config_of(name), request).shape == (4, 36)
+
+
+def blind(grid, hidden, samples):
+    return MaskRequest(grid, hidden, 0.5, 0, 0, samples)
+
+
 def test_random_hides_every_unit_equally_often():
-    often = MASKING["random"](request((3, 4), 3, torch.arange(4000))).float().mean(0)
+    often = MASKING["random"](blind((3, 4), 3, torch.arange(4000))).float().mean(0)
     # 4000 draws at 1/4: five standard deviations are 0.034
     assert (often - 0.25).abs().max() < 0.034
 
@@ -88,13 +116,28 @@ def test_one_unit_cannot_be_hidden_in_part():
         hidden_units(0.5, 1)
 
 
+SCHEDULED = {
+    "linear": {"start": 0.15, "end": 0.9},
+    "cosine": {"start": 0.15, "end": 0.9},
+    "power": {"start": 0.15, "end": 0.9},
+    "ramp": {"start": 0.15, "end": 0.9, "until": 0.5},
+    "step": {"values": [0.1, 0.9, 0.5], "at": [0.3, 0.6]},
+    "piecewise": {"values": [0.1, 0.9, 0.5]},
+    "uniform": {"low": 0.15, "high": 0.9},
+    "truncated_normal": {"high": 0.95},
+}
+
+
 @pytest.mark.parametrize("num_units", [4, 64, 1024])
 @pytest.mark.parametrize("steps", [1, 5, 300])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_needs_at_most_eight_hidden_counts(name, steps, num_units):
-    schedule = partial(SCHEDULES[name], **schedule_options(name))
-    plan = plan_hidden(schedule, num_units, steps)
-    exact = [hidden_units(schedule(step / steps), num_units) for step in range(steps)]
+    schedule = functools.partial(SCHEDULES[name], **SCHEDULED.get(name, {}))
+    plan = plan_hidden(schedule, num_units, steps, seed=0)
+    chances = counter.uniform(0, "ratio", 0, torch.arange(steps), 1)[:, 0].tolist()
+    exact = [
+        hidden_units(schedule(step / steps, chances[step]), num_units) for step in range(steps)
+    ]
     assert len(plan) == steps
     assert len(set(plan)) <= 8
     assert min(plan) == min(exact) and max(plan) == max(exact)
@@ -102,12 +145,22 @@ def test_every_schedule_needs_at_most_eight_hidden_counts(name, steps, num_units
     assert all(abs(a - b) <= half_a_level for a, b in zip(plan, exact, strict=True))
 
 
+def test_a_random_ratio_follows_from_the_seed():
+    def draw(seed):
+        return plan_hidden(lambda progress, chance: chance, 1000, 50, seed, max_distinct=1000)
+
+    assert draw(1) == draw(1) != draw(2)
+    assert 300 < sum(draw(1)) / 50 < 700 and len(set(draw(1))) > 40
+
+
 def test_a_constant_plan_is_exact():
-    assert plan_hidden(lambda progress: 0.37, 100, 4) == [37, 37, 37, 37]
+    assert plan_hidden(lambda progress, chance: 0.37, 100, 4, seed=0) == [37, 37, 37, 37]
 
 
 def test_a_linear_plan_by_hand():
-    plan = plan_hidden(lambda progress: 0.2 + 0.6 * progress, 100, 6, max_distinct=3)
+    plan = plan_hidden(
+        lambda progress, chance: 0.2 + 0.6 * progress, 100, 6, seed=0, max_distinct=3
+    )
     # exact: 20 30 40 50 60 70, levels: 20 45 70
     assert plan == [20, 20, 45, 45, 70, 70]
 
@@ -141,7 +194,7 @@ def test_visible_patches_are_exactly_where_pixels_are_not_hidden(
 ):
     grid = tuple(units * patches_per_unit for units in unit_grid)
     hidden = math.prod(unit_grid) // 3
-    is_hidden_BU = MASKING["random"](request(unit_grid, hidden))
+    is_hidden_BU = MASKING["random"](blind(unit_grid, hidden, torch.arange(6)))
     is_hidden_BP = unit_to_patch(is_hidden_BU, unit_grid, patches_per_unit)
     num_hidden = hidden * patches_per_unit ** len(unit_grid)
     visible_BV, hidden_BX = split_indices(is_hidden_BP, num_hidden)

@@ -4,7 +4,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainables.pictures import GAP, class_colour, save_reconstruction, save_segmentation
+from analysis import theme
+from trainables.pictures import (
+    GAP,
+    HEAT,
+    class_colour,
+    save_masks,
+    save_reconstruction,
+    save_segmentation,
+)
 
 
 def read(path):
@@ -55,3 +63,57 @@ def test_the_first_twenty_classes_differ_in_colour():
     colours = [class_colour(label) for label in range(1, 21)]
     assert len(set(colours)) == 20
     assert class_colour(8) == tuple(value // 2 for value in class_colour(1))
+
+
+def test_masks_show_one_draw_in_grey_and_how_often_as_heat_over_the_image(tmp_path):
+    images = torch.full((1, 1, 128, 128), 0.4)  # 102, in eight levels of grey 96
+    hidden = torch.zeros(1, 128, 128, dtype=torch.bool)
+    hidden[:, :64] = True
+    often = torch.zeros(1, 128, 128)
+    often[:, 32:64], often[:, 64:96], often[:, 96:] = 0.2, 0.5, 1.0
+    columns = save_masks(tmp_path / "m.png", images, hidden, often)
+    assert columns == ["image", "hidden in one draw", "how often hidden"]
+    grid = read(tmp_path / "m.png")
+    assert grid.shape == (128, 3 * 128 + 2 * GAP, 3)
+    assert (grid[:, :128] == 102).all()
+    assert [grid[y, 128 + GAP].tolist() for y in (0, 127)] == [[128] * 3, [102] * 3]
+    heat = [grid[y, 2 * (128 + GAP)].tolist() for y in (0, 32, 64, 96)]
+    # four parts of the colour and one of the grey; at 0.5 (128 of 255) between the middle two
+    assert heat == [
+        [19, (4 * 32 + 96) // 5, (4 * 77 + 96) // 5],
+        [(4 * 49 + 96) // 5, (4 * 68 + 96) // 5, (4 * 107 + 96) // 5],
+        [(4 * 126 + 96) // 5, (4 * 124 + 96) // 5, (4 * 116 + 96) // 5],
+        [(4 * 255 + 96) // 5, (4 * 234 + 96) // 5, (4 * 70 + 96) // 5],
+    ]
+
+
+def test_a_share_has_the_same_colour_whatever_else_the_picture_holds(tmp_path):
+    images, hidden = torch.zeros(1, 1, 128, 128), torch.zeros(1, 128, 128, dtype=torch.bool)
+    shown = []
+    for others in (0.0, 1.0):
+        often = torch.full((1, 128, 128), others)
+        often[:, 0] = 0.6
+        save_masks(tmp_path / "m.png", images, hidden, often)
+        shown.append(read(tmp_path / "m.png")[0, -1].tolist())
+    assert shown[0] == shown[1] == [149 * 4 // 5, 143 * 4 // 5, 120 * 4 // 5]
+
+
+def test_masks_show_the_classes_where_they_are_known(tmp_path):
+    images, hidden = torch.full((1, 1, 4, 4), 0.4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    classes = torch.zeros(1, 4, 4, dtype=torch.long)
+    classes[0, 0, 0], classes[0, 0, 1] = 2, 255
+    columns = save_masks(tmp_path / "m.png", images, hidden, hidden.float(), classes)
+    assert columns == ["image", "classes", "hidden in one draw", "how often hidden"]
+    grid = read(tmp_path / "m.png")
+    assert [grid[0, 128 + GAP + x].tolist() for x in (0, 32, 64)] == [
+        list(class_colour(2)),
+        [160] * 3,
+        [51] * 3,
+    ]
+
+
+def test_heat_is_lighter_the_more_often_and_as_the_pages_legends_show_it():
+    lightness = [0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in HEAT]
+    assert lightness == sorted(lightness)
+    legend = [tuple(bytes.fromhex(colour[1:])) for _, colour in theme.SCALE]
+    assert legend == list(HEAT)

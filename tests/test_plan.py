@@ -35,13 +35,26 @@ def made(spec, data=DATA, **options):
 
 
 @pytest.mark.parametrize("patch, channels, width", [(8, 3, 64), (16, 1, 128)])
-def test_parameters_are_those_of_the_model(patch, channels, width):
-    config = TrialConfig.model_validate(
-        {"model": {"size": "pico", "patch": patch, "decoder": {"depth": 3, "width": width}}}
-    )
+@pytest.mark.parametrize("strategy", ["random", "hpm"])
+def test_parameters_are_those_of_the_model(patch, channels, width, strategy):
+    model = {"size": "pico", "patch": patch, "decoder": {"depth": 3, "width": width}}
+    config = TrialConfig.model_validate({"model": model, "masking": {"strategy": strategy}})
     model = build_mae(config, (64, 32), channels, seed=0)
     expected = sum(parameter.numel() for parameter in model.parameters())
     assert count_parameters(config, (64, 32), channels) == expected
+
+
+def test_a_teacher_and_an_order_to_learn_need_memory():
+    def memory(strategy, **more):
+        config = study().trial.model_dump(mode="json")
+        config["masking"]["strategy"] = {"name": strategy} | more
+        return arm_cost(TrialConfig.model_validate(config), DATA)
+
+    plain, taught, ranked = memory("random"), memory("anatomask"), memory("hpm")
+    assert taught.memory_bytes - plain.memory_bytes == 4 * plain.parameters
+    absolute = memory("hpm", difficulty_loss="absolute")
+    # 48 of 64 patches hidden, 17 bytes a pair, 64 images
+    assert ranked.memory_bytes - absolute.memory_bytes == 48**2 // 2 * 17 * 64
 
 
 def test_tokens_are_counted_by_hand():

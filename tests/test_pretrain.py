@@ -14,13 +14,22 @@ from tests import toy
 from trainables import checkpoint, pretrain
 from trainables.config import ProbeConfig
 from trainables.data import to_device
-from trainables.distributed import batch_slice, data_parallel
+from trainables.distributed import batch_slice
 from trainables.errors import UserError
 from trainables.mae import build_mae
 from trainables.masking import pixels_hidden, split_indices
 from trainables.metrics import psnr
-from trainables.pretrain import batch_loss, batches, is_epoch_end, make_plan, rung_steps
-from trainables.probe import mean_of_visible, probe_mask, to_intensity
+from trainables.pictures import to_intensity
+from trainables.pretrain import (
+    batch_loss,
+    batches,
+    is_epoch_end,
+    make_learner,
+    make_plan,
+    rung_steps,
+    train_step,
+)
+from trainables.probe import mean_of_visible, probe_mask
 
 torch.set_num_threads(1)
 
@@ -39,7 +48,7 @@ def run(folder, diary, config=None, data=None, resume=False, **surroundings):
 
 def plan_of(num_images, batch, epochs):
     config = toy.trial(pretrain__batch=batch, pretrain__epochs=epochs)
-    return make_plan(config, (16, 16), 1, num_images, (0.5, 1.0))
+    return make_plan(config, (16, 16), 1, num_images, (0.5, 1.0), seed=0)
 
 
 @pytest.mark.parametrize(("num_images", "batch"), [(10, 4), (12, 4), (7, 3), (3, 8), (5, 5)])
@@ -217,6 +226,27 @@ def test_an_interrupted_run_ends_bit_by_bit_as_an_uninterrupted_one(
         assert ("pretrain", 4) not in second.calls
 
 
+@pytest.mark.parametrize("strategy", ["anatomask", "hpm", "amlp"])
+def test_a_strategy_with_parts_of_its_own_goes_on_bit_by_bit(tmp_path, monkeypatch, strategy):
+    config = toy.trial(
+        masking__strategy=STRATEGIES[strategy],
+        masking__ratio={"name": "uniform", "low": 0.2, "high": 0.8},
+    )
+    whole, diary = toy.Diary(), toy.Diary()
+    assert run(tmp_path / "whole", whole, config)[0] == "complete"
+    cut = toy.Diary(crash_after=("pretrain", 7))
+    with pytest.raises(toy.Interrupted):
+        run(tmp_path / "cut", cut, config)
+    assert run(tmp_path / "cut", diary, config, resume=True, attempt="a2")[0] == "complete"
+    assert toy.repeatable(cut) | toy.repeatable(diary) == toy.repeatable(whole)
+    expected, found = (
+        checkpoint.load_latest(tmp_path / name / "checkpoints")[0] for name in ("whole", "cut")
+    )
+    assert expected.keys() == found.keys()
+    assert any(name.startswith("teacher/") for name in found) == (strategy != "amlp")
+    assert all(value.equal(found[name]) for name, value in expected.items())
+
+
 def test_a_run_stopped_at_a_rung_asks_again_and_may_go_on(tmp_path, uninterrupted):
     stopping = toy.Diary(stop_at=[("pretrain", 7)])
     assert run(tmp_path, stopping)[0] == "stopped"
@@ -253,9 +283,9 @@ def test_a_run_that_diverges_says_so_and_keeps_a_finite_checkpoint(tmp_path):
 def test_a_nan_in_one_step_is_found_at_the_end_of_the_epoch(tmp_path, monkeypatch):
     steps = []
 
-    def poisoned(model, images, config, seed, plan, step, samples_B, real=pretrain.batch_loss):
+    def poisoned(learner, images, config, seed, plan, step, *rest, real=pretrain.batch_loss):
         steps.append(step)
-        loss = real(model, images, config, seed, plan, step, samples_B)
+        loss = real(learner, images, config, seed, plan, step, *rest)
         return loss * float("nan") if step == 7 else loss
 
     monkeypatch.setattr(pretrain, "batch_loss", poisoned)
@@ -280,17 +310,53 @@ def test_a_batch_that_workers_cannot_share_evenly_is_refused(tmp_path):
     assert batch_slice(12, three, "pretrain.batch") == slice(4, 8)
 
 
-def gradients_of_step(context, step=6):
-    config, data = toy.trial(), toy.discs()
-    plan = make_plan(config, data.size, 1, 18, (1.0,))
+# One of each kind: looks at nothing, has a teacher, and trains parts of its own
+STRATEGIES = {
+    "random": {"name": "random"},
+    "anatomask": {
+        "name": "anatomask",
+        "guided": {"name": "constant", "value": 0.8},
+        "momentum": {"name": "linear", "start": 0.5, "end": 0.9},
+    },
+    "hpm": {"name": "hpm", "momentum": {"name": "constant", "value": 0.7}},
+    "amlp": {"name": "amlp", "category_weight": 0.1, "lesion": "highest_loss"},
+}
+
+
+def meet_batches(config, context, first_step):
+    """(learner, plan, an iterator of (images, step, places)) of this worker."""
+    data = toy.discs()
+    plan = make_plan(config, data.size, 1, 18, (1.0,), 5)
     share = batch_slice(plan.batch, context, "pretrain.batch")
-    model = build_mae(config, data.size, 1, seed=5)
-    _, positions = next(batches(5, plan, step, CPU))
-    images = to_device(data, data.rows("pretrain"), CPU).batch(positions[share])[0]
+    learner = make_learner(config, data.size, 1, 5, context)
+    images = to_device(data, data.rows("pretrain"), CPU)
     places = torch.arange(plan.batch)[share]
-    trained = data_parallel(model, context)
-    batch_loss(trained, images, config, 5, plan, step, places).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    cut = batches(5, plan, first_step, CPU)
+    return learner, plan, ((images.batch(p[share])[0], step, places) for step, p in cut)
+
+
+def gradients_of_step(context, strategy):
+    config = toy.trial(masking__strategy=STRATEGIES[strategy])
+    learner, plan, cut = meet_batches(config, context, 6)
+    images, step, places = next(cut)
+    batch_loss(learner, images, config, 5, plan, step, places).backward()
+    return {name: parameter.grad for name, parameter in learner.model.named_parameters()}
+
+
+def weights_after_steps(context, strategy, steps=3):
+    """Of the model and, if there is one, of its teacher."""
+    config = toy.trial(masking__strategy=STRATEGIES[strategy])
+    learner, plan, cut = meet_batches(config, context, 0)
+    for _ in range(steps):
+        images, step, places = next(cut)
+        train_step(learner, images, config, 5, plan, step, places)
+    both = {"model": learner.model, "teacher": learner.teacher}
+    return {
+        f"{part}/{name}": value
+        for part, module in both.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
 
 
 def work(rank, folder):
@@ -299,9 +365,10 @@ def work(rank, folder):
     dist.init_process_group("gloo", meet, timedelta(seconds=30), rank=rank, world_size=2)
     diary = toy.Diary()
     context = toy.context(folder, diary, rank=rank, world_size=2)
-    gradients = gradients_of_step(context)
+    gradients = {strategy: gradients_of_step(context, strategy) for strategy in STRATEGIES}
+    stepped = {strategy: weights_after_steps(context, strategy) for strategy in STRATEGIES}
     outcome, weights = pretrain.pretrain(toy.trial(), 5, toy.discs(), toy.PROBE, context)
-    torch.save([gradients, weights], folder / f"{rank}.pt")
+    torch.save([gradients, weights, stepped], folder / f"{rank}.pt")
     summary = [outcome, sorted([*k, v] for k, v in toy.repeatable(diary).items())]
     (folder / f"{rank}.json").write_text(json.dumps(summary))
     dist.destroy_process_group()
@@ -316,13 +383,26 @@ def two_workers(tmp_path_factory):
     return folder
 
 
-def test_two_workers_have_the_gradients_of_one(two_workers, tmp_path):
-    whole = gradients_of_step(toy.context(tmp_path, toy.Diary()))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_workers_have_the_gradients_of_one(two_workers, tmp_path, strategy):
+    whole = gradients_of_step(toy.context(tmp_path, toy.Diary()), strategy)
     largest = max(gradient.abs().max() for gradient in whole.values())
     for rank in (0, 1):
-        halves = torch.load(two_workers / f"{rank}.pt")[0]
+        halves = torch.load(two_workers / f"{rank}.pt")[0][strategy]
         for name, gradient in whole.items():
             torch.testing.assert_close(halves[name], gradient, atol=1e-6 * largest, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_worker_has_the_same_teacher(two_workers, tmp_path, strategy):
+    first, second = (torch.load(two_workers / f"{rank}.pt")[2][strategy] for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    alone = weights_after_steps(toy.context(tmp_path, toy.Diary()), strategy)
+    for name, value in alone.items():
+        if name.endswith(("qkv.bias", "predictor.head.bias")):
+            continue  # the loss does not feel (all of) it, and Adam gives rounding full weight
+        assert (first[name] - value).abs().mean() < 2e-4, name
 
 
 def test_two_workers_come_to_the_rows_of_one(two_workers, uninterrupted):

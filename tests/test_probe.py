@@ -10,6 +10,7 @@ from scipy import ndimage
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.masking import pixels_hidden
 from trainables.metrics import METRICS
+from trainables.pictures import to_intensity
 from trainables.probe import (
     mean_of_visible,
     measure,
@@ -18,7 +19,6 @@ from trainables.probe import (
     probe_mask,
     probe_rows,
     ssim,
-    to_intensity,
 )
 
 torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def test_the_native_mask_is_the_trials_own_at_the_end_of_its_schedule():
             "masking": {"unit": 8, "ratio": {"name": "linear", "start": 0.25, "end": 0.75}},
         }
     )
-    is_hidden_BP, hidden = native_mask(config, 0, (32, 32), ROWS)
+    is_hidden_BP, hidden = native_mask(config, 0, torch.zeros(3, 1, 32, 32), ROWS, None)
     assert hidden == 48 and is_hidden_BP.shape == (3, 64)
     blocks = is_hidden_BP.reshape(3, 4, 2, 4, 2)
     assert blocks.all(dim=(2, 4)).sum(dim=(1, 2)).tolist() == [12, 12, 12]
@@ -147,7 +147,7 @@ def test_measures_by_hand():
         guess = torch.where(pixels_hidden(is_hidden, (8, 8), 8)[:, None], truth + 0.1, 0.0)
         return (guess - 0.5) / 0.2
 
-    found = measure(reconstruct, (truth - 0.5) / 0.2, ROWS, config, PROBE, mean, std)
+    found = measure(reconstruct, None, (truth - 0.5) / 0.2, ROWS, config, PROBE, mean, std)
     assert calls == [(48, 16), (32, 32), (16, 48), (16, 48)]
     for name in ("probe_psnr@0.25", "probe_psnr@0.75", "probe_psnr", "native_psnr_hidden"):
         torch.testing.assert_close(found[name], torch.full((3,), 20.0), atol=1e-3, rtol=0)
@@ -162,5 +162,5 @@ def test_measures_by_hand():
         found["native_psnr_all"], torch.full((3,), expected), atol=0.3, rtol=0
     )
     assert found["probe_ssim@0.25"].lt(1).all() and found["probe_ssim@0.25"].gt(0.8).all()
-    assert set(found) == set(metric_names(PROBE))
+    assert set(found) == set(metric_names(PROBE, config))
     assert {name.split("@")[0] for name in found} <= set(METRICS)

@@ -176,3 +176,127 @@ def test_params_survive_json_and_lie_in_optunas_space():
     assert json.loads(json.dumps(point.params)) == point.params == trial.params
     config = space.resolve(spec, point.overrides)
     assert space.params_of(spec, config) == point.params
+
+
+LISTS = """\
+  masking.ratio:
+    choices:
+      constant: {name: constant, value: {low: 0.1, high: 0.9}}
+      rising:
+        name: piecewise
+        values:
+          - {low: 0.1, high: 0.5}
+          - {low: 0.3, high: 0.9}
+          - 0.9
+      turning:
+        name: step
+        values: [0.2, {choices: [0.5, 0.6]}, {choices: {low: 0.7, any: {low: 0.8, high: 0.95}}}]
+        at: [{low: 0.1, high: 0.4}, 0.5]
+"""
+
+
+def test_a_parameter_in_a_list_under_a_label_is_named_by_its_place():
+    spec = study(LISTS)
+    known = space.parameters(spec.search)
+    assert list(known) == [
+        "masking.ratio",
+        "masking.ratio/constant.value",
+        "masking.ratio/rising.values.0",
+        "masking.ratio/rising.values.1",
+        "masking.ratio/turning.values.1",
+        "masking.ratio/turning.values.2",
+        "masking.ratio/turning.values.2/any",
+        "masking.ratio/turning.at.0",
+    ]
+    second = known["masking.ratio/rising.values.1"]
+    assert (second.item.low, second.item.high) == (0.3, 0.9)
+    assert second.path == ("masking", "ratio", "values", 1)
+    assert second.where == ("search", "masking.ratio", "choices", "rising", "values", 1)
+
+
+@pytest.mark.parametrize(
+    "label, chosen, options",
+    [
+        (
+            "rising",
+            {"rising.values.0": 0.25, "rising.values.1": 0.75},
+            {"values": [0.25, 0.75, 0.9], "at": None},
+        ),
+        (
+            "turning",
+            {"turning.values.1": 0.6, "turning.values.2": "low", "turning.at.0": 0.125},
+            {"values": [0.2, 0.6, 0.7], "at": [0.125, 0.5]},
+        ),
+        (
+            "turning",
+            {
+                "turning.values.1": 0.5,
+                "turning.values.2": "any",
+                "turning.values.2/any": 0.875,
+                "turning.at.0": 0.25,
+            },
+            {"values": [0.2, 0.5, 0.875], "at": [0.25, 0.5]},
+        ),
+    ],
+)
+def test_a_list_is_filled_with_what_is_decided_and_found_again(label, chosen, options):
+    spec = study(LISTS)
+    params = {"masking.ratio": label} | {f"masking.ratio/{name}": chosen[name] for name in chosen}
+    point = space.suggest(spec, optuna.trial.FixedTrial(params))
+    assert point.params == params
+    assert point.labels == {"masking.ratio": label}
+    config = space.resolve(spec, point.overrides)
+    assert config.masking.ratio.options() == options
+    assert space.params_of(spec, config) == params
+
+
+def test_a_list_that_is_none_of_the_labels_is_not_in_the_space():
+    spec = study(LISTS)
+    for ratio in (
+        {"name": "piecewise", "values": [0.3, 0.9]},  # a value too few
+        {"name": "piecewise", "values": [0.3, 0.5, 0.8]},  # not the fixed one
+        {"name": "piecewise", "values": [0.6, 0.5, 0.9]},  # out of range
+        {"name": "piecewise", "values": [0.3, 0.5, 0.9], "at": [0, 0.4, 1]},
+        {"name": "uniform", "low": 0.3, "high": 0.9},
+    ):
+        config = space.resolve(spec, {"masking.ratio": ratio})
+        assert space.params_of(spec, config) is None
+
+
+def test_the_grid_goes_into_lists():
+    search = (
+        "  masking.ratio:\n    choices:\n"
+        "      rising: {name: piecewise, values: [{low: 0.1, high: 0.5, num: 3}, 0.6, "
+        "{choices: [0.7, 0.9]}]}\n"
+        "      constant: {name: constant, value: 0.75}\n"
+    )
+    spec = study(search, GRID)
+    points = space.enumerate_grid(spec)
+    assert [point.overrides["masking.ratio"].get("values") for point in points] == [
+        [0.1, 0.6, 0.7], [0.1, 0.6, 0.9], [0.3, 0.6, 0.7], [0.3, 0.6, 0.9],
+        [0.5, 0.6, 0.7], [0.5, 0.6, 0.9], None,
+    ]  # fmt: skip
+    assert space.params_of(spec, spec.trial) == {"masking.ratio": "constant"}
+
+
+def test_random_draws_from_a_list_are_valid_and_found_again():
+    spec = study(LISTS)
+    known = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    labels = set()
+    for _ in range(12):
+        trial = known.ask()
+        point = space.suggest(spec, trial)
+        assert json.loads(json.dumps(point.params)) == point.params == trial.params
+        assert space.params_of(spec, space.resolve(spec, point.overrides)) == point.params
+        labels.add(point.params["masking.ratio"])
+    assert labels == {"constant", "rising", "turning"}
+
+
+def test_a_place_is_read_and_written_through_mappings_and_lists():
+    settings = {"a": [1, {"b": [2, 3]}], "c": None}
+    assert space.get_at(settings, ("a", 1, "b", 0)) == 2
+    space.set_at(settings, ("a", 1, "b", 0), 5)
+    assert settings == {"a": [1, {"b": [5, 3]}], "c": None}
+    for path in (("a", 2), ("a", "1"), ("a", -1), ("c", "d"), ("c", 0), ("a", 0, 0), ("d",)):
+        with pytest.raises(KeyError):
+            space.get_at(settings, path)

@@ -3,17 +3,21 @@
 import json
 import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field, ValidationError
 
+from study.mistakes import explain
 from study.reader import read_yaml
 from study.samplers import Brain
 from study.spec import Difference, difference, load_spec, parse_spec, schema
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import UserError
+from trainables.named import named
 
 GOOD = """\
 study: platelets
@@ -120,7 +124,7 @@ budget: {trials: 10, trails: 3}
     assert "did you mean 'tpe'?" in hints["s.yaml:14: sampler"]
     assert "did you mean 'trials'?" in hints["s.yaml:15: budget.trails"]
     assert "given '40'; expected a valid integer" in hints["s.yaml:6: trial.pretrain.epochs"]
-    assert "given 1.9; expected less than 1" in lines[9]
+    assert "given 1.9; expected less than or equal to 1" in lines[9]
 
 
 def test_mistakes_of_reading_and_of_meaning_are_told_together():
@@ -210,6 +214,134 @@ def test_a_step_schedule_whose_lists_do_not_fit_is_refused_wherever_it_stands():
     assert "one more value" in mistakes(changed("{name: constant, value: 0.75}", step))[0]
     lines = mistakes(changed("      rising: ", f"      steps: {step}\n      rising: "))
     assert lines[0].startswith("s.yaml:14: search.masking.ratio.choices.steps: step needs one more")
+
+
+RISING = """\
+      rising:
+        name: piecewise
+        values:
+          - {low: 0.1, high: 0.5}
+          - {low: 0.3, high: 0.9}
+          - 0.9
+"""
+
+
+def with_rising(old, new):
+    """The study with a piecewise schedule, its lines 14 to 19, in which one thing is changed."""
+    line = next(line for line in GOOD.splitlines(keepends=True) if "rising" in line)
+    assert old in RISING
+    return changed(line, RISING.replace(old, new))
+
+
+def test_the_knots_of_a_schedule_can_be_searched():
+    spec = parse(with_rising("", ""))
+    assert spec.search["masking.ratio"].choices["rising"]["values"][2] == 0.9
+    assert parse(spec.text).digest == spec.digest
+    brain = Brain(spec)
+    assert "masking.ratio/rising.values.1" in brain._distributions
+
+
+@pytest.mark.parametrize(
+    "old, new, line, place, words",
+    [
+        ("low: 0.3, high: 0.9", "low: 0.9, high: 0.3", 18, "values.1", "expected low < high"),
+        ("low: 0.3, high: 0.9", "low: 0.3", 18, "values.1", "both `low` and `high`"),
+        ("low: 0.3, high: 0.9", "low: 0.3, hgih: 0.9", 18, "values.1.hgih", "did you mean 'high'"),
+        ("low: 0.3, high: 0.9", "low: x, high: 0.9", 18, "values.1.low", "expected a number"),
+        ("low: 0.3, high: 0.9", "low: 0.3, high: 1.9", 18, "values.1", "given 1.9; expected less"),
+        ("low: 0.3, high: 0.9", "low: 0.3, high: 0.9, num: 3", 18, "values.1.num", "sampler tpe"),
+        ("low: 0.1, high: 0.5", "low: 0, high: 1", 17, "values.0", "expected 0.0 and 1.0"),
+        ("low: 0.1, high: 0.5", "choices: []", 17, "values.0", "expected `choices`"),
+        ("low: 0.1, high: 0.5", "lo: 0.1", 17, "values.0", "given {'lo': 0.1}; expected"),
+        (" 0.9\n", " 1.9\n", 19, "values.2", "given 1.9; expected less"),
+        (" 0.9\n", " 1.0\n", 14, "", "given 1.0 at progress 1; expected a ratio above 0"),
+        ("low: 0.1, high", "low: 0.0, high", 14, "", "given 0.0 at progress 0; expected a ratio"),
+        ("        values", "        at: [0, 1]\n        values", 14, "", "as many rising places"),
+    ],
+)
+def test_a_mistake_in_a_list_under_a_label_has_its_own_line(old, new, line, place, words):
+    lines = mistakes(with_rising(old, new))
+    where = f"search.masking.ratio.choices.rising{'.' * bool(place)}{place}"
+    told = [text for text in lines if text.startswith(f"s.yaml:{line}: {where}: ")]
+    assert told and words in told[0], lines
+
+
+def test_every_mistake_in_a_list_is_told_at_once():
+    wrong = with_rising("low: 0.1, high: 0.5", "low: 0.5, high: 0.1")
+    lines = mistakes(wrong.replace("low: 0.3, high: 0.9", "choices: {a: {low: 2, high: 1}}"))
+    assert [line.partition(": given")[0] for line in lines] == [
+        "s.yaml:17: search.masking.ratio.choices.rising.values.0",
+        "s.yaml:18: search.masking.ratio.choices.rising.values.1.choices.a",
+    ]
+
+
+@pytest.mark.parametrize(
+    "ratio, words",
+    [
+        ("{name: constant, value: 1.0}", "given 1.0 at progress 0; expected a ratio above 0 and"),
+        ("{name: linear, start: 0.5, end: 0}", "given 0.0 at progress 1; expected a ratio above 0"),
+        ("{name: uniform, low: 0.8, high: 0.2}", "uniform needs low <= high, got low 0.8 and high"),
+        ("{name: amr, start: 0.8}", "amr rises, so it needs start <= end"),
+    ],
+)
+def test_a_schedule_that_is_no_ratio_is_refused_wherever_it_stands(ratio, words):
+    place = "trial.masking.ratio: "
+    assert mistakes(changed("{name: constant, value: 0.75}", ratio))[0].startswith(
+        f"s.yaml:6: {place}{words}"
+    )
+    label = changed("      rising: ", f"      wrong: {ratio}\n      rising: ")
+    assert mistakes(label)[0].startswith(f"s.yaml:14: search.masking.ratio.choices.wrong: {words}")
+
+
+def test_options_of_a_ratio_that_are_searched_by_themselves_must_go_together():
+    start, end = GOOD.index("  masking.ratio:\n"), GOOD.index("objectives:")
+
+    def study(ratio, *searched):
+        search = "".join(f"  masking.ratio.{item}\n" for item in searched)
+        text = GOOD[:start] + search + GOOD[end:]
+        return text.replace("{name: constant, value: 0.75}", ratio)
+
+    constant = "{name: constant, value: 0.75}"
+    lines = mistakes(study(constant, "value: {low: 0.5, high: 1.0}"))
+    assert lines == [
+        "s.yaml:11: search.masking.ratio.value: given 1.0 at progress 0; expected a ratio above 0 "
+        "and below 1"
+    ]
+    parse(study(constant, "value: {low: 0.5, high: 0.9}"))
+
+    uniform = "{name: uniform, low: 0.1, high: 0.9}"
+    parse(study(uniform, "low: {low: 0.1, high: 0.5}", "high: {low: 0.5, high: 0.9}"))
+    # each goes together with the trial's value of the other
+    lines = mistakes(study(uniform, "low: {low: 0.1, high: 0.7}", "high: {low: 0.5, high: 0.9}"))
+    assert lines == [
+        "s.yaml:12: search.masking.ratio.high: uniform needs low <= high, got low 0.7 and high 0.5"
+    ]
+
+
+def test_a_mistake_in_an_option_that_names_a_function_is_told_with_its_place():
+    def still(progress: float, *, value: Annotated[float, Field(le=1)] = 0.5) -> float:
+        """The same."""
+        return value
+
+    def anatomask(request: int, *, guided: named({"still": still, "other": still}) = "still"):
+        """Guided by a share."""
+
+    class Settings(BaseModel):
+        strategy: named({"anatomask": anatomask, "other": anatomask})
+
+    for guided, place, words in (
+        ({"name": "still", "value": 2}, ("value",), "given 2; expected less than or equal to 1"),
+        ({"name": "still", "valeu": 1}, ("valeu",), "did you mean 'value'?"),
+        ({"name": "stil"}, ("name",), "given 'stil'; expected one of still, other (did you mean"),
+        ("stil", (), "did you mean 'still'?"),
+        (7, (), "given 7; expected a mapping with"),
+    ):
+        data = {"strategy": {"name": "anatomask", "guided": guided}}
+        with pytest.raises(ValidationError) as caught:
+            Settings.model_validate_json(json.dumps(data), strict=True)
+        ((where, problem),) = explain(caught.value, Settings, data)
+        assert where == ("strategy", "guided", *place)
+        assert words in problem
 
 
 @pytest.mark.parametrize(
@@ -409,6 +541,17 @@ def test_the_schema_knows_names_and_options():
     strategy = found["$defs"]["MaskingConfig"]["properties"]["strategy"]
     assert any("random" in member.get("enum", []) for member in strategy["anyOf"])
     assert found["additionalProperties"] is False
+
+
+def test_settings_that_exclude_each_other_are_refused_where_the_search_joins_them():
+    text = changed(
+        "search:\n",
+        "search:\n  model.decoder.attention: {choices: [self, cross]}\n"
+        "  pretrain.visible_weight: {low: 0.0, high: 1.0}\n",
+    )
+    (line,) = mistakes(text)
+    assert "search.pretrain.visible_weight: given 1 asks for visible patches" in line
+    assert "no queries for them; set it to 0, or model.decoder.attention to self" in line
 
 
 def test_the_control_is_the_trial_as_it_stands_in_the_file():

@@ -11,8 +11,9 @@ import pytest
 from analysis.tables import arm_scores, final, flatten, load, mean_ratio
 from study.folder import StudyFolder
 from study.ledger import LedgerError
-from tests.synthetic import study_tables, write_study
+from tests.synthetic import hand_made, study_tables, write_study
 from trainables.errors import StorageError, UserError
+from trainables.schedules import SCHEDULES
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +83,115 @@ def test_the_trial_that_made_an_arm_stand_out_no_longer_counts_once_confirmed() 
         ({"name": "linear", "start": 0.2, "end": 0.8}, 0.5),
         ({"name": "cosine", "start": 0.2, "end": 0.6}, 0.4),
         ({"name": "step", "values": [0.2, 0.8], "at": [0.25]}, 0.65),
+        ({"name": "power", "start": 0.2, "end": 0.8, "exponent": 2.0}, 0.4),
+        ({"name": "ramp", "start": 0.2, "end": 0.8, "until": 0.5}, 0.65),
+        ({"name": "piecewise", "values": [0.2, 0.6, 0.9], "at": None}, 0.575),
+        ({"name": "piecewise", "values": [0.2, 0.8], "at": [0.5, 1.0]}, 0.35),
+        ({"name": "amr", "start": 0.25, "end": 0.75}, 0.5),
+        ({"name": "amr", "start": 0.1, "end": 0.7, "shape": "power"}, 0.3),
+        ({"name": "uniform", "low": 0.5, "high": 0.9}, 0.7),
+        ({"name": "truncated_normal"}, 0.6936),
+        ({"name": "truncated_normal", "mean": 0.5, "low": 0.3, "high": 0.7}, 0.5),
     ],
 )
 def test_mean_ratio_by_hand(schedule: dict[str, object], mean: float) -> None:
-    assert mean_ratio(schedule) == pytest.approx(mean)
+    assert mean_ratio(schedule) == pytest.approx(mean, abs=2e-5)
 
 
 def test_a_schedule_of_a_newer_version_has_no_computed_mean() -> None:
     assert mean_ratio({"name": "spiral", "turns": 3}) is None
     assert mean_ratio({"name": "linear", "from": 3}) is None
+    assert mean_ratio({"name": "uniform", "low": 0.9, "high": 0.1}) is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words", "schedule"),
+    [
+        ({"name": "constant", "value": 0.75}, "ratio 0.75", "constant"),
+        ({"name": "linear", "start": 0.2, "end": 0.8}, "ratio 0.20→0.80 linear", "linear"),
+        ({"name": "cosine", "start": 0.9, "end": 0.1}, "ratio 0.90→0.10 cosine", "cosine"),
+        (
+            {"name": "power", "start": 0.2, "end": 0.8, "exponent": 2.0},
+            "ratio 0.20→0.80 power exponent 2",
+            "power",
+        ),
+        (
+            {"name": "ramp", "start": 0.2, "end": 0.8, "until": 0.25},
+            "ratio 0.20→0.80 ramp until 0.25",
+            "ramp",
+        ),
+        (
+            {"name": "amr", "start": 0.25, "end": 0.75, "shape": "linear", "exponent": None},
+            "ratio 0.25→0.75 amr",
+            "amr",
+        ),
+        (
+            {"name": "amr", "start": 0.25, "end": 0.75, "shape": "power", "exponent": 1.5},
+            "ratio 0.25→0.75 amr power exponent 1.5",
+            "amr power",
+        ),
+        (
+            {"name": "amr", "start": 0.25, "end": 0.75, "shape": "step", "levels": 4},
+            "ratio 0.25→0.75 amr step levels 4",
+            "amr step",
+        ),
+        ({"name": "uniform", "low": 0.5, "high": 1.0}, "ratio 0.50-1.00 random", "uniform"),
+        (
+            {"name": "truncated_normal", "mean": 0.55, "deviation": 0.25, "low": 0.5, "high": 1.0},
+            "ratio 0.50-1.00 normal 0.55±0.25",
+            "truncated_normal",
+        ),
+        (
+            {"name": "piecewise", "values": [0.2, 0.6, 0.9], "at": None},
+            "ratio 0.2/0.6/0.9 piecewise",
+            "piecewise",
+        ),
+        (
+            {"name": "piecewise", "values": [0.123456, 0.6], "at": [0.0, 0.5]},
+            "ratio 0.123/0.6 piecewise at 0/0.5",
+            "piecewise",
+        ),
+        (
+            {"name": "step", "values": [0.2, 0.8], "at": [0.25]},
+            "ratio 0.2/0.8 step at 0.25",
+            "step",
+        ),
+        ({"name": "spiral", "turns": 3}, "ratio spiral 3", "spiral"),
+    ],
+)
+def test_the_words_for_a_schedule_by_hand(
+    ratio: dict[str, object], words: str, schedule: str
+) -> None:
+    arm = hand_made({"arm": "a", "ratio": ratio}).arms.loc["a"]
+    assert (arm["label"], arm["schedule"]) == (f"patch 8, {words}", schedule)
+
+
+def test_every_schedule_has_words_of_its_own_and_a_mean() -> None:
+    options = {
+        "constant": {"value": 0.5},
+        "step": {"values": [0.4, 0.6], "at": [0.5]},
+        "piecewise": {"values": [0.4, 0.6]},
+        "uniform": {"low": 0.4, "high": 0.6},
+        "truncated_normal": {"mean": 0.5, "deviation": 0.1, "low": 0.4, "high": 0.6},
+        "ramp": {"start": 0.4, "end": 0.6, "until": 1.0},
+    }
+    given = [
+        {"arm": name, "ratio": {"name": name} | options.get(name, {"start": 0.4, "end": 0.6})}
+        for name in SCHEDULES
+    ]
+    arms = hand_made(*given).arms
+    assert arms["label"].is_unique
+    assert not arms["label"].str.contains("[", regex=False).any()
+    assert list(arms["ratio"]) == pytest.approx(
+        [0.5 if name != "power" else 0.4 + 0.2 / 3 for name in SCHEDULES], abs=1e-5
+    )
+
+
+def test_a_searched_option_of_the_ratio_is_told_once() -> None:
+    ratio = {"name": "uniform", "low": 0.25, "high": 0.9}
+    labels = {"masking.ratio.low": 0.25, "masking.ratio.high": 0.9, "masking.ratios": 3}
+    arms = hand_made({"arm": "a", "ratio": ratio, "labels": labels}).arms
+    assert arms.at["a", "label"] == "patch 8, ratio 0.25-0.90 random, ratios 3"
 
 
 def test_labels_say_what_was_varied() -> None:

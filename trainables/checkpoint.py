@@ -102,18 +102,29 @@ def load(folder: Path, name: str) -> tuple[dict[str, Tensor], State]:
         raise DamageError(str(error)) from error
 
 
-def pack(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights as `model/<name>`, the optimiser's moments as `optimizer/<name>/<moment>`."""
+def pack(
+    model: nn.Module, optimizer: torch.optim.Optimizer, teacher: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Weights as `model/<name>` and `teacher/<name>`, moments as `optimizer/<name>/<moment>`."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    if teacher is not None:
+        tensors |= {f"teacher/{name}": value for name, value in teacher.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value
     return tensors
 
 
-def unpack(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def unpack(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    teacher: nn.Module | None = None,
+) -> None:
     """Put back what `pack` took; rates and decays stay as the optimiser was built."""
     model.load_state_dict(weights(tensors))
+    if teacher is not None:
+        teacher.load_state_dict(_under("teacher/", tensors))
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -128,7 +139,10 @@ def unpack(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str
 
 def weights(tensors: dict[str, Tensor], part: str = "") -> dict[str, Tensor]:
     """The model's (or one of its parts') state_dict out of a checkpoint's tensors."""
-    prefix = f"model/{part}." if part else "model/"
+    return _under(f"model/{part}." if part else "model/", tensors)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trainables.augment import AUGMENTATIONS
+from trainables.losses import LOSSES
 from trainables.masking import MASKING
 from trainables.named import Choice, named
 from trainables.optimizers import OPTIMIZERS
-from trainables.schedules import SCHEDULES
+from trainables.schedules import Schedule, ratio_problem
 
 if TYPE_CHECKING:
-    Schedule = Choice
     Strategy = Choice
+    Loss = Choice
     Optimizer = Choice
     Augmentation = Choice
 else:
-    Schedule = named(SCHEDULES)
     Strategy = named(MASKING)
+    Loss = named(LOSSES)
     Optimizer = named(OPTIMIZERS)
     Augmentation = named(AUGMENTATIONS)
 
@@ -50,8 +51,15 @@ class Strict(BaseModel):
 
 
 class DecoderConfig(Strict):
+    attention: Annotated[
+        Literal["self", "cross"],
+        Field(description="self: MAE's, over all patches; cross: CrossMAE's, hidden to visible"),
+    ] = "self"
     depth: Positive = 2
     width: Annotated[int, Field(ge=64, multiple_of=64, description="heads are 64 wide")] = 128
+    predicted: Annotated[
+        float, Field(gt=0, le=1, description="share of hidden patches predicted; cross only")
+    ] = 1.0
 
 
 class ModelConfig(Strict):
@@ -67,11 +75,17 @@ class MaskingConfig(Strict):
         Field(description="edge in pixels of the block hidden as one; null: the patch"),
     ] = None
     ratio: Schedule = Field(default={"name": "constant"}, validate_default=True)
+    secondary: Annotated[
+        float,
+        Field(ge=0, lt=1, description="share of visible units shown as a shared token (UM-MAE)"),
+    ] = 0.0
 
     @field_validator("ratio")
     @classmethod
-    def _options_go_together(cls, ratio: Choice) -> Choice:
-        SCHEDULES[ratio.name](0.0, **ratio.options())
+    def _ratio_is_a_share(cls, ratio: Choice) -> Choice:
+        problem = ratio_problem(ratio)
+        if problem is not None:
+            raise ValueError(problem)
         return ratio
 
 
@@ -83,9 +97,14 @@ class PretrainConfig(Strict):
         Annotated[int, Field(ge=0)] | None,
         Field(description="null: a twentieth of the planned images"),
     ] = None
+    loss: Loss = Field(default={"name": "mean"}, validate_default=True)
     visible_weight: Annotated[
         float, Field(ge=0, description="weight of the loss on visible pixels")
     ] = 0.0
+    visible_mean: Annotated[
+        Literal["per_region", "all_patches"],
+        Field(description="average hidden and visible patches each by themselves, or together"),
+    ] = "per_region"
     target: Literal["pixels", "normalised"] = "pixels"
     augment: Augmentation = Field(default={"name": "flips"}, validate_default=True)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -153,6 +172,24 @@ def trial_id(config: TrialConfig, seed: int, data_fingerprint: str) -> str:
     """Identity of a trial: configuration, seed, and the data it is trained on."""
     content = {"config": config.model_dump(mode="json"), "seed": seed, "data": data_fingerprint}
     return digest(content)[:12]
+
+
+def conflicts(config: TrialConfig) -> dict[str, str]:
+    """Settings that are valid one by one and exclude each other: dotted path -> why."""
+    errors = {}
+    decoder = config.model.decoder
+    if decoder.attention == "cross" and config.pretrain.visible_weight > 0:
+        errors["pretrain.visible_weight"] = (
+            f"{config.pretrain.visible_weight:g} asks for visible patches to be reconstructed, but "
+            f"a decoder with cross-attention has no queries for them; set it to 0, or "
+            f"model.decoder.attention to self"
+        )
+    if decoder.attention == "self" and decoder.predicted < 1:
+        errors["model.decoder.predicted"] = (
+            f"{decoder.predicted:g} is for a decoder with cross-attention: with self-attention "
+            f"every hidden patch has to be there; set it to 1, or model.decoder.attention to cross"
+        )
+    return errors
 
 
 def geometry_errors(config: TrialConfig, size: tuple[int, ...], probe_unit: int) -> dict[str, str]:

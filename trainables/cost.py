@@ -7,7 +7,7 @@ an addition being two), that counter on the meta device where most of the model 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -15,44 +15,63 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config import SIZES, TrialConfig
-from trainables.masking import plan_hidden
-from trainables.schedules import SCHEDULES
+from trainables.cross_decoder import cross_block_flops, layer_mix_flops
+from trainables.masking import MASKING, plan_hidden
+from trainables.masking.lesions import CATEGORY_WIDTH, NUM_DESCRIPTORS
+from trainables.schedules import value_at
 
 # Bytes that backward needs per token and channel of one block: half precision, float32
 _BLOCK_BYTES = {"bf16": 34, "auto": 34, "fp32": 68}
 # Input, target, prediction and their difference
 _PIXEL_BYTES = 16
+# Of two hidden patches whose order is learned: difference, order, chance, logarithm, and the mask
+_PAIR_BYTES = 17
 
 
 def mae_flops(
     config: TrialConfig, image_size: Sequence[int], channels: int, hidden_patches: int
 ) -> dict[str, int]:
-    """Operations per image: `forward`, and `step` = forward and backward."""
-    width, depth = _encoder_shape(config)
+    """Operations per image: `forward` (of the loss), `guide` (where to hide), and `step`.
+
+    A step is the guide, forward and backward. Clustering and filters count little and are left out.
+    """
+    width, _ = _encoder_shape(config)
     decoder = config.model.decoder
     patches = _count(image_size, config.model.patch)
     values = config.model.patch ** len(image_size) * channels
     visible = patches - hidden_patches
-    predicted = patches if config.pretrain.visible_weight > 0 else hidden_patches
 
     embed = 2 * visible * values * width
-    encoder = depth * _block_flops(1 + visible, width)
-    into_decoder = 2 * (1 + visible) * width * decoder.width
-    decoder_blocks = decoder.depth * _block_flops(1 + patches, decoder.width)
-    head = 2 * predicted * decoder.width * values
-    forward = embed + encoder + into_decoder + decoder_blocks + head
+    forward = _encoder_flops(config, visible, values)
+    asked = hidden_patches  # of the hidden ones, those to be predicted
+    if decoder.attention == "cross":
+        asked = max(1, round(decoder.predicted * hidden_patches))
+        forward += _cross_decoder_flops(config, visible, asked, values)
+    else:
+        predicted = patches if config.pretrain.visible_weight > 0 else hidden_patches
+        forward += _decoder_flops(config, visible, patches, predicted * values)
+    strategy = config.masking.strategy.options()
+    no_pixel_gradient = embed
+    if "difficulty_weight" in strategy:
+        forward += _decoder_flops(config, visible, visible + asked, asked)
+    if strategy.get("category_weight", 0) > 0:
+        units = _count(image_size, config.unit)
+        first = 2 * units * NUM_DESCRIPTORS * CATEGORY_WIDTH
+        forward += first + 2 * units * CATEGORY_WIDTH
+        no_pixel_gradient += first
+    guide = GUIDES[config.masking.strategy.name](config, image_size, values, hidden_patches)
     # Backward costs twice the forward pass, but nobody asks for the gradient of the pixels
-    return {"forward": forward, "step": 3 * forward - embed}
+    return {"forward": forward, "guide": guide, "step": guide + 3 * forward - no_pixel_gradient}
 
 
 def planned_flops(
-    config: TrialConfig, image_size: Sequence[int], channels: int, num_images: int
+    config: TrialConfig, image_size: Sequence[int], channels: int, num_images: int, seed: int = 0
 ) -> float:
     """Operations of the whole planned pretraining on `num_images`, its schedule included."""
     batch = config.pretrain.batch
     steps = max(1, round(config.pretrain.epochs * num_images / batch))
     patches_per_unit = _patches_per_unit(config, image_size)
-    plan = _plan(config, image_size, steps)
+    plan = _plan(config, image_size, steps, seed)
     per_image = {
         hidden: mae_flops(config, image_size, channels, hidden * patches_per_unit)["step"]
         for hidden in set(plan)
@@ -77,12 +96,102 @@ def activation_bytes(config: TrialConfig, image_size: Sequence[int], channels: i
     decoder = config.model.decoder
     patches = _count(image_size, config.model.patch)
     patches_per_unit = _patches_per_unit(config, image_size)
-    visible = patches - min(_plan(config, image_size, steps=1000)) * patches_per_unit
+    visible = patches - min(_plan(config, image_size, steps=1000, seed=0)) * patches_per_unit
     per_token = _BLOCK_BYTES[config.pretrain.precision]
     encoder = depth * (1 + visible) * width * per_token
     decoding = decoder.depth * (1 + patches) * decoder.width * per_token
+    if decoder.attention == "cross":
+        asked = max(1, round(decoder.predicted * (patches - visible)))
+        decoding = decoder.depth * asked * decoder.width * per_token
+        kept = 2 if per_token == _BLOCK_BYTES["bf16"] else 4  # bytes of a number
+        decoding += kept * (1 + visible) * width * (1 + depth + 2 * decoder.depth)  # the mixtures
     pixels = math.prod(image_size) * channels * _PIXEL_BYTES
-    return config.pretrain.batch * (encoder + decoding + pixels)
+    pairs = 0
+    options = config.masking.strategy.options()
+    learns_order = options.get("category_weight") and options["category_reading"] == "order"
+    if learns_order or options.get("difficulty_loss") == "ranking":
+        pairs = (patches - visible) ** 2 // 2 * _PAIR_BYTES
+    return config.pretrain.batch * (encoder + decoding + pixels + pairs)
+
+
+def _encoder_flops(config: TrialConfig, visible: int, values: int) -> int:
+    width, depth = _encoder_shape(config)
+    return 2 * visible * values * width + depth * _block_flops(1 + visible, width)
+
+
+def _decoder_flops(config: TrialConfig, visible: int, patches: int, outputs: int) -> int:
+    width, _ = _encoder_shape(config)
+    decoder = config.model.decoder
+    into = 2 * (1 + visible) * width * decoder.width
+    blocks = decoder.depth * _block_flops(1 + patches, decoder.width)
+    return into + blocks + 2 * outputs * decoder.width
+
+
+def _cross_decoder_flops(config: TrialConfig, visible: int, predicted: int, values: int) -> int:
+    width, depth = _encoder_shape(config)
+    decoder, keys = config.model.decoder, 1 + visible
+    blocks = decoder.depth * cross_block_flops(predicted, keys, width, decoder.width)
+    mix = layer_mix_flops(keys, width, depth, decoder.depth)
+    return blocks + mix + 2 * predicted * decoder.width * values
+
+
+def _teacher_flops(
+    config: TrialConfig, image_size: Sequence[int], values: int, hidden_patches: int
+) -> int:
+    """One forward pass that predicts every hidden patch."""
+    patches = _count(image_size, config.model.patch)
+    visible = patches - hidden_patches
+    encoder = _encoder_flops(config, visible, values)
+    if config.model.decoder.attention == "cross":
+        return encoder + _cross_decoder_flops(config, visible, hidden_patches, values)
+    return encoder + _decoder_flops(config, visible, patches, hidden_patches * values)
+
+
+def _no_guide(*_: object) -> int:
+    return 0
+
+
+def _anatomask_guide(
+    config: TrialConfig, image_size: Sequence[int], values: int, hidden_patches: int
+) -> int:
+    if not config.masking.strategy.options()["complementary"]:
+        return _teacher_flops(config, image_size, values, hidden_patches)
+    units, per_unit = _count(image_size, config.unit), _patches_per_unit(config, image_size)
+    halves = ((units + 1) // 2 * per_unit, units // 2 * per_unit)
+    return sum(_teacher_flops(config, image_size, values, half) for half in halves)
+
+
+def _hpm_guide(
+    config: TrialConfig, image_size: Sequence[int], values: int, hidden_patches: int
+) -> int:
+    patches = _count(image_size, config.model.patch)
+    encoder = _encoder_flops(config, patches, values)
+    return encoder + _decoder_flops(config, patches, patches, patches)
+
+
+def _attmask_guide(
+    config: TrialConfig, image_size: Sequence[int], values: int, hidden_patches: int
+) -> int:
+    """All blocks but the last, of which the class token's scores are enough."""
+    width, _ = _encoder_shape(config)
+    patches = _count(image_size, config.model.patch)
+    whole = _encoder_flops(config, patches, values)
+    last = 6 * (1 + patches) * width**2 + 2 * (1 + patches) * width
+    return whole - _block_flops(1 + patches, width) + last
+
+
+def _amlp_guide(
+    config: TrialConfig, image_size: Sequence[int], values: int, hidden_patches: int
+) -> int:
+    strategy, flops = config.masking.strategy.options(), 0
+    if strategy["features"] == "encoder":
+        flops += _encoder_flops(config, _count(image_size, config.model.patch), values)
+    if strategy["lesion"] == "highest_loss":
+        flops += _teacher_flops(config, image_size, values, hidden_patches)
+    if strategy["category_weight"] > 0:
+        units = _count(image_size, config.unit)
+        flops += 2 * units * CATEGORY_WIDTH * (NUM_DESCRIPTORS + 1)
+    return flops
 
 
 def _block_flops(tokens: int, width: int) -> int:
@@ -103,10 +212,9 @@ def _patches_per_unit(config: TrialConfig, image_size: Sequence[int]) -> int:
     return math.prod(config.unit // config.model.patch for _ in image_size)
 
 
-def _plan(config: TrialConfig, image_size: Sequence[int], steps: int) -> list[int]:
-    ratio = config.masking.ratio
-    schedule = partial(SCHEDULES[ratio.name], **ratio.options())
-    return plan_hidden(schedule, _count(image_size, config.unit), steps)
+def _plan(config: TrialConfig, image_size: Sequence[int], steps: int, seed: int) -> list[int]:
+    schedule = partial(value_at, config.masking.ratio)
+    return plan_hidden(schedule, _count(image_size, config.unit), steps, seed)
 
 
 @lru_cache(maxsize=256)
@@ -123,3 +231,12 @@ def _count_segment_flops(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image).sum().backward()
     return float(counter.get_total_flops())
+
+
+# What finding out where to hide costs per image, for strategies that ask a model
+GUIDES: dict[str, Callable[..., int]] = dict.fromkeys(MASKING, _no_guide) | {
+    "anatomask": _anatomask_guide,
+    "hpm": _hpm_guide,
+    "attmask": _attmask_guide,
+    "amlp": _amlp_guide,
+}

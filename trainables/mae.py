@@ -5,7 +5,7 @@ only those embedded. The decoder sees them and a mask token for each hidden one.
 hidden is an argument, so that a new masking strategy never touches this file.
 
 B batch · C channels · *S spatial axes · P patches of the grid, row-major · V visible · X hidden
-Q values of one patch, inner order (pixels..., C) · D encoder width · E decoder width
+Q values of one patch, inner order (pixels..., C) · D encoder width · E decoder width · U mask units
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainables.config import SIZES, ModelConfig, TrialConfig
+from trainables import losses
+from trainables.config import SIZES, TrialConfig
+from trainables.cross_decoder import HEAD_WIDTH, CrossDecoder
+from trainables.masking import unit_to_patch
+from trainables.masking.lesions import CATEGORY_WIDTH, NUM_DESCRIPTORS, descriptors
 from trainables.timm_blocks import Block
 
-Target = Literal["pixels", "normalised"]
-
-HEAD_WIDTH = 64  # as attention kernels like it
 # Positions count in patches of 16 pixels, the usual size, whatever the patch is
 PIXELS_PER_POSITION = 16
 # Added to a patch's variance when targets are normalised, as (this many deviations of the data
@@ -93,34 +94,80 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(_block(self.width, self.heads) for _ in range(self.depth))
         self.norm = _norm(self.width)
 
-    def forward(self, patches_BPQ: Tensor, visible_BV: Tensor | None = None) -> Tensor:
-        """Tokens (B, 1 + V, D) after the last norm; None: all patches are visible."""
-        tokens = self._embed(patches_BPQ, visible_BV)
-        for block in self.blocks:
-            tokens = block(tokens)
-        normed: Tensor = self.norm(tokens)
+    def forward(
+        self,
+        patches_BPQ: Tensor,
+        visible_BV: Tensor | None = None,
+        stand_in: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens (B, 1 + V, D) after the last norm; None: all patches are visible.
+
+        `stand_in` = (is_replaced_BV, token): that token is seen in place of those patches.
+        """
+        normed: Tensor = self.norm(self.layers(patches_BPQ, visible_BV, stand_in)[-1])
         return normed
+
+    def layers(
+        self,
+        patches_BPQ: Tensor,
+        visible_BV: Tensor | None = None,
+        stand_in: tuple[Tensor, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The embedded tokens (B, 1 + V, D), then those after each block, none normed."""
+        layers = [self._embed(patches_BPQ, visible_BV, stand_in)]
+        for block in self.blocks:
+            layers.append(block(layers[-1]))
+        return layers
+
+    def class_attention(self, patches_BPQ: Tensor) -> Tensor:
+        """How much the class token attends to each patch in the last block, mean of heads: (B, P).
+
+        All patches are visible; what the class token gives to itself is left out.
+        """
+        blocks: list[Any] = list(self.blocks)
+        *others, last = blocks
+        tokens = self._embed(patches_BPQ, None, None)
+        for block in others:
+            tokens = block(tokens)
+        tokens = last.norm1(tokens)
+        batch, count = tokens.shape[:2]
+        attention = last.attn
+        query, key, _ = attention.qkv(tokens).reshape(batch, count, 3, self.heads, -1).unbind(2)
+        query, key = attention.q_norm(query[:, 0]), attention.k_norm(key)
+        scores = torch.einsum("bhd,bnhd->bhn", query.float(), key.float()) * attention.scale
+        shares: Tensor = scores.softmax(dim=-1).mean(dim=1)
+        return shares[:, 1:]
 
     def features(self, patches_BPQ: Tensor, after: Sequence[int]) -> list[Tensor]:
         """Grid tokens (B, P, D) after the named blocks (from 1), the last block's normed."""
-        tokens = self._embed(patches_BPQ, None)
-        found = {}
-        for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens)
-            found[number] = self.norm(tokens) if number == self.depth else tokens
-        return [found[number][:, 1:] for number in after]
+        layers = self.layers(patches_BPQ)
+        layers[-1] = self.norm(layers[-1])
+        return [layers[number][:, 1:] for number in after]
 
-    def _embed(self, patches_BPQ: Tensor, visible_BV: Tensor | None) -> Tensor:
+    def _embed(
+        self,
+        patches_BPQ: Tensor,
+        visible_BV: Tensor | None,
+        stand_in: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         if visible_BV is None:
-            tokens_BVD = self.embed(patches_BPQ) + self.positions
+            seen_BVQ, places = patches_BPQ, self.positions
         else:
-            tokens_BVD = self.embed(_pick(patches_BPQ, visible_BV)) + self.positions[visible_BV]
+            seen_BVQ, places = _pick(patches_BPQ, visible_BV), self.positions[visible_BV]
+        tokens_BVD = self.embed(seen_BVQ)
+        if stand_in is not None:
+            is_replaced_BV, token = stand_in
+            tokens_BVD = torch.where(is_replaced_BV[..., None], token.to(tokens_BVD), tokens_BVD)
+        tokens_BVD = tokens_BVD + places
         class_token = self.class_token.expand(len(tokens_BVD), -1, -1)
         return torch.cat([class_token, tokens_BVD], dim=1)
 
 
 class Decoder(nn.Module):
-    """Self-attention over all patches: encoded where visible, a mask token where hidden."""
+    """Self-attention over all patches: encoded where visible, a mask token where hidden.
+
+    Predicts `values` numbers of each patch.
+    """
 
     positions: Tensor
 
@@ -128,7 +175,7 @@ class Decoder(nn.Module):
         self,
         grid: Sequence[int],
         patch: int,
-        channels: int,
+        values: int,
         encoder_width: int,
         width: int,
         depth: int,
@@ -139,10 +186,10 @@ class Decoder(nn.Module):
         self.register_buffer("positions", positions(grid, patch, width), persistent=False)
         self.blocks = nn.ModuleList(_block(width, width // HEAD_WIDTH) for _ in range(depth))
         self.norm = _norm(width)
-        self.head = nn.Linear(width, patch ** len(grid) * channels)
+        self.head = nn.Linear(width, values)
 
     def forward(
-        self, tokens: Tensor, visible_BV: Tensor, hidden_BX: Tensor, *, predict_visible: bool
+        self, tokens: Tensor, visible_BV: Tensor, hidden_BX: Tensor, *, with_visible: bool
     ) -> Tensor:
         """Tokens (B, 1 + V, D) -> predictions: visible patches, if asked for, then hidden ones."""
         tokens = self.embed(tokens)
@@ -152,73 +199,189 @@ class Decoder(nn.Module):
         tokens = torch.cat([class_token, visible, hidden], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        first = 1 if predict_visible else 1 + visible_BV.shape[1]
+        first = 1 if with_visible else 1 + visible_BV.shape[1]
         predictions: Tensor = self.head(self.norm(tokens[:, first:]))
         return predictions
 
 
 class MAE(nn.Module):
-    """Encoder, decoder and the loss in pixels."""
+    """Encoder, decoder and the loss; with the parts that only some strategies train.
 
-    def __init__(self, config: ModelConfig, image_size: Sequence[int], channels: int) -> None:
+    `predictor` (HPM) tells each patch's loss beforehand; `categories` (AMLP) tells from a mask
+    unit's descriptors whether it is hard; `stand_in` (UM-MAE) is seen in place of some patches.
+    """
+
+    def __init__(self, config: TrialConfig, image_size: Sequence[int], channels: int) -> None:
         super().__init__()
-        self.encoder = Encoder(config.size, config.patch, image_size, channels)
-        self.decoder = Decoder(
-            self.encoder.grid,
-            config.patch,
-            channels,
-            self.encoder.width,
-            config.decoder.width,
-            config.decoder.depth,
-        )
+        model, self.settings = config.model, config.pretrain
+        self.encoder = Encoder(model.size, model.patch, image_size, channels)
+        self.patches_per_unit = config.unit // model.patch
+        self.unit_grid = tuple(cells // self.patches_per_unit for cells in self.encoder.grid)
+        grid, patch, width = self.encoder.grid, model.patch, self.encoder.width
+        shape = (width, model.decoder.width, model.decoder.depth)
+        self.decoder: Decoder | CrossDecoder
+        if model.decoder.attention == "cross":
+            places = positions(grid, patch, model.decoder.width)
+            self.decoder = CrossDecoder(
+                places, patch ** len(grid) * channels, width, self.encoder.depth, *shape[1:]
+            )
+        else:
+            self.decoder = Decoder(grid, patch, patch ** len(grid) * channels, *shape)
+
+        strategy = config.masking.strategy.options()
+        self.loss = partial(losses.LOSSES[self.settings.loss.name], **self.settings.loss.options())
+        self.predictor: Decoder | None = None
+        self.categories: nn.Module | None = None
+        self.stand_in: nn.Parameter | None = None
+        if "difficulty_weight" in strategy:
+            self.predictor = Decoder(grid, patch, 1, *shape)
+            self.difficulty_weight: float = strategy["difficulty_weight"]
+            self.difficulty_loss = losses.DIFFICULTY[strategy["difficulty_loss"]]
+        if strategy.get("category_weight", 0) > 0:
+            self.categories = nn.Sequential(
+                nn.Linear(NUM_DESCRIPTORS, CATEGORY_WIDTH), nn.GELU(), nn.Linear(CATEGORY_WIDTH, 1)
+            )
+            self.category_weight: float = strategy["category_weight"]
+            self.category_loss = partial(losses.category_loss, reading=strategy["category_reading"])
+        if self.predictor is None and isinstance(self.decoder, CrossDecoder):
+            self.encoder.norm.requires_grad_(False)  # nobody reads what it norms
+        if config.masking.secondary > 0:
+            self.stand_in = nn.Parameter(torch.zeros(width))
 
     def forward(
         self,
         images: Tensor,
         visible_BV: Tensor,
         hidden_BX: Tensor,
-        *,
-        visible_weight: float = 0.0,
-        target: Target = "pixels",
+        is_replaced_BV: Tensor | None = None,
     ) -> Tensor:
-        """Mean squared error on hidden pixels + `visible_weight` times that on visible pixels."""
-        patches_BPQ = patchify(images, self.encoder.patch)
-        predict_visible = visible_weight > 0
-        tokens = self.encoder(patches_BPQ, visible_BV)
-        predicted = self.decoder(tokens, visible_BV, hidden_BX, predict_visible=predict_visible)
-        if not predict_visible:
-            return _error(predicted, _pick(patches_BPQ, hidden_BX), target)
-        predicted_BVQ, predicted_BXQ = predicted.split(
-            [visible_BV.shape[1], hidden_BX.shape[1]], dim=1
-        )
-        hidden_error = _error(predicted_BXQ, _pick(patches_BPQ, hidden_BX), target)
-        visible_error = _error(predicted_BVQ, _pick(patches_BPQ, visible_BV), target)
-        return hidden_error + visible_weight * visible_error
+        """The loss, its mean over the images.
 
-    def reconstruct(
-        self, images: Tensor, visible_BV: Tensor, hidden_BX: Tensor, *, target: Target = "pixels"
-    ) -> Tensor:
+        Squared error on hidden patches, summed up by `pretrain.loss`, and `visible_weight` times
+        its mean over visible ones; then the losses of the parts that a strategy trains beside it.
+        """
+        patches_BPQ = patchify(images, self.encoder.patch)
+        stand_in = None
+        if is_replaced_BV is not None:
+            assert self.stand_in is not None
+            stand_in = (is_replaced_BV, self.stand_in)
+        weight = self.settings.visible_weight
+        tokens, predicted = self._predict(
+            patches_BPQ, visible_BV, hidden_BX, stand_in, with_visible=weight > 0
+        )
+        truth_BXQ = self._truth(_pick(patches_BPQ, hidden_BX))
+        error_BX = _error(predicted[:, -hidden_BX.shape[1] :], truth_BXQ)
+        loss_B: Tensor = self.loss(error_BX, truth_BXQ)
+        if weight > 0:
+            num_visible, num_hidden = visible_BV.shape[1], hidden_BX.shape[1]
+            truth_BVQ = self._truth(_pick(patches_BPQ, visible_BV))
+            visible_B = _error(predicted[:, :num_visible], truth_BVQ).mean(dim=1)
+            share = num_hidden / (num_visible + num_hidden)
+            if self.settings.visible_mean == "all_patches":
+                loss_B = share * loss_B + (1 - share) * weight * visible_B
+            else:
+                loss_B = loss_B + weight * visible_B
+        if self.predictor is not None:
+            difficulty = self.predictor(tokens, visible_BV, hidden_BX, with_visible=False)
+            difficulty_B = self.difficulty_loss(difficulty[..., 0].float(), error_BX)
+            loss_B = loss_B + self.difficulty_weight * difficulty_B
+        if self.categories is not None:
+            logits_BX = self._category_of_patches(images).gather(1, hidden_BX)
+            loss_B = loss_B + self.category_weight * self.category_loss(logits_BX, error_BX)
+        return loss_B.mean()
+
+    def reconstruct(self, images: Tensor, visible_BV: Tensor, hidden_BX: Tensor) -> Tensor:
         """Predicted images (B, C, *S), float32, every patch predicted.
 
+        A decoder with cross-attention predicts hidden patches only: visible ones are the truth.
         With normalised targets each patch is given its true mean and deviation: an oracle's.
         """
         patches_BPQ = patchify(images, self.encoder.patch)
-        tokens = self.encoder(patches_BPQ, visible_BV)
-        predicted = self.decoder(tokens, visible_BV, hidden_BX, predict_visible=True).float()
+        _, predicted = self._predict(patches_BPQ, visible_BV, hidden_BX, None, with_visible=True)
+        predicted = predicted.float()
+        if predicted.shape[1] == hidden_BX.shape[1]:
+            truth_BVQ = self._truth(_pick(patches_BPQ, visible_BV))
+            predicted = torch.cat([truth_BVQ, predicted], dim=1)
         order_BP = torch.cat([visible_BV, hidden_BX], dim=1)
         predicted_BPQ = _pick(predicted, order_BP.argsort(dim=1))
-        if target == "normalised":
+        if self.settings.target == "normalised":
             mean, deviation = _moments(patches_BPQ.float())
             predicted_BPQ = predicted_BPQ * deviation + mean
         return unpatchify(
             predicted_BPQ, self.encoder.grid, self.encoder.patch, self.encoder.channels
         )
 
+    def patch_errors(
+        self, images: Tensor, visible_BV: Tensor, hidden_BX: Tensor, *, normalised: bool
+    ) -> Tensor:
+        """Mean squared error of each hidden patch (B, X), float32.
+
+        `normalised`: in units of the patch's own deviation; else the output as it is, compared with
+        the pixels, whatever the model is trained on.
+        """
+        patches_BPQ = patchify(images, self.encoder.patch)
+        _, predicted = self._predict(patches_BPQ, visible_BV, hidden_BX, None, with_visible=False)
+        truth_BXQ = _pick(patches_BPQ, hidden_BX).float()
+        if not normalised:
+            return _error(predicted, truth_BXQ)
+        mean, deviation = _moments(truth_BXQ)
+        if self.settings.target == "pixels":
+            predicted = (predicted.float() - mean) / deviation
+        return _error(predicted, (truth_BXQ - mean) / deviation)
+
+    def class_attention(self, images: Tensor) -> Tensor:
+        """How much the encoder's class token attends to each patch of the whole image: (B, P)."""
+        return self.encoder.class_attention(patchify(images, self.encoder.patch))
+
+    def predicted_difficulty(self, images: Tensor) -> Tensor:
+        """The loss that the predictor expects of each patch, seeing the whole image: (B, P)."""
+        assert self.predictor is not None
+        patches_BPQ = patchify(images, self.encoder.patch)
+        batch, count = patches_BPQ.shape[:2]
+        all_BP = torch.arange(count, device=images.device).expand(batch, -1)
+        tokens = self.encoder(patches_BPQ)
+        difficulty: Tensor = self.predictor(tokens, all_BP, all_BP[:, :0], with_visible=True)
+        return difficulty[..., 0].float()
+
+    def category(self, descriptors_BUF: Tensor) -> Tensor:
+        """Whether each mask unit is hard to reconstruct, as a logit: (B, U)."""
+        assert self.categories is not None
+        logits: Tensor = self.categories(descriptors_BUF)
+        return logits[..., 0].float()
+
+    def _predict(
+        self,
+        patches_BPQ: Tensor,
+        visible_BV: Tensor,
+        hidden_BX: Tensor,
+        stand_in: tuple[Tensor, Tensor] | None,
+        *,
+        with_visible: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(normed tokens, predictions): of visible patches, if asked for, then of hidden ones."""
+        layers = self.encoder.layers(patches_BPQ, visible_BV, stand_in)
+        tokens: Tensor = self.encoder.norm(layers[-1])
+        if isinstance(self.decoder, CrossDecoder):
+            return tokens, self.decoder(layers, hidden_BX)
+        return tokens, self.decoder(tokens, visible_BV, hidden_BX, with_visible=with_visible)
+
+    def _truth(self, patches: Tensor) -> Tensor:
+        """What is to be predicted, in float32, whatever the forward pass runs in."""
+        truth = patches.float()
+        if self.settings.target == "normalised":
+            mean, deviation = _moments(truth)
+            truth = (truth - mean) / deviation
+        return truth
+
+    def _category_of_patches(self, images: Tensor) -> Tensor:
+        logits_BU = self.category(descriptors(images, self.unit_grid))
+        return unit_to_patch(logits_BU, self.unit_grid, self.patches_per_unit)
+
 
 def build_mae(config: TrialConfig, image_size: Sequence[int], channels: int, seed: int) -> MAE:
     """A model whose weights follow from `seed` alone: the same for every rank and device."""
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation, which is replaced
-        model = MAE(config.model, image_size, channels)
+        model = MAE(config, image_size, channels)
     initialise(model, seed)
     return model
 
@@ -227,7 +390,8 @@ def build_mae(config: TrialConfig, image_size: Sequence[int], channels: int, see
 def initialise(model: nn.Module, seed: int) -> None:
     """Set all weights of linear layers, norms and tokens.
 
-    Linear: Xavier uniform, bias 0 · norms: 1 and 0 · class and mask token: normal, deviation 0.02.
+    Linear and mixtures of layers: Xavier uniform, bias 0 · norms: 1 and 0 · tokens: normal,
+    deviation 0.02.
     The encoder stands first, so its weights do not depend on the decoder's shape.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -240,8 +404,12 @@ def initialise(model: nn.Module, seed: int) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, Encoder):
             nn.init.normal_(module.class_token, std=0.02, generator=generator)
-        elif isinstance(module, Decoder):
+        elif isinstance(module, Decoder | CrossDecoder):
             nn.init.normal_(module.mask_token, std=0.02, generator=generator)
+            if isinstance(module, CrossDecoder):
+                nn.init.xavier_uniform_(module.layer_mix, generator=generator)
+    if isinstance(model, MAE) and model.stand_in is not None:
+        nn.init.normal_(model.stand_in, std=0.02, generator=generator)
 
 
 def _block(width: int, heads: int) -> nn.Module:
@@ -254,13 +422,9 @@ def _pick(patches_BPQ: Tensor, numbers_BN: Tensor) -> Tensor:
     return patches_BPQ.gather(1, numbers_BN[..., None].expand(-1, -1, patches_BPQ.shape[-1]))
 
 
-def _error(predicted: Tensor, truth: Tensor, target: Target) -> Tensor:
-    """Mean squared error in float32, whatever the forward pass ran in."""
-    truth = truth.float()
-    if target == "normalised":
-        mean, deviation = _moments(truth)
-        truth = (truth - mean) / deviation
-    return (predicted.float() - truth).square().mean()
+def _error(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Mean squared error of each patch in float32: (B, N, Q) twice -> (B, N)."""
+    return (predicted.float() - truth).square().mean(dim=-1)
 
 
 def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 class Choice(BaseModel):
     """A key of a table together with the options of the function that stands there."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # an option may name a function itself; its default is then a Choice, or a dict to make one of
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     name: str
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments for the named function."""
+        """The keyword arguments for the named function; one that names a function is a Choice."""
         return {key: getattr(self, key) for key in type(self).model_fields if key != "name"}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -27,6 +28,16 @@ CLASS_COLOURS = (
     (0, 114, 178),
     (213, 94, 0),
     (204, 121, 167),
+)
+# How often a place is hidden, from never to always: cividis, even in lightness and the same to
+# colour-blind readers
+HEAT = (
+    (0, 32, 77),
+    (49, 68, 107),
+    (102, 105, 112),
+    (149, 143, 120),
+    (202, 185, 105),
+    (255, 234, 70),
 )
 HIDDEN_GREY = 128
 IGNORED_GREY = 160
@@ -50,6 +61,37 @@ def save_segmentation(path: Path, images: Tensor, truth: Tensor, predicted: Tens
     """Image | true classes | predicted classes; intensities (B, C, H, W), labels (B, H, W)."""
     seen = _rgb(images)
     _save_grid(path, [seen, _coloured(seen, truth), _coloured(seen, predicted)])
+
+
+def save_masks(
+    path: Path,
+    images: Tensor,
+    is_hidden: Tensor,
+    how_often: Tensor,
+    classes: Tensor | None = None,
+) -> list[str]:
+    """Image | true classes, if known | hidden in one draw, in grey | how often hidden, as heat.
+
+    `images` (B, C, H, W) and `how_often` (B, H, W) are in [0, 1], `is_hidden` (B, H, W) is boolean,
+    `classes` (B, H, W) are labels. Returns what the columns show.
+    """
+    seen = _rgb(images)
+    hidden = is_hidden.cpu().numpy()[..., None]
+    columns = {"image": seen}
+    if classes is not None:
+        columns["classes"] = _coloured(seen, classes)
+    columns["hidden in one draw"] = np.where(hidden, np.uint8(HIDDEN_GREY), seen)
+    columns["how often hidden"] = _heated(seen, how_often)
+    _save_grid(path, list(columns.values()))
+    return list(columns)
+
+
+def to_intensity(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Standardised (B, C, *S) -> intensities in [0, 1], what is outside clipped."""
+    per_channel = (1, -1, *[1] * (images.ndim - 2))
+    scale = torch.tensor(std, device=images.device).reshape(per_channel)
+    shift = torch.tensor(mean, device=images.device).reshape(per_channel)
+    return (images.float() * scale + shift).clamp(0, 1)
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -78,6 +120,22 @@ def _coloured(pixels_BHW3: Pixels, labels: Tensor) -> Pixels:
         palette[index] = class_colour(index)
     palette[IGNORED] = IGNORED_GREY
     return np.where((label == 0)[..., None], pixels_BHW3 // 2, palette[label])
+
+
+def _heated(pixels_BHW3: Pixels, shares: Tensor) -> Pixels:
+    """Four parts of HEAT, the same colour for a share in every picture, and one of the image.
+
+    The image is in eight levels of grey: enough to find one's way, and the file stays small.
+    """
+    steps = np.linspace(0, 1, len(HEAT))
+    palette = [
+        np.interp(np.arange(256) / 255, steps, channel) for channel in zip(*HEAT, strict=True)
+    ]
+    colours = np.stack(palette, axis=1).round().astype(np.uint16)
+    heat = colours[shares.detach().float().clamp(0, 1).mul(255).round().cpu().numpy().astype(int)]
+    grey = pixels_BHW3.mean(axis=-1, keepdims=True).astype(np.uint16) // 32 * 32
+    mixed: Pixels = ((4 * heat + grey) // 5).astype(np.uint8)
+    return mixed
 
 
 def _save_grid(path: Path, columns: Sequence[Pixels]) -> None:

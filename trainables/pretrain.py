@@ -11,6 +11,7 @@ B images of this worker's part of the batch · S pixels along every axis
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,27 +22,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainables import checkpoint, counter, distributed
 from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context, Row
-from trainables.cost import mae_flops, planned_flops
+from trainables.cost import mae_flops
+from trainables.cross_decoder import CrossBlock
 from trainables.data import Dataset, to_device
 from trainables.errors import UserError
 from trainables.export import export_encoder
-from trainables.mae import build_mae
+from trainables.mae import MAE, build_mae
 from trainables.masking import (
-    MASKING,
     MaskRequest,
+    has_teacher,
+    hide,
+    hide_smallest,
     plan_hidden,
     split_indices,
-    unit_to_patch,
 )
 from trainables.metrics import rows as metric_rows
 from trainables.optimizers import OPTIMIZERS, learning_rate, parameter_groups, set_learning_rate
-from trainables.schedules import SCHEDULES
+from trainables.schedules import value_at
 from trainables.timm_blocks import Block
 
 Weights = dict[str, Tensor]
@@ -62,6 +66,16 @@ class Plan:
     # of pretraining only
     unit_grid: tuple[int, ...] = ()
     hidden_units: list[int] = field(default_factory=list)  # at each step
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What learns, on one worker."""
+
+    model: MAE
+    trained: nn.Module  # the model, wrapped where there are several workers
+    optimizer: torch.optim.Optimizer
+    teacher: MAE | None  # the model's moving average, if the strategy asks one
 
 
 @dataclass(frozen=True)
@@ -87,44 +101,32 @@ def pretrain(
 ) -> tuple[str, Weights]:
     """Train, or go on from a checkpoint; (outcome, the encoder's weights)."""
     device = context.device
-    plan = make_plan(config, dataset.size, dataset.channels, num_pretrain(dataset), context.rungs)
+    plan = make_plan(
+        config, dataset.size, dataset.channels, num_pretrain(dataset), context.rungs, seed
+    )
     share = distributed.batch_slice(plan.batch, context, "pretrain.batch")
     samples_B = torch.arange(plan.batch, device=device)[share]
     images = to_device(dataset, dataset.rows("pretrain"), device, labels=False)
     judge = probing.Judge(config, dataset, probe, context)
 
-    model = build_mae(config, dataset.size, dataset.channels, seed).to(device)
-    settings = config.pretrain.optimizer
-    optimizer = OPTIMIZERS[settings.name](
-        parameter_groups(model, None), plan.batch, **settings.options()
-    )
+    learner = make_learner(config, dataset.size, dataset.channels, seed, context)
+    model, teacher = learner.model, learner.teacher
     counters = Counters()
     if resume is not None:
-        checkpoint.unpack(model, optimizer, resume[0])
+        checkpoint.unpack(model, learner.optimizer, resume[0], teacher)
         counters = Counters(**resume[1])
         if counters.step == counters.rung_step and told_to_stop(counters.rows, context):
             return "stopped", model.encoder.state_dict()
-    if config.pretrain.compile:
-        compile_blocks(model)
-    trained = distributed.data_parallel(model, context)
 
     distributed.reset_peak_memory(device)
     loss_sum = torch.zeros((), device=device)
+    if counters.step == 0:
+        judge.draw_masks(model, teacher, 0.0)
     saved = started = beaten = time.perf_counter()
     first_step = beaten_step = counters.step
     for step, positions in batches(seed, plan, counters.step, images.rows.device):
         batch = images.batch(positions[share])[0]
-        with distributed.autocast(config.pretrain.precision, device):
-            loss = batch_loss(trained, batch, config, seed, plan, step, samples_B)
-
-        loss.backward()  # type: ignore[no-untyped-call]
-        seen = step * plan.batch + plan.batch // 2  # mid-batch, so no step has a rate of 0
-        rate = learning_rate(seen, plan.steps * plan.batch, plan.warmup_images)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        loss_sum += loss.detach()
+        loss_sum += train_step(learner, batch, config, seed, plan, step, samples_B)
         done = step + 1
         now = time.perf_counter()
         is_due = step == first_step or now - beaten > HEARTBEAT_SECONDS
@@ -152,7 +154,7 @@ def pretrain(
 
         stop = False
         if is_rung:
-            values = progress_values(counters, plan, config, dataset, context) | judge.scores(model)
+            values = progress_values(counters, plan, context) | judge.scores(model, teacher)
             if not all(map(math.isfinite, values.values())):
                 return "diverged", model.encoder.state_dict()
             rows = metric_rows(
@@ -163,6 +165,7 @@ def pretrain(
                 progress=plan.rungs[done],
                 seconds=counters.device_seconds,
             )
+            judge.draw_masks(model, teacher, plan.rungs[done])
             stop = told_to_stop(rows, context)
             counters = replace(
                 counters,
@@ -173,7 +176,7 @@ def pretrain(
             )
         if context.is_main and (is_rung or now - saved > context.checkpoint_seconds):
             name = f"{context.attempt}-pretrain-{done:08d}"
-            tensors = checkpoint.pack(model, optimizer)
+            tensors = checkpoint.pack(model, learner.optimizer, teacher)
             checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
             saved = time.perf_counter()
         if stop:
@@ -204,13 +207,13 @@ def make_plan(
     channels: int,
     num_images: int,
     rungs: Sequence[float],
+    seed: int,
 ) -> Plan:
     """Turn epochs into steps, and the ratio's schedule into whole units at each step."""
     batch, ratio = config.pretrain.batch, config.masking.ratio
     steps = max(1, round(config.pretrain.epochs * num_images / batch))
     unit_grid = tuple(edge // config.unit for edge in size)
-    schedule = partial(SCHEDULES[ratio.name], **ratio.options())
-    hidden = plan_hidden(schedule, math.prod(unit_grid), steps)
+    hidden = plan_hidden(partial(value_at, ratio), math.prod(unit_grid), steps, seed)
     patches_per_unit = (config.unit // config.model.patch) ** len(unit_grid)
     per_image = {
         units: mae_flops(config, size, channels, units * patches_per_unit)["step"]
@@ -252,8 +255,50 @@ def batches(
         yield step, torch.cat(parts)
 
 
+def make_learner(
+    config: TrialConfig, size: Sequence[int], channels: int, seed: int, context: Context
+) -> Learner:
+    """Model, optimiser and, for a strategy that has one, the teacher, all at their start."""
+    model = build_mae(config, size, channels, seed).to(context.device)
+    settings = config.pretrain
+    optimizer = OPTIMIZERS[settings.optimizer.name](
+        parameter_groups(model, None), settings.batch, **settings.optimizer.options()
+    )
+    teacher = None
+    if has_teacher(config):
+        teacher = copy.deepcopy(model).requires_grad_(False)
+    if settings.compile:
+        compile_blocks(model)
+        if teacher is not None:
+            compile_blocks(teacher)
+    return Learner(model, distributed.data_parallel(model, context), optimizer, teacher)
+
+
+def train_step(
+    learner: Learner,
+    images: Tensor,
+    config: TrialConfig,
+    seed: int,
+    plan: Plan,
+    step: int,
+    samples_B: Tensor,
+) -> Tensor:
+    """One step on this worker's images, whose places in the batch are given; its loss."""
+    loss = batch_loss(learner, images, config, seed, plan, step, samples_B)
+    loss.backward()  # type: ignore[no-untyped-call]
+    seen = step * plan.batch + plan.batch // 2  # mid-batch, so no step has a rate of 0
+    rate = learning_rate(seen, plan.steps * plan.batch, plan.warmup_images)
+    set_learning_rate(learner.optimizer, rate)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.teacher is not None:
+        momentum = config.masking.strategy.options()["momentum"]
+        follow(learner.teacher, learner.model, value_at(momentum, (step + 1) / plan.steps))
+    return loss.detach()
+
+
 def batch_loss(
-    model: nn.Module,
+    learner: Learner,
     images: Tensor,
     config: TrialConfig,
     seed: int,
@@ -266,28 +311,53 @@ def batch_loss(
     Every image hides the same number of patches, so the mean over equal shares of a batch is the
     mean over the batch, and so are the gradients.
     """
-    augment = config.pretrain.augment
-    images, _ = AUGMENTATIONS[augment.name](
-        images, None, seed, step, samples_B, **augment.options()
+    settings = config.pretrain
+    images, _ = AUGMENTATIONS[settings.augment.name](
+        images, None, seed, step, samples_B, **settings.augment.options()
     )
-
-    strategy, hidden = config.masking.strategy, plan.hidden_units[step]
-    request = MaskRequest(plan.unit_grid, hidden, step / plan.steps, seed, step, samples_B)
-    is_hidden_BU = MASKING[strategy.name](request, **strategy.options())
-    patches_per_unit = config.unit // config.model.patch
-    is_hidden_BP = unit_to_patch(is_hidden_BU, plan.unit_grid, patches_per_unit)
-    visible_BV, hidden_BX = split_indices(
-        is_hidden_BP, hidden * patches_per_unit ** len(plan.unit_grid)
+    request = MaskRequest(
+        grid=plan.unit_grid,
+        hidden=plan.hidden_units[step],
+        progress=step / plan.steps,
+        seed=seed,
+        step=step,
+        samples_B=samples_B,
+        images=images,
+        model=learner.teacher or learner.model,
+        patches_per_unit=learner.model.patches_per_unit,
     )
-
-    loss: Tensor = model(
-        images,
-        visible_BV,
-        hidden_BX,
-        visible_weight=config.pretrain.visible_weight,
-        target=config.pretrain.target,
-    )
+    # In a context of its own: the next one would find weights in its cache that ask for no gradient
+    with torch.no_grad(), distributed.autocast(settings.precision, images.device):
+        masks = choose_patches(config, request)
+    with distributed.autocast(settings.precision, images.device):
+        loss: Tensor = learner.trained(images, *masks)
     return loss
+
+
+def choose_patches(
+    config: TrialConfig, request: MaskRequest
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(visible_BV, hidden_BX to predict, is_replaced_BV): what a step hides, shows and replaces."""
+    is_hidden_BU, num_hidden = hide(config, request), request.hidden_patches
+    visible_BV, hidden_BX = split_indices(request.to_patches(is_hidden_BU), num_hidden)
+    is_replaced_BV = None
+    if config.masking.secondary > 0:
+        num_replaced = round(config.masking.secondary * (request.num_units - request.hidden))
+        order_BU = request.noise("secondary").masked_fill(is_hidden_BU, 2.0)
+        is_replaced_BU = hide_smallest(order_BU, num_replaced)
+        is_replaced_BV = request.to_patches(is_replaced_BU).gather(1, visible_BV)
+    if config.model.decoder.predicted < 1:
+        num_predicted = max(1, round(config.model.decoder.predicted * num_hidden))
+        order_BX = request.noise("predicted", num_hidden).argsort(dim=1)
+        hidden_BX = hidden_BX.gather(1, order_BX[:, :num_predicted])
+    return visible_BV, hidden_BX, is_replaced_BV
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, model: nn.Module, momentum: float) -> None:
+    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * model."""
+    average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
+    average(list(teacher.parameters()), list(model.parameters()), 0)
 
 
 def is_epoch_end(done: int, plan: Plan) -> bool:
@@ -295,19 +365,18 @@ def is_epoch_end(done: int, plan: Plan) -> bool:
     return done * plan.batch // plan.num_images > (done - 1) * plan.batch // plan.num_images
 
 
-def progress_values(
-    counters: Counters, plan: Plan, config: TrialConfig, dataset: Dataset, context: Context
-) -> dict[str, float]:
+def progress_values(counters: Counters, plan: Plan, context: Context) -> dict[str, float]:
     """What training itself tells at a rung."""
     steps = counters.step - counters.rung_step
     seconds = counters.device_seconds - counters.rung_device_seconds
+    hidden = plan.hidden_units[counters.rung_step : counters.step]
     return {
         "loss": counters.loss_sum / steps,
-        "ratio": plan.hidden_units[counters.step - 1] / math.prod(plan.unit_grid),
+        "ratio": sum(hidden) / steps / math.prod(plan.unit_grid),
         "images_per_second": steps * plan.batch / max(seconds, 1e-9),
         "device_seconds": counters.device_seconds,
         "flops": plan.flops[counters.step],
-        "planned_flops": planned_flops(config, dataset.size, dataset.channels, plan.num_images),
+        "planned_flops": plan.flops[-1],
         "peak_memory": distributed.peak_memory(context.device),
     }
 
@@ -321,7 +390,7 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 4096
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block | CrossBlock):
             module.compile(dynamic=False)
 
 

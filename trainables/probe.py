@@ -27,21 +27,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainables import counter, distributed
+from trainables.atlas import draw_masks, masks_name
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context
 from trainables.data import Dataset, to_device
 from trainables.mae import MAE
 from trainables.masking import (
-    MASKING,
     MaskRequest,
     hidden_units,
+    hide,
+    hide_smallest,
     pixels_hidden,
     split_indices,
     unit_to_patch,
 )
 from trainables.metrics import psnr
-from trainables.pictures import save_reconstruction
-from trainables.schedules import SCHEDULES
+from trainables.pictures import save_reconstruction, to_intensity
+from trainables.schedules import value_at
 
 # isort: split
 # after mae, which imports timm_blocks, which mends a torchvision that torchmetrics could not import
@@ -66,7 +68,7 @@ class Judge:
         self.chunk = max(1, config.pretrain.batch // context.world_size)
 
     @torch.no_grad()
-    def scores(self, model: MAE) -> dict[str, float]:
+    def scores(self, model: MAE, teacher: MAE | None) -> dict[str, float]:
         """Each metric's mean over the images; a collective, every worker measures its share."""
         rank, world_size = self.context.rank, self.context.world_size
         mine = torch.arange(rank, len(self.rows), world_size, device=self.context.device)
@@ -74,6 +76,7 @@ class Judge:
         for places_B in torch.split(mine, self.chunk):
             values = measure(
                 self._reconstruct(model),
+                teacher or model,
                 self.images.batch(places_B)[0],
                 self.rows[places_B],
                 self.config,
@@ -83,7 +86,7 @@ class Judge:
             )
             for name, values_B in values.items():
                 sums[name] = sums.get(name, 0) + values_B.double().sum()
-        names = metric_names(self.probe)
+        names = metric_names(self.probe, self.config)
         zero = torch.zeros((), dtype=torch.float64, device=self.context.device)
         total = torch.stack([sums.get(name, zero) for name in names])
         means = distributed.sum_over_workers(total, self.context) / len(self.rows)
@@ -108,6 +111,31 @@ class Judge:
             to_intensity(predicted, mean, std),
         )
 
+    def draw_masks(self, model: MAE, teacher: MAE | None, progress: float) -> None:
+        """Picture of where the trial hides at this point, on the same few images; on rank 0."""
+        if not self.context.is_main:
+            return
+        places = torch.arange(len(self.rows), device=self.context.device)
+        places = places[:: max(1, len(places) // PICTURES)][:PICTURES]
+        rows = self.rows[places]
+        labels = None
+        if self.dataset.is_labelled:
+            labelled = to_device(self.dataset, rows.cpu().numpy(), self.context.device)
+            labels = labelled.batch(torch.arange(len(rows), device=self.context.device))[1]
+        draw_masks(
+            self.context.folder / "pictures" / masks_name(progress),
+            self.images.batch(places)[0],
+            rows,
+            self.config,
+            progress,
+            self.probe.seed,
+            teacher or model,
+            self.dataset.mean,
+            self.dataset.std,
+            labels=labels,
+            classes=self.dataset.classes,
+        )
+
     def _reconstruct(self, model: MAE) -> Reconstruct:
         """`model.reconstruct` in eval mode, at the trial's precision, never compiled."""
         settings, device = self.config.pretrain, self.context.device
@@ -121,7 +149,7 @@ class Judge:
             )
             model.eval()
             with eager, distributed.autocast(settings.precision, device):
-                predicted = model.reconstruct(images, visible_BV, hidden_BX, target=settings.target)
+                predicted = model.reconstruct(images, visible_BV, hidden_BX)
             model.train()
             return predicted
 
@@ -143,33 +171,48 @@ def probe_mask(
     num_units = math.prod(unit_grid)
     hidden = hidden_units(ratio, num_units)
     noise_BU = counter.uniform(probe.seed, f"probe@{ratio!r}", 0, rows_B, num_units)
-    order_BU = noise_BU.argsort(dim=1, stable=True)
-    is_hidden_BU = torch.zeros_like(noise_BU, dtype=torch.bool)
-    is_hidden_BU.scatter_(1, order_BU[:, :hidden], True)
-    return _in_patches(is_hidden_BU, hidden, unit_grid, probe.unit // patch)
+    is_hidden_BU = hide_smallest(noise_BU, hidden)
+    patches_per_unit = probe.unit // patch
+    is_hidden_BP = unit_to_patch(is_hidden_BU, unit_grid, patches_per_unit)
+    return is_hidden_BP, hidden * patches_per_unit ** len(unit_grid)
 
 
 def native_mask(
-    config: TrialConfig, probe_seed: int, size: Sequence[int], rows_B: Tensor
+    config: TrialConfig, seed: int, images: Tensor, rows_B: Tensor, model: MAE | None
 ) -> tuple[Tensor, int]:
-    """(is_hidden_BP, number hidden) as the trial itself hides at the end of its schedule."""
-    unit_grid = tuple(edge // config.unit for edge in size)
-    ratio, strategy = config.masking.ratio, config.masking.strategy
-    hidden = hidden_units(SCHEDULES[ratio.name](1.0, **ratio.options()), math.prod(unit_grid))
-    request = MaskRequest(unit_grid, hidden, 1.0, probe_seed, 0, rows_B)
-    is_hidden_BU = MASKING[strategy.name](request, **strategy.options())
-    return _in_patches(is_hidden_BU, hidden, unit_grid, config.unit // config.model.patch)
+    """(is_hidden_BP, number hidden) as the trial itself hides at the end of its schedule.
+
+    Of a random ratio the median. `model`: whom the strategy asks.
+    """
+    unit_grid = tuple(edge // config.unit for edge in images.shape[2:])
+    hidden = hidden_units(value_at(config.masking.ratio, 1.0), math.prod(unit_grid))
+    request = MaskRequest(
+        unit_grid,
+        hidden,
+        1.0,
+        seed,
+        0,
+        rows_B,
+        images,
+        model,
+        config.unit // config.model.patch,
+    )
+    return request.to_patches(hide(config, request)), request.hidden_patches
 
 
-def metric_names(probe: ProbeConfig) -> list[str]:
+def metric_names(probe: ProbeConfig, config: TrialConfig) -> list[str]:
     """What `measure` measures."""
     per_ratio = [f"probe_{kind}@{ratio:g}" for kind in ("psnr", "ssim") for ratio in probe.ratios]
     means = ["probe_psnr", "probe_ssim", "probe_gain"]
-    return [*means, *per_ratio, "native_psnr_hidden", "native_psnr_all"]
+    native = ["native_psnr_hidden"]
+    if config.model.decoder.attention == "self":  # the other one predicts no visible patch
+        native.append("native_psnr_all")
+    return [*means, *per_ratio, *native]
 
 
 def measure(
     reconstruct: Reconstruct,
+    asked: MAE | None,
     images: Tensor,
     rows_B: Tensor,
     config: TrialConfig,
@@ -177,7 +220,10 @@ def measure(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, Tensor]:
-    """Every metric of these images: name -> (B,). `images` are standardised (B, C, *S)."""
+    """Every metric of these images: name -> (B,). `images` are standardised (B, C, *S).
+
+    `asked`: whom the trial's strategy asks where to hide.
+    """
     size, patch = images.shape[2:], config.model.patch
     grid = [edge // patch for edge in size]
     truth = to_intensity(images, mean, std)
@@ -196,20 +242,14 @@ def measure(
         values[metric] = torch.stack([values[f"{metric}@{r:g}"] for r in probe.ratios]).mean(0)
     values["probe_gain"] = torch.stack(gains).mean(0)
 
-    is_hidden_BP, hidden = native_mask(config, probe.seed, size, rows_B)
+    with distributed.autocast(config.pretrain.precision, images.device):
+        is_hidden_BP, hidden = native_mask(config, probe.seed, images, rows_B, asked)
     is_hidden_BS = pixels_hidden(is_hidden_BP, grid, patch)
     predicted = _predict(reconstruct, images, is_hidden_BP, hidden, mean, std)
     values["native_psnr_hidden"] = psnr(predicted, truth, is_hidden_BS)
-    values["native_psnr_all"] = psnr(predicted, truth, torch.ones_like(is_hidden_BS))
+    if "native_psnr_all" in metric_names(probe, config):
+        values["native_psnr_all"] = psnr(predicted, truth, torch.ones_like(is_hidden_BS))
     return values
-
-
-def to_intensity(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Standardised (B, C, *S) -> intensities in [0, 1], what is outside clipped."""
-    per_channel = (1, -1, *[1] * (images.ndim - 2))
-    scale = torch.tensor(std, device=images.device).reshape(per_channel)
-    shift = torch.tensor(mean, device=images.device).reshape(per_channel)
-    return (images.float() * scale + shift).clamp(0, 1)
 
 
 def ssim(predicted: Tensor, truth: Tensor, where_BS: Tensor) -> Tensor:
@@ -243,13 +283,6 @@ def _predict(
     std: Sequence[float],
 ) -> Tensor:
     return to_intensity(reconstruct(images, *split_indices(is_hidden_BP, hidden)), mean, std)
-
-
-def _in_patches(
-    is_hidden_BU: Tensor, hidden: int, unit_grid: Sequence[int], patches_per_unit: int
-) -> tuple[Tensor, int]:
-    is_hidden_BP = unit_to_patch(is_hidden_BU, unit_grid, patches_per_unit)
-    return is_hidden_BP, hidden * patches_per_unit ** len(unit_grid)
 
 
 def _mean_where(values_BS: Tensor, where_BS: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from trainables.metrics import (
 )
 from trainables.metrics import rows as metric_rows
 from trainables.optimizers import OPTIMIZERS, learning_rate, parameter_groups, set_learning_rate
-from trainables.pictures import save_segmentation
+from trainables.pictures import save_segmentation, to_intensity
 from trainables.pretrain import (
     HEARTBEAT_SECONDS,
     Counters,
@@ -49,7 +49,7 @@ from trainables.pretrain import (
     rung_steps,
     told_to_stop,
 )
-from trainables.probe import PICTURES, probe_rows, to_intensity
+from trainables.probe import PICTURES, probe_rows
 from trainables.unetr import UNETR, build_unetr
 
 DICE_SMOOTHING = 1e-5

@@ -1,7 +1,4 @@
-"""Which mask units the encoder does not see, and the bookkeeping between units, patches and pixels.
-
-To add a strategy, write a function of a `MaskRequest` that returns `is_hidden_BU` with exactly
-`request.hidden` True in each row, give it keyword-only options, and add it to MASKING.
+"""What a masking strategy is asked, and the bookkeeping between mask units, patches and pixels.
 
 B batch · U mask units of the grid (row-major) · P patches · V visible patches · X hidden patches
 """
@@ -11,12 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainables import counter
 from trainables.errors import UserError
+
+if TYPE_CHECKING:
+    from trainables.mae import MAE
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,26 @@ class MaskRequest:
     seed: int
     step: int
     samples_B: Tensor  # places in the global batch, int64
-    scores_BU: Tensor | None = None  # only for strategies that ask for them
+    images: Tensor | None = None  # standardised (B, C, *S), for strategies that look at them
+    model: MAE | None = None  # the teacher, for strategies that have one; else the model itself
+    patches_per_unit: int = 1  # along every axis
 
     @property
     def num_units(self) -> int:
         return math.prod(self.grid)
 
+    @property
+    def hidden_patches(self) -> int:
+        return int(self.hidden * self.patches_per_unit ** len(self.grid))
 
-def random(request: MaskRequest) -> Tensor:
-    """Units hidden independently of each other."""
-    noise_BU = counter.uniform(
-        request.seed, "mask", request.step, request.samples_B, request.num_units
-    )
-    return _hide_smallest(noise_BU, request.hidden)
+    def to_patches(self, values_BU: Tensor) -> Tensor:
+        """Each unit's value for all of its patches: (B, U) -> (B, P)."""
+        return unit_to_patch(values_BU, self.grid, self.patches_per_unit)
+
+    def noise(self, stream: str = "mask", count: int | None = None) -> Tensor:
+        """float32 (B, count) in [0, 1), by default a number for each unit; of this step alone."""
+        places = self.num_units if count is None else count
+        return counter.uniform(self.seed, stream, self.step, self.samples_B, places)
 
 
 def hidden_units(ratio: float, num_units: int) -> int:
@@ -55,13 +63,22 @@ def hidden_units(ratio: float, num_units: int) -> int:
 
 
 def plan_hidden(
-    schedule: Callable[[float], float], num_units: int, steps: int, max_distinct: int = 8
+    schedule: Callable[[float, float], float],
+    num_units: int,
+    steps: int,
+    seed: int,
+    max_distinct: int = 8,
 ) -> list[int]:
     """Units hidden at each step; at most `max_distinct` values, as each is a shape to compile.
 
-    More are snapped to evenly spaced levels between the smallest and the largest.
+    More are snapped to evenly spaced levels between the smallest and the largest. A random schedule
+    draws a number for each step from `seed`.
     """
-    exact = [hidden_units(schedule(step / steps), num_units) for step in range(steps)]
+    chances = counter.uniform(seed, "ratio", 0, torch.arange(steps), 1)[:, 0].tolist()
+    exact = [
+        hidden_units(schedule(step / steps, chance), num_units)
+        for step, chance in enumerate(chances)
+    ]
     distinct = sorted(set(exact))
     if len(distinct) <= max_distinct:
         return exact
@@ -96,10 +113,34 @@ def pixels_hidden(is_hidden_BP: Tensor, grid: Sequence[int], patch: int) -> Tens
     return pixels.reshape(is_hidden_BP.shape[0], *(edge * patch for edge in grid))
 
 
-def _hide_smallest(values_BU: Tensor, hidden: int) -> Tensor:
+def hide_smallest(values_BU: Tensor, hidden: int) -> Tensor:
+    """is_hidden_BU with the `hidden` smallest values of each sample hidden; of equals the first."""
     order_BU = values_BU.argsort(dim=1, stable=True)
     is_hidden_BU = torch.zeros_like(values_BU, dtype=torch.bool)
     return is_hidden_BU.scatter_(1, order_BU[:, :hidden], True)
 
 
-MASKING: dict[str, Callable[..., Tensor]] = {"random": random}
+def to_units(values_BP: Tensor, unit_grid: Sequence[int], patches_per_unit: int) -> Tensor:
+    """The mean over the patches of each unit: (B, P) -> (B, U)."""
+    cut = [edge for units in unit_grid for edge in (units, patches_per_unit)]
+    within = [2 + 2 * axis for axis in range(len(unit_grid))]
+    return values_BP.reshape(-1, *cut).mean(dim=within).flatten(1)
+
+
+def errors_under(
+    request: MaskRequest, is_hidden_BU: Tensor, hidden: int, *, normalised: bool
+) -> Tensor:
+    """The model's mean squared error in each of the `hidden` units, 0 in visible ones: (B, U).
+
+    `normalised`: in units of each patch's deviation, as `MAE.patch_errors` says.
+    """
+    assert request.model is not None and request.images is not None
+    is_hidden_BP = request.to_patches(is_hidden_BU)
+    num_hidden = hidden * request.patches_per_unit ** len(request.grid)
+    visible_BV, hidden_BX = split_indices(is_hidden_BP, num_hidden)
+    errors_BX = request.model.patch_errors(
+        request.images, visible_BV, hidden_BX, normalised=normalised
+    )
+    errors_BP = torch.zeros_like(is_hidden_BP, dtype=torch.float32)
+    errors_BP.scatter_(1, hidden_BX, errors_BX)
+    return to_units(errors_BP, request.grid, request.patches_per_unit)

@@ -1,0 +1,164 @@
+"""What a trial hides, drawn on a few images and put into numbers, at some point of its training.
+
+B images · C channels · *S spatial axes · P patches of the grid · K classes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainables import distributed
+from trainables.config import TrialConfig
+from trainables.mae import MAE, patchify
+from trainables.masking import MaskRequest, hidden_units, hide, pixels_hidden
+from trainables.pictures import save_masks, to_intensity
+from trainables.schedules import value_at
+
+DRAWS = 16
+NUMBERS = "masks.json"  # of all pictures of a folder: name of the picture -> its numbers
+
+
+def masks_name(progress: float) -> str:
+    """The picture's name; in order of progress by name."""
+    return f"masks-{round(100 * progress):03d}.png"
+
+
+@torch.no_grad()
+def draw_masks(
+    path: Path,
+    images: Tensor,
+    rows_B: Tensor,
+    config: TrialConfig,
+    progress: float,
+    seed: int,
+    model: MAE | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    labels: Tensor | None = None,
+    classes: Sequence[str] = (),
+    draws: int = DRAWS,
+) -> dict[str, Any]:
+    """Draw the trial's masks of these images, and write their numbers into NUMBERS beside it.
+
+    `images` are standardised (B, C, *S), `rows_B` their places in the data set, `labels` (B, *S)
+    what each pixel is of `classes`; `model` is whom the strategy asks: its teacher if it has one.
+    Of a random ratio the median is shown. Training never repeats these masks: its steps count from
+    0 upwards, these draws from -1 downwards.
+    """
+    size, patch = images.shape[2:], config.model.patch
+    grid = [edge // patch for edge in size]
+    unit_grid = tuple(edge // config.unit for edge in size)
+    ratio = value_at(config.masking.ratio, progress)
+    hidden = hidden_units(ratio, math.prod(unit_grid))
+    # a few images are not worth compiling for
+    stance = torch.compiler.set_stance("force_eager") if config.pretrain.compile else None
+    drawn = []
+    with (
+        stance or contextlib.nullcontext(),
+        distributed.autocast(config.pretrain.precision, images.device),
+    ):
+        for draw in range(draws):
+            request = MaskRequest(
+                unit_grid,
+                hidden,
+                progress,
+                seed,
+                -1 - draw,
+                rows_B,
+                images,
+                model,
+                config.unit // patch,
+            )
+            drawn.append(request.to_patches(hide(config, request)))
+    often_BP = torch.stack(drawn).float().mean(dim=0)
+
+    columns = save_masks(
+        path,
+        _slice(to_intensity(images, mean, std)),
+        _slice(pixels_hidden(drawn[0], grid, patch)[:, None])[:, 0],
+        _slice(pixels_hidden(often_BP, grid, patch)[:, None])[:, 0],
+        None if labels is None else _slice(labels[:, None])[:, 0],
+    )
+    numbers = {
+        "progress": progress,
+        "columns": columns,
+        "draws": draws,
+        "ratio": ratio,
+        "units": math.prod(unit_grid),
+        "hidden": often_BP.mean().item(),
+        "classes": {} if labels is None else class_numbers(often_BP, labels, classes, patch),
+    }
+    _remember(path, numbers)
+    return numbers
+
+
+def class_numbers(
+    often_BP: Tensor, labels: Tensor, classes: Sequence[str], patch: int
+) -> dict[str, dict[str, float | None]]:
+    """How often pixels of each class were hidden, against all pixels.
+
+    enrichment: hidden share of the class's pixels minus that of all pixels. chance: three standard
+    deviations of the same difference when each image's map of `often_BP` is shifted against its
+    classes by a random number of patches along every axis, around the edges; so a map with few
+    large regions, or one that never changes, has to find more to stand out. Exact, by correlation.
+    """
+    size = labels.shape[1:]
+    grid = [edge // patch for edge in size]
+    axes = list(range(2, 2 + len(grid)))
+    count_KBP = torch.stack(
+        [
+            patchify((labels == label)[:, None].double(), patch).sum(dim=-1)
+            for label in range(len(classes))
+        ]
+    )
+    often_BP = often_BP.double()
+    pixels_K = count_KBP.sum(dim=(1, 2))
+    share_K = (count_KBP * often_BP).sum(dim=(1, 2)) / pixels_K
+    enrichment_K = share_K - often_BP.mean()
+
+    waves_KB = torch.fft.fftn(count_KBP.reshape(*count_KBP.shape[:2], *grid), dim=axes)
+    waves_B = torch.fft.fftn(often_BP.reshape(-1, *grid), dim=[axis - 1 for axis in axes])
+    at_shift_KB = torch.fft.ifftn(waves_KB * waves_B.conj(), dim=axes).real
+    chance_K = 3 * at_shift_KB.var(dim=axes, correction=0).sum(dim=1).sqrt() / pixels_K
+
+    table = torch.stack([pixels_K, share_K, enrichment_K, chance_K], dim=1).tolist()
+    names = ("pixels", "hidden", "enrichment", "chance")
+    return {
+        name: {
+            key: value if math.isfinite(value) else None
+            for key, value in zip(names, line, strict=True)
+        }
+        for name, line in zip(classes, table, strict=True)
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What NUMBERS of a folder of pictures holds; nothing if it cannot be read."""
+    try:
+        found = json.loads((folder / NUMBERS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(path: Path, numbers: dict[str, Any]) -> None:
+    """Written aside, then renamed; a picture drawn again after a resumption replaces its own."""
+    known = _read(path.parent) | {path.name: numbers}
+    aside = path.with_name(f".{NUMBERS}.{os.getpid()}")
+    aside.write_text(json.dumps(known, indent=1, sort_keys=True))
+    os.replace(aside, path.with_name(NUMBERS))
+
+
+def _slice(volumes: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, C, H, W): of volumes the middle slice of the first axis."""
+    return volumes[:, :, volumes.shape[2] // 2] if volumes.ndim == 5 else volumes

@@ -1,0 +1,140 @@
+"""How the errors of an image's hidden patches become its loss, and the losses of side tasks.
+
+To add a loss, write a function (errors_BX, truth_BXQ, *, options) -> loss_B and add it to LOSSES.
+`errors_BX` are mean squared errors that carry a graph, `truth_BXQ` is what was to be predicted.
+
+B batch · X hidden patches of an image · N next patches · Q values of one patch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+Positive = Annotated[float, Field(gt=0)]
+
+# As in HPM's formula: it bounds the loss of a pair at 13.8
+RANKING_EPSILON = 1e-6
+# Of a variance of errors, so that equal ones are all 0 when standardised
+VARIANCE_FLOOR = 1e-6
+
+
+def mean(errors_BX: Tensor, truth_BXQ: Tensor) -> Tensor:
+    """Every hidden patch counts the same (MAE, He et al. 2022)."""
+    return errors_BX.float().mean(dim=1)
+
+
+def arl(
+    errors_BX: Tensor,
+    truth_BXQ: Tensor,
+    *,
+    gamma: Annotated[float, Field(ge=0)] = 1.0,
+    low: Annotated[float, Field(gt=0, le=1)] = 0.1,
+    high: Annotated[float, Field(ge=1)] = 10.0,
+    temperature: Positive | None = None,
+) -> Tensor:
+    """Patches that are hard for the model count more: AMLP's attention reconstruction loss (v1).
+
+    Stated in its abstract: the loss focuses on patches that are hard to reconstruct. All else is
+    interpretation; equations not verified against the paper. Weights are (error / mean error of the
+    image) ** `gamma`, or, with a `temperature`, a softmax of error / temperature scaled to a mean
+    of 1; then bounded by `low` and `high`, and constants for the gradient. Gamma 0 is `mean`.
+    """
+    errors_BX = errors_BX.float()
+    fixed_BX = errors_BX.detach()
+    if temperature is None:
+        tiny = torch.finfo(torch.float32).tiny
+        weights_BX = (fixed_BX / fixed_BX.mean(dim=1, keepdim=True).clamp(min=tiny)) ** gamma
+    else:
+        weights_BX = (fixed_BX / temperature).softmax(dim=1) * fixed_BX.shape[1]
+    weights_BX = weights_BX.clamp(low, high)
+    return (weights_BX * errors_BX).sum(dim=1) / weights_BX.sum(dim=1)
+
+
+def rrl(errors_BX: Tensor, truth_BXQ: Tensor, *, epsilon: Positive = 0.1) -> Tensor:
+    """Errors relative to the patch's own power: AMLP's relative reconstruction loss (v2).
+
+    Stated in its abstract: the name, and the focus on patches that are hard to reconstruct. All
+    else is interpretation; equations not verified against the paper. Each error is divided by the
+    patch's mean square + `epsilon`, in units of the data set's variance: at the default, no patch
+    counts more than ten times. On targets normalised per patch it is almost `mean`.
+    """
+    power_BX = truth_BXQ.detach().float().square().mean(dim=2)
+    return (errors_BX.float() / (power_BX + epsilon)).mean(dim=1)
+
+
+def ranking_loss(predicted_BX: Tensor, errors_BX: Tensor) -> Tensor:
+    """Whether predictions are in the order of the errors (Hard Patches Mining, Wang et al. 2023).
+
+    The mean over ordered pairs of an image with t_i != t_j of
+    -[t_i > t_j] log(s(p_i - p_j) + 1e-6) - [t_i < t_j] log(1 - s(p_i - p_j) + 1e-6), s the sigmoid.
+    A pair has the same term in both orders, as 1 - s(x) = s(-x), so each is computed once. The
+    authors' code takes the mean over the batch's pairs; here each image's own counts (ours).
+    """
+    predicted_BX, errors_BX = predicted_BX.float(), errors_BX.detach().float()
+    count = predicted_BX.shape[1]
+    difference_BXN = predicted_BX[..., None] - _next_half(predicted_BX)
+    order_BXN = (errors_BX[..., None] - _next_half(errors_BX)).sign()
+    if count % 2 == 0:  # patches that face each other on the circle meet twice
+        order_BXN[:, count // 2 :, -1] = 0
+    loss_BXN = -((order_BXN * difference_BXN).sigmoid() + RANKING_EPSILON).log()
+    is_pair_BXN = order_BXN != 0
+    num_pairs_B = is_pair_BXN.sum(dim=(1, 2))
+    return (loss_BXN * is_pair_BXN).sum(dim=(1, 2)) / num_pairs_B.clamp(min=1)
+
+
+def absolute_loss(predicted_BX: Tensor, errors_BX: Tensor) -> Tensor:
+    """Squared distance to the errors standardised over the image (HPM's absolute variant)."""
+    errors_BX = errors_BX.detach().float()
+    variance_B1 = errors_BX.var(dim=1, correction=0, keepdim=True)
+    standardised_BX = errors_BX - errors_BX.mean(dim=1, keepdim=True)
+    standardised_BX = standardised_BX / (variance_B1 + VARIANCE_FLOOR).sqrt()
+    return (predicted_BX.float() - standardised_BX).square().mean(dim=1)
+
+
+def category_loss(
+    logits_BX: Tensor, errors_BX: Tensor, *, reading: Literal["median", "order", "margin"]
+) -> Tensor:
+    """Whether a head tells lesion from background as errors do: AMLP's category consistency loss.
+
+    Stated in its abstract: it refines the categories of patches by their reconstruction difficulty,
+    and strengthens the distinction of lesion and background. The readings are interpretation;
+    equations not verified against the paper. Errors are constants for the gradient throughout.
+
+    median: cross-entropy to "harder than the image's median hidden patch".
+    order:  the pairwise `ranking_loss`.
+    margin: the mean error of lesions, each patch counted by its probability, is to exceed that of
+            the background by the image's mean error.
+    """
+    logits_BX, errors_BX = logits_BX.float(), errors_BX.detach().float()
+    if reading == "order":
+        return ranking_loss(logits_BX, errors_BX)
+    if reading == "median":
+        median_B = errors_BX.sort(dim=1).values[:, (errors_BX.shape[1] - 1) // 2]
+        is_hard_BX = (errors_BX > median_B[:, None]).float()
+        return functional.binary_cross_entropy_with_logits(
+            logits_BX, is_hard_BX, reduction="none"
+        ).mean(dim=1)
+    # A softmax of log-probabilities is a share of the probability, and cannot be 0 / 0
+    lesion_B = (functional.logsigmoid(logits_BX).softmax(dim=1) * errors_BX).sum(dim=1)
+    background_B = (functional.logsigmoid(-logits_BX).softmax(dim=1) * errors_BX).sum(dim=1)
+    return (errors_BX.mean(dim=1) + background_B - lesion_B).relu()
+
+
+def _next_half(values_BX: Tensor) -> Tensor:
+    """For each patch the X // 2 patches after it on a circle, a view of (B, X, X // 2).
+
+    So every pair of patches is met once; with an even X, those that face each other twice.
+    """
+    num_next = values_BX.shape[1] // 2
+    circle = torch.cat([values_BX, values_BX[:, :num_next]], dim=1)
+    return circle.unfold(1, num_next + 1, 1)[..., 1:]
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"mean": mean, "arl": arl, "rrl": rrl}
+DIFFICULTY = {"ranking": ranking_loss, "absolute": absolute_loss}

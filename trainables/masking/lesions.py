@@ -1,0 +1,279 @@
+"""AMLP: clusters of each image's mask units, of which one may be the lesions, are hidden first.
+
+AMLP (Wang et al., arXiv 2309.04312) states in its abstract that unsupervised clustering finds the
+patches that probably hold lesions, that these are selected for masking, and that a category
+consistency loss corrects the clustering by reconstruction difficulty. All else here (features,
+distances, which cluster is the lesion, how units are drawn) is interpretation; equations not
+verified against the paper. Its growing ratio is the schedule `amr`, its losses are in losses.py.
+
+B batch · C channels · *S pixels per axis · U mask units · N pixels of a unit · P patches
+F features · K clusters
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainables.masking.request import MaskRequest, errors_under, hide_smallest, to_units
+
+Part = Annotated[float, Field(ge=0, le=1)]
+
+NUM_DESCRIPTORS = 3
+CATEGORY_WIDTH = 16  # of the hidden layer of the head that tells categories
+# Differences between units below this share of the data set's deviation are not magnified: in a
+# flat image they would be rounding
+DEVIATION_FLOOR = 0.01
+# Smallest score of a lesion unit, so that it still comes before units that are none
+SCORE_FLOOR = 1e-30
+
+
+def amlp(
+    request: MaskRequest,
+    *,
+    features: Literal["raw", "encoder"] = "raw",
+    clusters: Annotated[int, Field(ge=2)] = 2,
+    iterations: Annotated[int, Field(ge=1)] = 10,
+    lesion: Literal["smallest", "highest_contrast", "highest_loss"] = "smallest",
+    temperature: Annotated[float, Field(gt=0)] = 1.0,
+    share: Part = 0.5,
+    min_visible: Annotated[int, Field(ge=0)] = 1,
+    category_weight: Annotated[float, Field(ge=0)] = 0.0,
+    category_reading: Literal["median", "order", "margin"] = "median",
+    category_trust: Part = 0.5,
+) -> Tensor:
+    """Hide units that may hold lesions (AMLP, Wang et al. 2023): `share` of the hidden count.
+
+    Stated in its abstract: clustering tells lesions from background, lesions are masked. The rest
+    is interpretation; equations not verified against the paper: each image's units are clustered at
+    every step by `features`, the `lesion` rule names one cluster, units of it are drawn by how much
+    nearer they are to it than to others, and the rest of the count is drawn by chance. Of lesions,
+    `min_visible` units stay visible, as nobody can fill in what is nowhere to be seen.
+
+    With `category_weight` > 0 the model learns a head by `category_loss` with `category_reading`,
+    and the score is the head's opinion for a share `category_trust`.
+    """
+    assert request.images is not None
+    descriptors_BUF = descriptors(request.images, request.grid)
+    features_BUF = descriptors_BUF if features == "raw" else encoder_features(request)
+    assignment_BU, distances_BUK = kmeans(features_BUF, clusters, iterations, request)
+    is_member_BUK = assignment_BU[..., None] == torch.arange(clusters, device=assignment_BU.device)
+
+    lesion_B = LESIONS[lesion](request, is_member_BUK, descriptors_BUF)
+    scores_BU = lesion_scores(distances_BUK, is_member_BUK, lesion_B, temperature)
+    if category_weight > 0:
+        assert request.model is not None
+        opinion_BU = request.model.category(descriptors_BUF).sigmoid()
+        scores_BU = scores_BU + category_trust * (opinion_BU - scores_BU)
+    return hide_lesions(request, assignment_BU == lesion_B[:, None], scores_BU, share, min_visible)
+
+
+def descriptors(images: Tensor, unit_grid: Sequence[int]) -> Tensor:
+    """(B, U, 3): each unit's mean, standard deviation and mean gradient magnitude, over channels.
+
+    Standardised over the units of each image. Interpretation: the abstract names no features.
+    """
+    images = images.float()
+    pixels_BUCN = _by_unit(images, unit_grid)
+    steepness_BUCN = _by_unit(_gradient_magnitude(images), unit_grid)
+    described = [
+        pixels_BUCN.mean(dim=3),
+        pixels_BUCN.std(dim=3, correction=0),
+        steepness_BUCN.mean(dim=3),
+    ]
+    return _standardise(torch.stack([values_BUC.mean(dim=2) for values_BUC in described], dim=2))
+
+
+def encoder_features(request: MaskRequest) -> Tensor:
+    """(B, U, F): the encoder's tokens of the whole image, the mean over the patches of each unit.
+
+    Standardised over the units of each image. Interpretation: the abstract names no features.
+    """
+    from trainables.mae import patchify  # which needs the descriptors
+
+    assert request.model is not None and request.images is not None
+    encoder = request.model.encoder
+    tokens_BPF = encoder(patchify(request.images, encoder.patch), None)[:, 1:].float()
+    batch, patches, width = tokens_BPF.shape
+    values = tokens_BPF.transpose(1, 2).reshape(batch * width, patches)
+    averaged = to_units(values, request.grid, request.patches_per_unit)
+    return _standardise(averaged.reshape(batch, width, -1).transpose(1, 2))
+
+
+def kmeans(
+    features_BUF: Tensor, clusters: int, iterations: int, request: MaskRequest
+) -> tuple[Tensor, Tensor]:
+    """(assignment_BU, distances_BUK): k-means of each image's units by itself.
+
+    First centres by k-means++, then `iterations` rounds of Lloyd's algorithm, in which a centre
+    that no unit is nearest to stays. Distances are Euclidean.
+    Interpretation: the abstract says "unsupervised clustering".
+    """
+    centres_BKF = first_centres(features_BUF, clusters, request)
+    for _ in range(iterations):
+        assignment_BU = _distances(features_BUF, centres_BKF).argmin(dim=2)
+        centres_BKF = torch.stack(
+            [
+                _mean_of(features_BUF, assignment_BU == number, centres_BKF[:, number])
+                for number in range(clusters)
+            ],
+            dim=1,
+        )
+    distances_BUK = _distances(features_BUF, centres_BKF)
+    return distances_BUK.argmin(dim=2), distances_BUK
+
+
+def first_centres(features_BUF: Tensor, clusters: int, request: MaskRequest) -> Tensor:
+    """(B, K, F): units drawn with chances as their squared distances to the nearest drawn before.
+
+    The rule of k-means++ (Arthur & Vassilvitskii 2007); the first is drawn by chance alone.
+    """
+    centres_BKF = _pick(features_BUF, request.noise("kmeans-0").argmax(dim=1))
+    for number in range(1, clusters):
+        nearest_BU = _distances(features_BUF, centres_BKF).amin(dim=2)
+        # Where all units are centres already, all logarithms are minus infinity: the first again
+        drawn_BU = 2 * nearest_BU.log() + gumbel(request.noise(f"kmeans-{number}"))
+        centres_BKF = torch.cat([centres_BKF, _pick(features_BUF, drawn_BU.argmax(dim=1))], dim=1)
+    return centres_BKF
+
+
+def smallest(request: MaskRequest, is_member_BUK: Tensor, descriptors_BUF: Tensor) -> Tensor:
+    """The cluster of each image with the fewest units, but not none: (B,).
+
+    Interpretation: lesions are scarce.
+    """
+    sizes_BK = is_member_BUK.sum(dim=1)
+    return sizes_BK.masked_fill(sizes_BK == 0, request.num_units + 1).argmin(dim=1)
+
+
+def highest_contrast(
+    request: MaskRequest, is_member_BUK: Tensor, descriptors_BUF: Tensor
+) -> Tensor:
+    """The cluster whose mean intensity is furthest from that of the image's median unit: (B,).
+
+    Interpretation: lesions are brighter or darker than most of the image.
+    """
+    intensity_BU = descriptors_BUF[..., 0]
+    median_B = intensity_BU.sort(dim=1).values[:, (request.num_units - 1) // 2]
+    mean_BK = _mean_per_cluster(intensity_BU, is_member_BUK)
+    contrast_BK = (mean_BK - median_B[:, None]).abs()
+    return contrast_BK.nan_to_num(nan=-1.0).argmax(dim=1)
+
+
+def highest_loss(request: MaskRequest, is_member_BUK: Tensor, descriptors_BUF: Tensor) -> Tensor:
+    """The cluster with the highest mean error of the model under one random mask: (B,).
+
+    Stated in AMLP's abstract: lesions are likely among the patches that are hard to reconstruct.
+    Interpretation: that this chooses the cluster. Only hidden units count.
+    """
+    is_hidden_BU = hide_smallest(request.noise("lesion-probe"), request.hidden)
+    errors_BU = errors_under(request, is_hidden_BU, request.hidden, normalised=False)
+    mean_BK = _mean_per_cluster(errors_BU, is_member_BUK & is_hidden_BU[..., None])
+    return mean_BK.nan_to_num(nan=-1.0).argmax(dim=1)
+
+
+def lesion_scores(
+    distances_BUK: Tensor, is_member_BUK: Tensor, lesion_B: Tensor, temperature: float
+) -> Tensor:
+    """(B, U) in [0, 1]: how much nearer a unit is to the lesion cluster than to any other.
+
+    Interpretation: sigmoid(-(distance to lesions - distance to the nearest other) / temperature).
+    A cluster without units is not a cluster; if there is no other, every unit scores 1.
+    """
+    clusters = torch.arange(distances_BUK.shape[2], device=lesion_B.device)
+    is_lesion_BK = clusters == lesion_B[:, None]
+    is_no_other_BK = is_lesion_BK | ~is_member_BUK.any(dim=1)
+    to_lesion_BU = distances_BUK.masked_fill(~is_lesion_BK[:, None], math.inf).amin(dim=2)
+    to_other_BU = distances_BUK.masked_fill(is_no_other_BK[:, None], math.inf).amin(dim=2)
+    return ((to_other_BU - to_lesion_BU) / temperature).sigmoid()
+
+
+def hide_lesions(
+    request: MaskRequest, is_lesion_BU: Tensor, scores_BU: Tensor, share: float, min_visible: int
+) -> Tensor:
+    """is_hidden_BU: lesion units for `share` of the hidden count, rounded down, others by chance.
+
+    Lesion units are drawn one after the other with chances as their scores, at most so many that
+    `min_visible` are left; the next so many are then hidden only when nothing else is left. Chance
+    may hide further lesion units. Interpretation throughout.
+    """
+    drawn_BU = scores_BU.clamp(min=SCORE_FLOOR).log() + gumbel(request.noise("lesion"))
+    place_BU = _places(drawn_BU.masked_fill(~is_lesion_BU, -math.inf))
+    num_lesions_B1 = is_lesion_BU.sum(dim=1, keepdim=True)
+    num_drawn_B1 = (num_lesions_B1 - min_visible).clamp(0, int(share * request.hidden))
+    is_drawn_BU = place_BU < num_drawn_B1
+    is_kept_BU = is_lesion_BU & ~is_drawn_BU & (place_BU < num_drawn_B1 + min_visible)
+    # Noise is in [0, 1): drawn units come before all others, kept ones after
+    return hide_smallest(request.noise() - 2.0 * is_drawn_BU + 2.0 * is_kept_BU, request.hidden)
+
+
+def gumbel(noise: Tensor) -> Tensor:
+    """Standard Gumbel numbers: the largest of log(weight) + gumbel is drawn with that weight."""
+    return -(-noise.clamp(min=2.0**-25).log()).log()  # uniform numbers have 24 bits, and may be 0
+
+
+def _by_unit(images: Tensor, unit_grid: Sequence[int]) -> Tensor:
+    """(B, C, *S) -> (B, U, C, N), units row-major."""
+    batch, channels, *size = images.shape
+    axes = len(size)
+    cut = [
+        edge
+        for units, pixels in zip(unit_grid, size, strict=True)
+        for edge in (units, pixels // units)
+    ]
+    order = (0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
+    by_unit = images.reshape(batch, channels, *cut).permute(*order)
+    return by_unit.reshape(batch, math.prod(unit_grid), channels, -1)
+
+
+def _gradient_magnitude(images: Tensor) -> Tensor:
+    """Of each channel, by differences of neighbours, one-sided at the border; shape as given."""
+    axes = [axis for axis in range(2, images.ndim) if images.shape[axis] > 1]
+    squares = [torch.gradient(images, dim=axis)[0].square() for axis in axes]
+    return sum(squares, torch.zeros_like(images)).sqrt()
+
+
+def _standardise(values_BUF: Tensor) -> Tensor:
+    deviation_B1F = values_BUF.std(dim=1, correction=0, keepdim=True).clamp(min=DEVIATION_FLOOR)
+    return (values_BUF - values_BUF.mean(dim=1, keepdim=True)) / deviation_B1F
+
+
+def _distances(features_BUF: Tensor, centres_BKF: Tensor) -> Tensor:
+    """Euclidean, (B, U, K); not by products, which lose small ones and run in lower precision."""
+    return torch.cdist(features_BUF, centres_BKF, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _pick(features_BUF: Tensor, number_B: Tensor) -> Tensor:
+    """The features of one unit of each image, (B, 1, F)."""
+    return features_BUF.take_along_dim(number_B[:, None, None], dim=1)
+
+
+def _mean_of(features_BUF: Tensor, is_in_BU: Tensor, otherwise_BF: Tensor) -> Tensor:
+    """The mean over units that are in, (B, F); `otherwise` where none is."""
+    # A masked sum, as adding by index is in no fixed order on GPUs
+    total_BF = features_BUF.masked_fill(~is_in_BU[..., None], 0.0).sum(dim=1)
+    count_B1 = is_in_BU.sum(dim=1, keepdim=True)
+    return torch.where(count_B1 > 0, total_BF / count_B1, otherwise_BF)
+
+
+def _mean_per_cluster(values_BU: Tensor, is_member_BUK: Tensor) -> Tensor:
+    """(B, K); not a number for a cluster without units."""
+    total_BK = values_BU[..., None].masked_fill(~is_member_BUK, 0.0).sum(dim=1)
+    return total_BK / is_member_BUK.sum(dim=1)
+
+
+def _places(values_BU: Tensor) -> Tensor:
+    """The place of each value in its row, 0 for the largest."""
+    return values_BU.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+LESIONS: dict[str, Callable[..., Tensor]] = {
+    "smallest": smallest,
+    "highest_contrast": highest_contrast,
+    "highest_loss": highest_loss,
+}
