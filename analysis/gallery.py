@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import math
+import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from analysis.figures import best_arm, ranking_numbers
-from analysis.tables import StudyTables, final, lines_of
+from analysis.tables import LARGEST_TEXT, StudyTables, final, lines_of
+from analysis.theme import plain
 
 BEST_ARMS = 3
 MOST_PIXELS = 25_000_000  # checked in the header, before anything is decoded
@@ -31,6 +36,12 @@ KINDS = {
 }
 
 
+MASKS = re.compile(r"masks-(\d{3})\.png")  # drawn at this per cent of pretraining
+MASKS_NUMBERS = "masks.json"
+CHANGING = 2  # last columns of a picture of masks; the others are the same throughout
+GAP = 4  # pixels between the tiles of a picture
+
+
 class Picture(NamedTuple):
     """A picture as a data URI, or why there is none."""
 
@@ -40,11 +51,36 @@ class Picture(NamedTuple):
     says: str
 
 
+class Hidden(NamedTuple):
+    """How often pixels of a class were hidden, and that minus the share of all pixels."""
+
+    share: float
+    enrichment: float
+    chance: float  # what the enrichment reaches when masks and classes have nothing to do
+
+
+class Shot(NamedTuple):
+    """Masks at some point of pretraining, or at several where they are all the same."""
+
+    at: list[int]  # per cent
+    columns: list[str]
+    path: Path
+    ratio: float | None  # asked for at the first of them
+    share: float | None  # of pixels hidden
+    classes: dict[str, Hidden]
+
+    @property
+    def when(self) -> str:
+        first, last = self.at[0], self.at[-1]
+        return f"{first} %" if first == last else f"{first} % to {last} %"
+
+
 class Exhibit(NamedTuple):
     why: str
     label: str
     trial: str
     pictures: list[Picture]
+    masks: list[Picture]
 
 
 def chosen(tables: StudyTables) -> pd.DataFrame:
@@ -66,35 +102,88 @@ def chosen(tables: StudyTables) -> pd.DataFrame:
 
 def exhibits(tables: StudyTables) -> list[Exhibit]:
     """The chosen arms with their pictures, made anew as PNG data URIs."""
-    return [
-        Exhibit(
-            str(line.why),
-            tables.label(str(line.arm)),
-            str(line.trial),
-            [
-                _picture(tables, str(line.trial), kind, str(tables.arms.at[line.arm, "group"]))
-                for kind in KINDS
-            ],
+    found = []
+    for line in lines_of(chosen(tables)):
+        arm, trial = str(line.arm), str(line.trial)
+        group = str(tables.arms.at[arm, "group"])
+        pictures = [_picture(tables, trial, kind, group) for kind in KINDS]
+        masks = _masks(tables.folder.pictures(trial), group)
+        found.append(Exhibit(str(line.why), tables.label(arm), trial, pictures, masks))
+    return found
+
+
+def shots(folder: Path) -> list[Shot]:
+    """The pictures of masks in a folder, in order of progress; neighbours that are alike once."""
+    numbers = _numbers(folder / MASKS_NUMBERS)
+    found: list[Shot] = []
+    before = b""
+    for path in sorted(folder.glob("masks-*.png")):
+        match = MASKS.fullmatch(path.name)
+        if match is None or path.stat().st_size > MOST_PIXELS:
+            continue
+        content, about = path.read_bytes(), numbers.get(path.name)
+        if found and content == before:
+            found[-1].at.append(int(match[1]))
+            continue
+        before = content
+        known = about if isinstance(about, dict) else {}
+        found.append(
+            Shot(
+                [int(match[1])],
+                [plain(name) for name in _list(known.get("columns"))],
+                path,
+                _number(known.get("ratio")),
+                _number(known.get("hidden")),
+                _classes(known.get("classes")),
+            )
         )
-        for line in lines_of(chosen(tables))
-    ]
+    return found
 
 
-def data_uri(path: Path) -> str:
-    """Decode a PNG and encode its pixels again: nothing else of the file reaches the page."""
+def data_uri(path: Path, columns: int = 1, shown: slice = slice(None)) -> str:
+    """Decode a PNG and encode its pixels again: nothing else of the file reaches the page.
+
+    Of a picture of so many columns those `shown`.
+    """
+    pixels = _cut(_decoded(path), columns, shown)
+    height, width = pixels.shape[:2]
+    clean = Image.fromarray(pixels)  # without the metadata
+    if width > WIDEST:
+        clean = clean.resize((WIDEST, max(1, round(height * WIDEST / width))))
+    encoded = io.BytesIO()
+    clean.save(encoded, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
+def size(path: Path, columns: int, shown: slice) -> tuple[int, int]:
+    """Width and height of what `data_uri` shows."""
+    height, width = _cut(_decoded(path), columns, shown).shape[:2]
+    return width, height
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why a picture is not shown."""
+    why = "it is no PNG" if isinstance(error, UnidentifiedImageError) else str(error)
+    return f"{path.name} cannot be shown: {why}."
+
+
+def _decoded(path: Path) -> npt.NDArray[np.uint8]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=("PNG",)) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise ValueError(f"{width} x {height} pixels, at most {MOST_PIXELS} are shown")
-            pixels = image.convert("RGB")
-    if width > WIDEST:
-        pixels = pixels.resize((WIDEST, max(1, round(height * WIDEST / width))))
-    clean = Image.fromarray(np.asarray(pixels))  # without the metadata
-    encoded = io.BytesIO()
-    clean.save(encoded, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+            return np.asarray(image.convert("RGB"))
+
+
+def _cut(pixels: npt.NDArray[np.uint8], columns: int, shown: slice) -> npt.NDArray[np.uint8]:
+    """Some of the columns of tiles; all where the picture has not so many."""
+    pitch, rest = divmod(pixels.shape[1] + GAP, max(1, columns))
+    places = range(columns)[shown]
+    if rest or pitch <= GAP or not places:
+        return pixels
+    return np.ascontiguousarray(pixels[:, places[0] * pitch : (places[-1] + 1) * pitch - GAP])
 
 
 def _with_pictures(tables: StudyTables, trials: list[str]) -> str:
@@ -112,7 +201,54 @@ def _picture(tables: StudyTables, trial: str, kind: str, group: str) -> Picture:
         return Picture(kind, KINDS[kind], None, f"No {kind} was drawn.")
     try:
         return Picture(kind, KINDS[kind], data_uri(path), "")
-    except UnidentifiedImageError:
-        return Picture(kind, KINDS[kind], None, f"{path.name} cannot be shown: it is no PNG.")
     except UNREADABLE as error:
-        return Picture(kind, KINDS[kind], None, f"{path.name} cannot be shown: {error}.")
+        return Picture(kind, KINDS[kind], None, unreadable(path, error))
+
+
+def _masks(folder: Path, group: str) -> list[Picture]:
+    """The first picture whole, then of each what changes."""
+    if group == "random-init":
+        return [Picture("masks", "", None, "Not pretrained, so it hides nothing.")]
+    found: list[Picture] = []
+    for shot in shots(folder):
+        names = shot.columns
+        cut = slice(-CHANGING, None) if found and len(names) > CHANGING else slice(None)
+        share = "" if shot.share is None else f": {100 * shot.share:.0f} % of pixels"
+        says = f"Hidden at {shot.when} of pretraining{share}"
+        try:
+            uri = data_uri(shot.path, len(names), cut)
+        except UNREADABLE as error:
+            found.append(Picture("masks", "", None, unreadable(shot.path, error)))
+        else:
+            found.append(Picture("masks", " | ".join(names[cut]), uri, says))
+    return found or [Picture("masks", "", None, "No masks were drawn.")]
+
+
+def _numbers(path: Path) -> dict[str, Any]:
+    """What is in a file of numbers; nothing if it is missing, damaged or too large."""
+    try:
+        if path.stat().st_size > LARGEST_TEXT:
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _classes(found: Any) -> dict[str, Hidden]:
+    classes = {}
+    for name, about in found.items() if isinstance(found, dict) else ():
+        known = about if isinstance(about, dict) else {}
+        values = [_number(known.get(key)) for key in ("hidden", "enrichment", "chance")]
+        if None not in values:
+            classes[plain(name)] = Hidden(*values)  # type: ignore[arg-type]
+    return classes
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

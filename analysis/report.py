@@ -130,6 +130,7 @@ def render(tables: StudyTables) -> str:
         tiles=_tiles(tables),
         sections=_sections(drawn),
         exhibits=exhibits(tables),
+        heat=Markup(theme.heat()),
         classes=[
             {"name": plain(name), "colour": colour}
             for name, colour in zip(

@@ -70,6 +70,11 @@ def css_variables(dark: bool) -> str:
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
 
 
+def heat() -> str:
+    """SCALE as the stops of a style sheet's gradient."""
+    return ", ".join(f"{colour} {place:.0%}" for place, colour in SCALE)
+
+
 def text(value: object, longest: int = 80) -> str:
     """A user's words for a figure: Plotly reads tags and entities, so these are escaped.
 

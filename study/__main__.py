@@ -53,6 +53,45 @@ def try_(
 
 
 @app.command()
+def bench(
+    study: Annotated[
+        Path | None,
+        typer.Argument(metavar="[STUDY.yaml]", help="whose trial; default: tiny at 64 pixels"),
+    ] = None,
+    strategies: Annotated[str, typer.Option(help="names with commas between, or all")] = "all",
+    seconds: Annotated[float, typer.Option(min=0, help="of measuring for each")] = 2.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="default: the study's cpus_per_worker")
+    ] = None,
+) -> None:
+    """Time a training step under every masking strategy, relative to random masking."""
+    from study import commands
+
+    commands.bench(study, strategies, seconds, threads)
+
+
+@app.command()
+def masks(
+    study: StudyFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the HTML file")] = Path(
+        "masks.html"
+    ),
+    images: Annotated[int, typer.Option(min=1, max=16, help="validation images")] = 4,
+    steps: Annotated[
+        int, typer.Option(min=4, help="of training for strategies that ask a model")
+    ] = 60,
+    every: Annotated[
+        bool, typer.Option("--all", help="every strategy there is, not only the study's")
+    ] = False,
+) -> None:
+    """Show what each masking of the study hides of its images: one HTML file, no cluster."""
+    from analysis.atlas import build_atlas
+    from study import commands
+
+    commands.masks(study, output, images=images, steps=steps, every=every, write_page=build_atlas)
+
+
+@app.command()
 def run(
     study: StudyFile,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,

@@ -95,12 +95,106 @@ def try_(path: Path, num_images: int) -> None:
     console.print(f"{outcome}: the study's trial runs", markup=False)
 
 
+def masks(
+    path: Path,
+    output: Path,
+    *,
+    images: int,
+    steps: int,
+    every: bool,
+    write_page: Callable[[Path, Path], Path],
+) -> None:
+    """Draw what each masking of a study hides, in this process, and write the page about it."""
+    import torch
+
+    from study.atlas import draw_atlas
+    from study.spec import load_spec
+    from trainables.data import open_dataset
+
+    spec = load_spec(path)
+    dataset = open_dataset(_prepare(spec))
+    _refuse_unfit_data(spec, dataset)
+    with tempfile.TemporaryDirectory(prefix="maskstudy-masks-") as folder:
+        draw_atlas(
+            spec,
+            dataset,
+            Path(folder),
+            images=images,
+            steps=steps,
+            every=every,
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            say=lambda line: console.print(line, markup=False),
+        )
+        page = write_page(Path(folder), output)
+    console.print(f"masks: {page}", markup=False)
+
+
 def _first_of_each(splits: Any, count: int) -> Any:
     """The splits with no more than `count` images in each; the others are in none."""
     kept = splits.copy()
     for split in set(splits):
         kept[(splits == split).nonzero()[0][count:]] = ""
     return kept
+
+
+def bench(path: Path | None, names: str, seconds: float, threads: int | None) -> None:
+    """What each masking strategy costs: a table of step times relative to random masking."""
+    import torch
+    from pydantic import TypeAdapter
+    from rich.table import Table
+
+    from study.mistakes import listed, near
+    from study.spec import load_spec
+    from trainables.config import TrialConfig
+    from trainables.data import DataConfig, default_cache, open_dataset, prepare
+    from trainables.masking import MASKING
+    from trainables.speed import REFERENCE, step_times
+
+    chosen = list(MASKING) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in MASKING:
+            known = list(MASKING)
+            raise UserError(
+                f"--strategies: given {name!r}; expected all, or some of {listed(known)}"
+                f"{near(name, known)}"
+            )
+    if path is None:
+        config, workers = TrialConfig(), 1
+        cells = {"source": "smears", "size": 64, "images": config.pretrain.batch, "val": 1}
+        data = TypeAdapter(DataConfig).validate_python(cells)
+        dataset = open_dataset(prepare(data, Path(), default_cache()))
+        threads = threads or torch.get_num_threads()
+    else:
+        spec = load_spec(path)
+        config, workers = spec.trial, spec.resources.workers
+        dataset = open_dataset(_prepare(spec))
+        _refuse_unfit_data(spec, dataset)
+        threads = threads or max(1, int(spec.resources.cpus_per_worker))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status(f"timing {len(chosen)} strategies"):
+        found = step_times(
+            config, chosen, dataset, device, workers=workers, threads=threads, seconds=seconds
+        )
+
+    size = "x".join(map(str, dataset.size))
+    model, batch = config.model, config.pretrain.batch // workers
+    table = Table(title=f"a training step: {model.size}/{model.patch}, {batch} images of {size}")
+    table.add_column("strategy")
+    for column in ("ms per step", f"ratio to {REFERENCE}", "lowest .. highest", "images/s"):
+        table.add_column(column, justify="right")
+    for each in found:
+        table.add_row(
+            each.strategy,
+            f"{each.milliseconds:.1f}",
+            f"{each.ratio:.2f}",
+            f"{each.lowest:.2f} .. {each.highest:.2f}",
+            f"{each.images_per_second:,.0f}",
+        )
+    console.print(table)
+    is_gpu = device.type == "cuda"
+    hardware = environment()["hardware"]
+    chip = torch.cuda.get_device_name(device) if is_gpu else f"CPU ({hardware['cpu']})"
+    console.print(f"{chip}, {threads} threads, torch {torch.__version__}", markup=False)
 
 
 def run(path: Path, *, build_report: Callable[[Path], Path] | None) -> int:

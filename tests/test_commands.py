@@ -197,5 +197,5 @@ def test_help_names_every_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "study", "--help"], capture_output=True, text=True, check=True
     )
-    commands = "check try run submit resume stop status report export schema"
+    commands = "check try run submit resume stop status report export masks bench schema"
     assert all(command in done.stdout for command in commands.split())

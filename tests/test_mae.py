@@ -238,6 +238,37 @@ def test_the_loss_is_the_error_of_the_reconstruction(size, patch, channels):
     torch.testing.assert_close(loss, error[is_hidden].mean() + 2 * error[~is_hidden].mean())
 
 
+def test_a_replaced_patch_is_not_seen_but_its_place_is():
+    model = build_mae(pico(masking={"secondary": 0.5}), (8, 12), 3, 0)
+    images = images_of((8, 12), 3)
+    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    is_replaced_BV = torch.zeros_like(visible_BV, dtype=torch.bool)
+    is_replaced_BV[:, 1] = True
+    loss = model(images, visible_BV, hidden_BX, is_replaced_BV)
+    assert loss != model(images, visible_BV, hidden_BX)
+
+    patches_BPQ = patchify(images, 4)
+    for place, is_felt in ((1, False), (0, True)):
+        number_B1 = visible_BV[:, place : place + 1, None].expand(-1, -1, 48)
+        changed = unpatchify(patches_BPQ.scatter(1, number_B1, 9.0), (2, 3), 4, 3)
+        found = model(changed, visible_BV, hidden_BX, is_replaced_BV)
+        assert (found != loss) == is_felt
+    other = is_replaced_BV.roll(1, 1)
+    assert loss != model(images, visible_BV, hidden_BX, other)
+
+
+def test_a_cross_decoder_shows_the_truth_where_it_predicts_nothing():
+    for target in ("pixels", "normalised"):
+        config = pico(decoder={"attention": "cross"}, target=target)
+        model = build_mae(config, (8, 12), 3, 0)
+        images = images_of((8, 12), 3)
+        visible_BV, hidden_BX, is_hidden = half((8, 12), 4)
+        picture = model.reconstruct(images, visible_BV, hidden_BX)
+        is_hidden = is_hidden.expand_as(images)
+        torch.testing.assert_close(picture[~is_hidden], images[~is_hidden])
+        assert (picture[is_hidden] - images[is_hidden]).abs().mean() > 0.1
+
+
 def test_every_patch_knows_its_place_in_the_decoder():
     model = build_mae(pico(), (8, 12), 3, 0)
     images = images_of((8, 12), 3)

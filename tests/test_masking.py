@@ -52,7 +52,7 @@ def ask(name, grid, hidden, samples=None, *, patches_per_unit=1, seed=0, step=0)
     return hide(config_of(name, patches_per_unit), request)
 
 
-@pytest.mark.parametrize("patches_per_unit", [1, 2, 4])
+@pytest.mark.parametrize("patches_per_unit", [1, 2, 3, 4])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", MASKING)
 def test_every_sample_hides_exactly_the_asked_count(name, grid, patches_per_unit):

@@ -17,12 +17,13 @@ from trainables.data import to_device
 from trainables.distributed import batch_slice
 from trainables.errors import UserError
 from trainables.mae import build_mae
-from trainables.masking import pixels_hidden, split_indices
+from trainables.masking import MaskRequest, pixels_hidden, split_indices
 from trainables.metrics import psnr
 from trainables.pictures import to_intensity
 from trainables.pretrain import (
     batch_loss,
     batches,
+    choose_patches,
     is_epoch_end,
     make_learner,
     make_plan,
@@ -333,6 +334,33 @@ def meet_batches(config, context, first_step):
     places = torch.arange(plan.batch)[share]
     cut = batches(5, plan, first_step, CPU)
     return learner, plan, ((images.batch(p[share])[0], step, places) for step, p in cut)
+
+
+def test_visible_units_are_replaced_whole_and_hidden_ones_never():
+    """16 units of 2 x 2 patches, 8 hidden; a quarter of the other 8 is replaced."""
+    config = toy.trial(masking__unit=8, masking__secondary=0.25)
+    request = MaskRequest((4, 4), 8, 0.0, 0, 0, torch.arange(5), patches_per_unit=2)
+    visible_BV, hidden_BX, is_replaced_BV = choose_patches(config, request)
+    assert is_replaced_BV.sum(1).tolist() == [8] * 5
+    is_replaced_BP = torch.zeros(5, 64, dtype=torch.bool).scatter(1, visible_BV, is_replaced_BV)
+    assert not is_replaced_BP.gather(1, hidden_BX).any()
+    of_unit = is_replaced_BP.reshape(5, 4, 2, 4, 2)
+    assert of_unit.all(dim=(2, 4)).sum(dim=(1, 2)).tolist() == [2] * 5
+    assert len({tuple(row) for row in is_replaced_BP.tolist()}) == 5
+    assert choose_patches(toy.trial(), request)[2] is None
+
+
+def test_a_share_of_the_hidden_patches_is_predicted():
+    config = toy.trial(
+        model__decoder={"attention": "cross", "predicted": 0.5, "depth": 1, "width": 64}
+    )
+    request = MaskRequest((4, 4), 9, 0.0, 0, 0, torch.arange(200))
+    _, every_BX, _ = choose_patches(toy.trial(), request)
+    _, some_BX, _ = choose_patches(config, request)
+    assert some_BX.shape == (200, 4)  # round(4.5) to even
+    assert all(len(set(row)) == 4 for row in some_BX.tolist())
+    assert (some_BX[..., None] == every_BX[:, None]).any(-1).all()
+    assert some_BX.flatten().bincount().min() > 20  # of 50 expected
 
 
 def gradients_of_step(context, strategy):

@@ -39,7 +39,7 @@ def amlp(
     features: Literal["raw", "encoder"] = "raw",
     clusters: Annotated[int, Field(ge=2)] = 2,
     iterations: Annotated[int, Field(ge=1)] = 10,
-    lesion: Literal["smallest", "highest_contrast", "highest_loss"] = "smallest",
+    lesion: Literal["highest_contrast", "smallest", "highest_loss"] = "highest_contrast",
     temperature: Annotated[float, Field(gt=0)] = 1.0,
     share: Part = 0.5,
     min_visible: Annotated[int, Field(ge=0)] = 1,
