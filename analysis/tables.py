@@ -329,10 +329,12 @@ def _label(suggestion: Suggestion) -> str:
     if (masking.get("unit") or patch) != patch:
         words.insert(1, f"unit {masking['unit']}")
     strategy = _child(masking, "strategy").get("name", "random")
-    if strategy != "random":
-        words.append(str(strategy))
+    named = suggestion.labels.get("masking.strategy", suggestion.labels.get("masking"))
+    if named is not None or strategy != "random":
+        words.append(str(named or strategy))
+    told = ("model.patch", "masking", "masking.unit", "masking.strategy")
     for path, value in suggestion.labels.items():
-        is_told = path in ("model.patch", "masking.unit") or f"{path}.".startswith("masking.ratio.")
+        is_told = path in told or f"{path}.".startswith("masking.ratio.")
         if not is_told:
             words.append(f"{path.rpartition('.')[2]} {_short(value)}")
     prefix = {"control": "control: ", "search": ""}.get(group := _group(suggestion.origin))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.tables import arm_scores, final, flatten, load, mean_ratio
+from analysis.tables import _label, arm_scores, final, flatten, load, mean_ratio
 from study.folder import StudyFolder
-from study.ledger import LedgerError
+from study.ledger import LedgerError, Suggestion
 from tests.synthetic import hand_made, study_tables, write_study
 from trainables.errors import StorageError, UserError
 from trainables.schedules import SCHEDULES
@@ -205,6 +205,33 @@ def test_labels_say_what_was_varied() -> None:
     ]
     assert labels[4] == "patch 8, ratio 0.46→0.81 linear rising"
     assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({}, "patch 8, ratio 0.60, hpm"),
+        ({"masking.strategy": "hard ones"}, "patch 8, ratio 0.60, hard ones"),
+        (
+            {"masking": "hard ones", "pretrain.loss": "arl"},
+            "patch 8, ratio 0.60, hard ones, loss arl",
+        ),
+    ],
+)
+def test_a_strategy_is_told_once_by_the_studys_own_word(labels: dict[str, str], words: str) -> None:
+    ratio = {"name": "constant", "value": 0.6}
+    config = {"model": {"patch": 8}, "masking": {"strategy": {"name": "hpm"}, "ratio": ratio}}
+    suggestion = Suggestion(
+        number=0,
+        trial="t",
+        arm="a",
+        seed=0,
+        origin="search",
+        config=config,
+        params={},
+        labels=labels,
+    )
+    assert _label(suggestion) == words
 
 
 def test_settings_are_flattened_with_dots() -> None:
