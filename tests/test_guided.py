@@ -140,6 +140,14 @@ def test_anatomask_hides_where_the_teacher_errs_most_among_what_it_had_to_fill_i
     assert hidden_BX[0].tolist() != hidden_BX[1].tolist()
 
 
+@pytest.mark.parametrize("complementary", [False, True])
+def test_the_target_of_the_score_is_the_trials_choice(complementary):
+    for target in ("raw", "normalised"):
+        request = told([[1.0] * 12], 6, (3, 4))
+        anatomask(request, score_target=target, complementary=complementary)
+        assert {asked[2] for asked in request.model.asked} == {target == "normalised"}
+
+
 def test_what_the_teacher_saw_scores_nothing():
     """All errors negative: the visible ones, which score 0, are the hardest."""
     request = told([[-1.0] * 12], 6, (3, 4))
@@ -249,6 +257,18 @@ def test_a_hint_leaves_some_of_the_most_attended_visible():
         assert hint in {1, 3, 5} and hidden == {1, 3, 5, 7, 9} - {hint}
         shown.add(hint)
     assert shown == {1, 3, 5}
+
+
+def test_chance_does_not_hide_what_a_hint_shows():
+    often = torch.zeros(12)
+    for step in range(400):
+        request = told(RANKED, 8, (3, 4), step=step)
+        hidden = attmask(request, kind="hint", shown=0.125, shown_from=0.01, guided=HALF)
+        assert hidden.sum() == 8
+        often += hidden[0]
+    # the most attended is always shown, the next four are guided, 4 of the other 7 by chance
+    assert often[1] == 0 and (often[[3, 5, 7, 9]] == 400).all()
+    assert (often[[0, 2, 4, 6, 8, 10, 11]] / 400 - 4 / 7).abs().max() < 0.13
 
 
 def test_attention_of_the_class_token_equals_the_last_blocks_own():

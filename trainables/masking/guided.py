@@ -107,7 +107,7 @@ def attmask(
     is_hint_source_BU = hide_smallest(-attention_BU, drawn_from)
     draw_BU = request.noise("hint").masked_fill(~is_hint_source_BU, 2.0)
     is_shown_BU = hide_smallest(draw_BU, num_shown)
-    is_guided_BU = hide_smallest(-attention_BU, num_guided + num_shown) & ~is_shown_BU
+    is_guided_BU = hide_smallest(-attention_BU, num_guided + num_shown)
     return _fill_up(request, is_guided_BU, is_shown_BU)
 
 
@@ -117,7 +117,7 @@ def hide_hardest(request: MaskRequest, scores_BU: Tensor, share: float) -> Tenso
 
 
 def _fill_up(request: MaskRequest, is_first_BU: Tensor, is_last_BU: Tensor | None = None) -> Tensor:
-    """Hide `is_first_BU`, then others by chance, `is_last_BU` only when nothing else is left."""
+    """Hide `is_first_BU`, then others by chance; `is_last_BU` only when nothing else is left."""
     order_BU = request.noise().masked_fill(is_first_BU, -1.0)
     if is_last_BU is not None:
         order_BU = order_BU.masked_fill(is_last_BU, 2.0)
