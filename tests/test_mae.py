@@ -404,8 +404,17 @@ def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone():
     assert {"encoder.class_token", "decoder.mask_token", "encoder.embed.weight"} < set(drawn)
 
 
-def test_every_weight_is_set_by_one_function():
-    model = build_mae(pico(), (8, 12), 3, 0)
+EVERY_PART = [
+    {},
+    {"masking": {"strategy": "hpm", "secondary": 0.5}},
+    {"masking": {"strategy": {"name": "amlp", "category_weight": 0.1}}},
+    {"decoder": {"attention": "cross"}},
+]
+
+
+@pytest.mark.parametrize("parts", EVERY_PART)
+def test_every_weight_is_set_by_one_function(parts):
+    model = build_mae(pico(**parts), (8, 12), 3, 0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(7.0)

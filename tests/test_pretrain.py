@@ -371,6 +371,23 @@ def gradients_of_step(context, strategy):
     return {name: parameter.grad for name, parameter in learner.model.named_parameters()}
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_asks_the_teacher_where_there_is_one(tmp_path, monkeypatch, strategy):
+    asked = []
+
+    def choose(config, request, real=pretrain.choose_patches):
+        asked.append(request.model)
+        return real(config, request)
+
+    monkeypatch.setattr(pretrain, "choose_patches", choose)
+    config = toy.trial(masking__strategy=STRATEGIES[strategy])
+    learner, plan, cut = meet_batches(config, toy.context(tmp_path, toy.Diary()), 0)
+    images, step, places = next(cut)
+    batch_loss(learner, images, config, 5, plan, step, places)
+    assert (learner.teacher is None) == (strategy in ("random", "amlp"))
+    assert asked[0] is (learner.teacher or learner.model)
+
+
 def weights_after_steps(context, strategy, steps=3):
     """Of the model and, if there is one, of its teacher."""
     config = toy.trial(masking__strategy=STRATEGIES[strategy])

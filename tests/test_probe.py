@@ -7,11 +7,14 @@ import pytest
 import torch
 from scipy import ndimage
 
+from tests import toy
 from trainables.config import ProbeConfig, TrialConfig
+from trainables.mae import build_mae
 from trainables.masking import pixels_hidden
 from trainables.metrics import METRICS
 from trainables.pictures import to_intensity
 from trainables.probe import (
+    Judge,
     mean_of_visible,
     measure,
     metric_names,
@@ -164,3 +167,20 @@ def test_measures_by_hand():
     assert found["probe_ssim@0.25"].lt(1).all() and found["probe_ssim@0.25"].gt(0.8).all()
     assert set(found) == set(metric_names(PROBE, config))
     assert {name.split("@")[0] for name in found} <= set(METRICS)
+
+
+def test_what_the_trial_hides_is_asked_of_its_teacher(tmp_path):
+    """Two teachers, one model: the probe is the same, native scores and pictures are not."""
+    config, data = toy.trial(masking__strategy="attmask"), toy.discs()
+    context = toy.context(tmp_path, toy.Diary())
+    judge = Judge(config, data, toy.PROBE, context)
+    model, *teachers = (build_mae(config, data.size, 1, seed) for seed in (0, 1, 2))
+    scores, pictures = [], []
+    for teacher in teachers:
+        scores.append(judge.scores(model, teacher))
+        judge.draw_masks(model, teacher, 0.5)
+        pictures.append((tmp_path / "pictures" / "masks-050.png").read_bytes())
+    first, second = scores
+    assert first["probe_psnr"] == second["probe_psnr"]
+    assert first["native_psnr_hidden"] != second["native_psnr_hidden"]
+    assert pictures[0] != pictures[1]
