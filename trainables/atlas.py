@@ -84,10 +84,10 @@ def draw_masks(
 
     columns = save_masks(
         path,
-        _slice(to_intensity(images, mean, std)),
-        _slice(pixels_hidden(drawn[0], grid, patch)[:, None])[:, 0],
-        _slice(pixels_hidden(often_BP, grid, patch)[:, None])[:, 0],
-        None if labels is None else _slice(labels[:, None])[:, 0],
+        to_intensity(images, mean, std),
+        pixels_hidden(drawn[0], grid, patch),
+        pixels_hidden(often_BP, grid, patch),
+        labels,
     )
     numbers = {
         "progress": progress,
@@ -157,8 +157,3 @@ def _remember(path: Path, numbers: dict[str, Any]) -> None:
     aside = path.with_name(f".{NUMBERS}.{os.getpid()}")
     aside.write_text(json.dumps(known, indent=1, sort_keys=True))
     os.replace(aside, path.with_name(NUMBERS))
-
-
-def _slice(volumes: Tensor) -> Tensor:
-    """(B, C, *S) -> (B, C, H, W): of volumes the middle slice of the first axis."""
-    return volumes[:, :, volumes.shape[2] // 2] if volumes.ndim == 5 else volumes
