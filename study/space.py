@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
-from trainables.config import Strict, TrialConfig
+from trainables.config import Strict, TrialConfig, arm_id
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -145,7 +145,7 @@ def params_of(spec: StudySpec, config: TrialConfig) -> dict[str, Any] | None:
         return [value] if parameter.item.contains(value) else []
 
     for point in combinations(spec.search, possible):
-        if resolve(spec, point.overrides) == config:
+        if arm_id(resolve(spec, point.overrides)) == arm_id(config):
             return point.params
     return None
 

@@ -53,7 +53,7 @@ def test_enrichment_and_chance_by_hand() -> None:
     labels = torch.zeros(1, 1, 4, dtype=torch.long)
     labels[0, 0, 2] = 1
     often = torch.tensor([[0.0, 0.0, 1.0, 0.5]])
-    found = class_numbers(often, labels, ["background", "lesion", "absent"], patch=1)
+    found = class_numbers(often, labels, ["background", "lesion", "absent"], patch=(1, 1))
     # shifted to the four places the lesion is hidden 0, 0, 1 or 0.5 of the time
     spread = float(np.std([0, 0, 1, 0.5]))
     assert found["lesion"] == pytest.approx(
@@ -71,7 +71,7 @@ def test_chance_covers_random_masks_about_as_often_as_three_deviations_do() -> N
     for seed in range(200):
         requests = [MaskRequest((8, 8), 40, 0.0, seed, step, torch.arange(4)) for step in range(4)]
         often = torch.stack([hide(trial(), request) for request in requests]).float().mean(0)
-        found = class_numbers(often, labels, dataset.classes, patch=4)["disc"]
+        found = class_numbers(often, labels, dataset.classes, patch=(4, 4))["disc"]
         scores.append(3 * found["enrichment"] / found["chance"])
     assert abs(np.mean(scores)) < 0.2
     assert 0.85 < np.std(scores) < 1.15
@@ -87,14 +87,14 @@ def test_chance_is_the_spread_over_all_shifts() -> None:
         for share, label in zip(often, labels, strict=True)
     ]
     tensors = torch.from_numpy(often).reshape(2, 12), torch.from_numpy(labels)
-    found = class_numbers(*tensors, ["background", "lesion"], patch=1)["lesion"]
+    found = class_numbers(*tensors, ["background", "lesion"], patch=(1, 1))["lesion"]
     assert found["chance"] == pytest.approx(3 * np.sqrt(sum(spread)) / labels.sum())
 
 
 def test_ignored_pixels_are_of_no_class() -> None:
     labels = torch.full((1, 1, 4), 255)
     labels[0, 0, 0] = 0
-    found = class_numbers(torch.tensor([[1.0, 0, 0, 0]]), labels, ["background"], patch=1)
+    found = class_numbers(torch.tensor([[1.0, 0, 0, 0]]), labels, ["background"], patch=(1, 1))
     assert found["background"]["pixels"] == 1
     assert found["background"]["enrichment"] == 0.75
 
@@ -117,7 +117,7 @@ def test_the_grey_of_a_draw_and_the_heat_of_many_are_the_hidden_pixels(tmp_path)
     draw(tmp_path / "m.png", config, 0.5, draws=1)
     picture = np.asarray(Image.open(tmp_path / "m.png"))[:128]
     request = MaskRequest((4, 4), 8, 0.5, 3, -1, torch.tensor([5, 9]))
-    hidden = pixels_hidden(hide(config, request), [4, 4], 4)[0].numpy()
+    hidden = pixels_hidden(hide(config, request), [4, 4], (4, 4))[0].numpy()
     expected = hidden.repeat(8, axis=0).repeat(8, axis=1)
     pitch = 128 + pictures.GAP
     assert ((picture[:, pitch : pitch + 128] == 128).all(axis=-1) == expected).all()
