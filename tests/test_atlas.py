@@ -358,6 +358,13 @@ def test_the_page_runs_nothing_and_loads_nothing(tmp_path: Path) -> None:
     check_that_nothing_runs_or_loads(Page(text), text)
 
 
+def test_edges_of_each_axis_are_written_with_a_cross(tmp_path: Path) -> None:
+    masking = {"strategy": {"name": "random"}, "unit": [8, 4], "ratio": {"name": "linear"}}
+    folder = hand_made(tmp_path, section={"patch": [2, 4], "masking": masking})
+    text = Page(build_atlas(folder, tmp_path / "m.html").read_text()).text
+    assert "2x4 (unit 8x4)" in text and "2x4 px" in text and "8x4 px" in text
+
+
 def test_a_section_that_failed_says_why(tmp_path: Path) -> None:
     folder = hand_made(tmp_path, section={"problem": "needs two axes"})
     shutil.rmtree(folder / "00")
