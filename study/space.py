@@ -1,6 +1,7 @@
 """What may vary: `search` maps a dotted path into `trial` to choices or to a range.
 
     model.patch: {choices: [4, 8, 16]}
+    masking.unit: {choices: {cube: 16, flat: [4, 16, 16]}}   # what is a list needs a label too
     masking.ratio:
       choices:                              # a label for figures -> a value or a sub-tree
         constant: {name: constant, value: {low: 0.1, high: 0.9}}

@@ -127,9 +127,10 @@ def test_less_than_a_batch_is_still_one_step():
     assert planned_flops(config, (16, 16), 1, num_images=1) == 4 * one
 
 
+@pytest.mark.parametrize("patch", [4, [4, 2]])
 @pytest.mark.parametrize("encoder", ["finetune", "frozen"])
-def test_segmenting_costs_what_a_real_model_does(encoder):
-    model = {"size": "pico", "patch": 4}
+def test_segmenting_costs_what_a_real_model_does(encoder, patch):
+    model = {"size": "pico", "patch": patch}
     config = TrialConfig.model_validate({"model": model, "segment": {"encoder": encoder}})
     images = torch.zeros(2, 3, 16, 8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
