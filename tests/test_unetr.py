@@ -115,8 +115,8 @@ def test_features_are_averaged_down_and_interpolated_up():
 
 def test_axes_may_go_different_ways():
     lines = torch.tensor([[0.0, 4.0], [8.0, 12.0], [2.0, 2.0], [2.0, 2.0]]).view(1, 1, 4, 2)
-    # lines are averaged in pairs, then columns interpolated
-    assert _resized(lines, (2, 4)).tolist() == [[[[4, 5, 7, 8], [2, 2, 2, 2]]]]
+    # all four lines are averaged, then columns interpolated
+    assert _resized(lines, (1, 4)).flatten().tolist() == [3, 3.5, 4.5, 5]
 
 
 def test_the_image_and_every_level_matter():
