@@ -180,7 +180,9 @@ BAD = {
     "affine that is not finite": lambda f: patched(volume(f), SROW, "f", np.nan),
     "affine that is not finite (NaN or": lambda f: patched(volume(f), SROW, "f", np.inf),
     "has a singular affine": lambda f: patched(volume(f), SROW, "4f", 0, 1, 0, 0),
-    "has a singular affine, [[0.0": lambda f: patched(volume(f), SROW, "4f", 0, 0, 0, 0),
+    "has a singular affine, [[1.0, 1.0, 0.0], [1.0, 1.0": lambda f: patched(
+        volume(f), SROW, "8f", 1, 1, 0, 0, 1, 1, 0, 0
+    ),
     "is truncated: its packed content ends too early": noise,
     "cannot be unpacked, it is damaged": damaged,
     "holds 3 voxels that are no number (NaN or infinite) of 336": with_holes,

@@ -194,8 +194,8 @@ def test_new_voxels_lie_in_the_middle_of_the_old_ones():
     assert labels.ravel().tolist() == [0, 0, 10, 10, 20, 20, 30, 30]
     coarser = resampled(np.arange(40.0).reshape(1, 1, 40), (1, 1, 20), [1, 1, 2])
     assert coarser.ravel()[5:15] == pytest.approx(np.arange(10.5, 30, 2))
-    fine = np.tile([0.0, 8], 20).reshape(1, 1, 40)
-    assert resampled(fine, (1, 1, 10), [1, 1, 4]).ravel()[2:8] == pytest.approx(4, abs=0.1)
+    fine = np.tile([0.0, 8], 18).reshape(1, 1, 36)  # new voxels would hit 8, 0, 8, 0, ...
+    assert resampled(fine, (1, 1, 12), [1, 1, 3]).ravel()[2:10] == pytest.approx(4, abs=0.1)
 
 
 def test_spacing_is_made_alike_axis_by_axis(study):
@@ -213,10 +213,13 @@ def test_spacing_is_made_alike_axis_by_axis(study):
 
 
 def test_the_order_of_spacing_is_that_of_the_rows_not_of_the_file(study):
-    stored = noise(3, 6, 16, 10)  # up in steps of 2, right in steps of 0.5, forwards
+    # axes upwards in steps of 2, to the right in steps of 0.5, to the front
+    stored = np.zeros((6, 1, 10), np.int16) + np.arange(16, dtype=np.int16)[:, None] * 100
     affine = np.array([[0, 0.5, 0, 0], [0, 0, 1, 0], [2, 0, 0, 0], [0, 0, 0, 1.0]])
     replace_volume(study, 0, stored, affine)
-    assert whole(study, 0, spacing=[1, 1, 1])[0].shape == (1, 8, 10, 12)
+    levels = whole(study, 0, spacing=[1, 1, 1], window=[0, HIGHEST])[0]
+    assert levels.shape == (1, 8, 10, 12)
+    assert levels[0, 1:-1, 5, 5].tolist() == [200 * i + 50 for i in range(1, 7)]
 
 
 def test_a_mask_in_another_place_or_grid_is_refused(study):
@@ -344,8 +347,10 @@ def test_the_fingerprint_follows_content_and_settings_not_place_or_packing(study
     (study / "moved").rename(study / "data")
     for options in ({"window": [0, 9]}, {"percentiles": [1, 99]}, {"spacing": [1, 1, 1]}):
         assert source(study, **options).fingerprint() != before
-    replace_volume(study, 4, noise(4, 8, 10, 12) + np.int16(1))
-    assert source(study).fingerprint() != before
+    save(study / "data/images/v4.nii.gz", noise(4, 8, 10, 12) + np.int16(1))
+    changed = source(study).fingerprint()
+    save(study / "data/masks/v4.nii.gz", 1 - box(8, 10, 12))
+    assert len({before, changed, source(study).fingerprint()}) == 3
 
 
 def test_all_bad_files_are_told_at_once(study):
