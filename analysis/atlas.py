@@ -20,6 +20,7 @@ from markupsafe import Markup
 from analysis import theme
 from analysis.gallery import CHANGING, UNREADABLE, Hidden, Shot, data_uri, shots, size, unreadable
 from analysis.theme import plain
+from trainables.edges import in_words
 
 WIDEST_BAR = 0.25  # enrichment that fills half of a bar; more is cut
 
@@ -123,7 +124,8 @@ def _section(folder: Path, number: int, about: dict[str, Any]) -> Section:
     masking = dict(about["masking"])
     strategy = dict(masking.pop("strategy"))
     name = plain(strategy.pop("name"))
-    ratio, patch, unit = masking.pop("ratio"), about["patch"], masking.pop("unit")
+    ratio = masking.pop("ratio")
+    patch, unit = in_words(about["patch"]), in_words(masking.pop("unit"))
     facts = [("options", _settings(strategy))] if strategy else []
     facts += [("ratio", _words(ratio)), ("patch", f"{patch} px"), ("mask unit", f"{unit} px")]
     facts += [(key, _words(value)) for key, value in masking.items() if value]
@@ -137,7 +139,7 @@ def _section(folder: Path, number: int, about: dict[str, Any]) -> Section:
         name=name,
         why=plain(about["why"], 300),
         facts=[*facts, ("model", model)],
-        patch=f"{patch}" if patch == unit else f"{patch} (unit {unit})",
+        patch=patch if patch == unit else f"{patch} (unit {unit})",
         ratio=_first_to_last([shot.ratio for shot in found if shot.ratio is not None]),
         model=model,
         problem=plain(about["problem"] or "", 600),

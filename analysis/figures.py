@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.statistics import difference, holm, t_interval
-from analysis.tables import MIOU, PSNR, Measure, StudyTables, arm_scores, final, lines_of
+from analysis.tables import MIOU, PSNR, Measure, StudyTables, arm_scores, by_size, final, lines_of
 from analysis.theme import GROUPS, PATCHES, SCALE, SYMBOLS, colour, figure, plain, text
 
 MOST_ARMS = 24  # drawn as rows of one figure; the table below it has them all
@@ -182,8 +182,9 @@ def ratio_patch_numbers(tables: StudyTables, metric: str) -> pd.DataFrame:
         patch=scores["arm"].map(arms["patch"]), share=scores["arm"].map(arms["ratio"])
     ).dropna(subset=["patch", "share"])
     found["ratio"] = _ratio_bins(found["share"].astype(float), found["arm"].nunique())
+    found["patch"] = by_size(found["patch"])
     lines = []
-    for (patch, ratio), cell in found.groupby(["patch", "ratio"]):
+    for (patch, ratio), cell in found.groupby(["patch", "ratio"], observed=True):
         means = cell.groupby("arm")["value"].mean()
         sd = float(cell["value"].std(ddof=1)) if len(cell) > 1 else None
         labels = [tables.label(arm) for arm in means.index]
@@ -203,7 +204,7 @@ def ratio_patch(tables: StudyTables, metric: str) -> Drawn:
     title = f"Ratio × patch: {measure.title}"
     if absent := _no_metric(numbers, measure):
         return Drawn(numbers, None, title, absent)
-    patches = sorted(numbers["patch"].unique())
+    patches = list(by_size(numbers["patch"]).cat.categories)
     ratios = _without_gaps(sorted(numbers["ratio"].unique()))
     if len(patches) < 2:
         return Drawn(
@@ -408,11 +409,11 @@ def curves(tables: StudyTables, metric: str) -> Drawn:
     best = best_arm(ranks)
     arms = tables.arms
     traces: list[Any] = []
-    by_patch = numbers.assign(patch=numbers["arm"].map(arms["patch"]))
+    by_patch = numbers.assign(patch=by_size(numbers["arm"].map(arms["patch"])))
     special = numbers["arm"].map(arms["group"]) != "search"
     special |= numbers["arm"] == best
     thin = (1.6, 0.75) if numbers["trial"].nunique() <= 60 else (1.0, 0.4)
-    for index, (patch, part) in enumerate(by_patch[~special].groupby("patch")):
+    for index, (patch, part) in enumerate(by_patch[~special].groupby("patch", observed=True)):
         traces.append(_curve(part, measure, f"patch {patch}", PATCHES[index % len(PATCHES)], *thin))
     for group in ("random-init", "frozen", "control"):
         part = numbers[numbers["arm"].map(arms["group"]) == group]

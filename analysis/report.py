@@ -38,7 +38,16 @@ from analysis.figures import (
 )
 from analysis.gallery import exhibits
 from analysis.statistics import FEWEST_SEEDS, detectable_difference
-from analysis.tables import Measure, StudyTables, arm_scores, final, flatten, lines_of, load
+from analysis.tables import (
+    Measure,
+    StudyTables,
+    arm_scores,
+    by_size,
+    final,
+    flatten,
+    lines_of,
+    load,
+)
 from analysis.theme import plain
 from study.folder import StudyFolder
 
@@ -295,7 +304,8 @@ def _by_patch_sentence(tables: StudyTables, goal: Measure) -> str | None:
     scores = arm_scores(tables, goal.key)
     searched = tables.arms["group"].isin(["search", "control"])
     scores = scores[scores["arm"].isin(tables.arms.index[searched])]
-    groups = scores.groupby(scores["arm"].map(tables.arms["patch"]))["value"]
+    patches = by_size(scores["arm"].map(tables.arms["patch"]))
+    groups = scores.groupby(patches, observed=True)["value"]
     if groups.ngroups < 2:
         return None
     parts = [

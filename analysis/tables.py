@@ -26,6 +26,7 @@ from study.ledger import (
     read_spec,
     read_suggestions,
 )
+from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
 from trainables.schedules import MIDPOINTS, SCHEDULES
 
@@ -78,8 +79,9 @@ class StudyTables:
     """What a study's folder says.
 
     suggestions: number, trial, arm, seed, origin. arms (index arm): origin, group ("search",
-    "control", "random-init", "frozen"), label, patch, unit, schedule, ratio (mean over training),
-    settings (flattened). results (index trial): outcome, seconds, error, pretrain, segment.
+    "control", "random-init", "frozen"), label, patch, unit (8, or "4x8x8" where axes differ),
+    schedule, ratio (mean over training), settings (flattened). results (index trial): outcome,
+    seconds, error, pretrain, segment.
     """
 
     folder: StudyFolder
@@ -215,6 +217,20 @@ def mean_ratio(schedule: Mapping[str, Any]) -> float | None:
         return None
 
 
+def by_size(patches: pd.Series[Any]) -> pd.Series[Any]:
+    """Edges of patches as categories in the order of their size: 8 lies between 4x8x8 and 16x8x8.
+
+    The size is the geometric mean of the edges.
+    """
+
+    def size(patch: Any) -> tuple[float, str]:
+        edges = [float(edge) for edge in str(patch).split("x") if edge.isdigit()]
+        return round(float(np.prod(edges) ** (1 / max(1, len(edges)))), 9), str(patch)
+
+    known = sorted(patches.dropna().unique(), key=size)
+    return patches.astype(pd.CategoricalDtype(known, ordered=True))
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names."""
     flat: dict[str, Any] = {}
@@ -273,7 +289,7 @@ def _arms(suggestions: list[Suggestion], rows: pd.DataFrame) -> pd.DataFrame:
         config = suggestion.config
         masking = _child(config, "masking")
         ratio = _child(masking, "ratio")
-        patch = _child(config, "model").get("patch")
+        patch = _edges(_child(config, "model").get("patch"))
         mean = mean_ratio(ratio)
         lines.append(
             {
@@ -282,7 +298,7 @@ def _arms(suggestions: list[Suggestion], rows: pd.DataFrame) -> pd.DataFrame:
                 "group": _group(suggestion.origin),
                 "label": _label(suggestion),
                 "patch": patch,
-                "unit": masking.get("unit") or patch,
+                "unit": _edges(masking.get("unit")) or patch,
                 "schedule": _schedule(suggestion),
                 "ratio": _measured_ratio(rows, arm) if mean is None else mean,
                 "settings": flatten(config),
@@ -293,6 +309,14 @@ def _arms(suggestions: list[Suggestion], rows: pd.DataFrame) -> pd.DataFrame:
     shared = arms["label"].duplicated(keep=False)
     arms.loc[shared, "label"] += " [" + arms.index[shared].astype(str) + "]"
     return arms
+
+
+def _edges(value: Any) -> Any:
+    """A patch or unit as figures call it: 8, or 4x8x8 where the axes differ."""
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    found = simplest(value)
+    return found if isinstance(found, int) else in_words(found)
 
 
 def _measured_ratio(rows: pd.DataFrame, arm: str) -> float | None:
@@ -324,10 +348,10 @@ def _label(suggestion: Suggestion) -> str:
     """An arm in words: patch, ratio, then whatever else was searched."""
     config = suggestion.config
     masking = _child(config, "masking")
-    patch = _child(config, "model").get("patch")
+    patch, unit = _edges(_child(config, "model").get("patch")), _edges(masking.get("unit"))
     words = [f"patch {patch}", _ratio_words(_child(masking, "ratio"), suggestion)]
-    if (masking.get("unit") or patch) != patch:
-        words.insert(1, f"unit {masking['unit']}")
+    if (unit or patch) != patch:
+        words.insert(1, f"unit {unit}")
     strategy = _child(masking, "strategy").get("name", "random")
     named = suggestion.labels.get("masking.strategy", suggestion.labels.get("masking"))
     if named is not None or strategy != "random":

@@ -116,7 +116,7 @@ def sections(
         except ValidationError as error:
             left_out.append(f"{why}: {error.errors()[0]['msg']}")
             continue
-        misfits = geometry_errors(config, size, config.model.patch)
+        misfits = geometry_errors(config, size, None)
         key = canonical_json([config.model.patch, config.masking.model_dump(mode="json")])
         if key in found:
             continue

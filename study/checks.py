@@ -16,6 +16,7 @@ from study.mistakes import Problems, Where, explain, listed, message, near
 from study.reader import Document
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_errors
+from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
 from trainables.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -224,7 +225,6 @@ def geometry_problems(spec: StudySpec, size: tuple[int, ...]) -> list[str]:
     """What does not fit on images of this size, for data whose size the study file does not say."""
     problems = Problems(spec.study, Document())
     configs = [config for config, _ in _variants(spec, ("model.patch", "masking.unit"))]
-    assert spec.probe.unit is not None
     _check_geometry(spec, configs, size, spec.probe.unit, problems)
     return [f"{'.'.join(map(str, path))}: {problem}" for _, path, problem in problems.found]
 
@@ -248,13 +248,31 @@ def check_together(spec: Any, problems: Problems) -> Any:
         return spec
     if spec.probe is None:
         return spec
-    patches = {config.model.patch for config, _ in variants}
-    unit = spec.probe.unit or max(patches)
+    configs = [config for config, _ in variants]
     size = image_size(spec.data)
+    unit = spec.probe.unit or _largest_patch(spec, configs, problems)
     if size is not None:
-        _check_geometry(spec, [config for config, _ in variants], size, unit, problems)
+        _check_geometry(spec, configs, size, unit, problems)
     probe = spec.probe.model_copy(update={"unit": unit})
     return spec.model_copy(update={"probe": probe})
+
+
+def _largest_patch(spec: Any, configs: Sequence[TrialConfig], problems: Problems) -> Edges | None:
+    """The longest edge of all patches along every axis; None where they differ in their axes."""
+    patches = {config.model.patch for config in configs}
+    counts = {len(patch) for patch in patches if isinstance(patch, tuple)}
+    if not counts:
+        return max(patch for patch in patches if isinstance(patch, int))
+    if len(counts) > 1:
+        problems.add(
+            _source(spec, "model", "patch"),
+            f"given lists of {' and '.join(map(str, sorted(counts)))} edges; expected as many in "
+            f"each as the images have axes",
+        )
+        return None
+    (axes,) = counts
+    edges = [per_axis(patch, axes, "model.patch") for patch in patches]
+    return tuple(map(max, zip(*edges, strict=True)))
 
 
 def _check_conflicts(spec: Any, problems: Problems) -> None:
@@ -295,42 +313,78 @@ def _variants(spec: Any, paths: Sequence[str]) -> Iterator[tuple[TrialConfig, sp
 
 
 def _check_geometry(
-    spec: Any, configs: Sequence[TrialConfig], size: tuple[int, ...], unit: int, problems: Problems
+    spec: Any,
+    configs: Sequence[TrialConfig],
+    size: tuple[int, ...],
+    unit: Edges | None,
+    problems: Problems,
 ) -> None:
-    shape = "x".join(map(str, size))
-    multiple = math.lcm(*(config.model.patch for config in configs))
-    divisors = listed([d for d in range(2, min(size)) if not any(e % d for e in size)])
-    is_misfit = any(edge % unit for edge in size) or math.prod(e // unit for e in size) < 2
-    if is_misfit and spec.probe.unit is not None:
-        problems.add(
-            ("probe", "unit"),
-            f"the probe's unit {unit} does not divide the image size {shape} into at least two; "
-            f"expected one of {divisors}",
-        )
+    axes, shape, divisors = len(size), in_words(size), _divisors(size)
+    per_patch = [config.patch_edges(axes) for config in configs if fits(config.model.patch, axes)]
+    multiple = simplest([math.lcm(*edges) for edges in zip(*per_patch, strict=True)])
+    such_as = multiple if isinstance(multiple, int) else list(multiple)
+    is_misfit = False
+    if isinstance(unit, tuple) and not fits(unit, axes):
+        if spec.probe.unit is not None:  # else the patches are at fault, and told
+            problems.add(
+                ("probe", "unit"),
+                f"the probe's unit {in_words(unit)} has {len(unit)} edges, but an image of {shape} "
+                f"has {axes} axes; expected one edge for each axis, or one number for all",
+            )
+        unit = None
+    if unit is not None:
+        is_misfit = not _divides(unit, size)
+        if is_misfit and spec.probe.unit is not None:
+            problems.add(
+                ("probe", "unit"),
+                f"the probe's unit {in_words(unit)} does not divide the image size {shape} into at "
+                f"least two; expected {divisors}",
+            )
     for config in configs:
         for name, problem in geometry_errors(config, size, unit).items():
             if name == "masking.unit" and config.masking.unit is None:
                 continue  # the patch itself is at fault, and told
             if "probe" in problem and is_misfit:
                 continue  # so is the patch that the probe's unit follows
-            if "probe" in problem:
-                way_out = f"set probe.unit to a multiple of every patch, such as {multiple}"
+            if "axes" in problem:
+                way_out = "expected one edge for each axis, or one number for all"
+            elif "probe" in problem:
+                way_out = f"set probe.unit to a multiple of every patch, such as {such_as}"
             elif "multiple" in problem:
                 way_out = (
                     f"leave masking.unit out, so that it follows the patch, or take a multiple of "
-                    f"every patch, such as {multiple}"
+                    f"every patch, such as {such_as}"
                 )
             else:
-                way_out = f"take one of {divisors}"
+                way_out = f"take {divisors}"
             problems.add(_source(spec, *name.split(".")), f"{problem}; {way_out}")
-        units = math.prod(edge // config.unit for edge in size)
+        if not fits(config.unit, axes):
+            continue
+        units = math.prod(grid_of(size, config.unit_edges(axes)))
         if units < 2:
             section, key = ("masking", "unit") if config.masking.unit else ("model", "patch")
             problems.add(
                 _source(spec, section, key),
-                f"{config.unit} makes {units} mask units of an image of {shape}; expected at least "
-                f"2, so that one can be hidden; take a smaller one or a larger data.size",
+                f"{in_words(config.unit)} makes {units} mask units of an image of {shape}; "
+                f"expected at least 2, so that one can be hidden; take a smaller one or a larger "
+                f"data.size",
             )
+
+
+def _divides(unit: Edges, size: tuple[int, ...]) -> bool:
+    """Into two or more whole ones."""
+    edges = per_axis(unit, len(size), "probe.unit")
+    is_even = not any(pixels % edge for pixels, edge in zip(size, edges, strict=True))
+    return is_even and math.prod(grid_of(size, edges)) >= 2
+
+
+def _divisors(size: tuple[int, ...]) -> str:
+    """What patches and units may be, in words."""
+    common = [d for d in range(2, min(size)) if not any(edge % d for edge in size)]
+    ways = [f"one of {listed(common)}"] if common else []
+    if len(set(size)) > 1:
+        ways.append(f"a list with a divisor of each of {listed(size)}")
+    return ", or ".join(ways) or "1"
 
 
 def _source(spec: Any, *keys: str) -> Where:

@@ -147,6 +147,7 @@ def bench(path: Path | None, names: str, seconds: float, threads: int | None) ->
     from study.spec import load_spec
     from trainables.config import TrialConfig
     from trainables.data import DataConfig, default_cache, open_dataset, prepare
+    from trainables.edges import in_words
     from trainables.masking import MASKING
     from trainables.speed import REFERENCE, step_times
 
@@ -178,7 +179,9 @@ def bench(path: Path | None, names: str, seconds: float, threads: int | None) ->
 
     size = "x".join(map(str, dataset.size))
     model, batch = config.model, config.pretrain.batch // workers
-    table = Table(title=f"a training step: {model.size}/{model.patch}, {batch} images of {size}")
+    table = Table(
+        title=f"a training step: {model.size}/{in_words(model.patch)}, {batch} images of {size}"
+    )
     table.add_column("strategy")
     for column in ("ms per step", f"ratio to {REFERENCE}", "lowest .. highest", "images/s"):
         table.add_column(column, justify="right")

@@ -17,6 +17,7 @@ from study import space
 from study.checks import geometry_problems
 from trainables import cost
 from trainables.config import TrialConfig, arm_id
+from trainables.edges import Edges, grid_of, in_words
 from trainables.mae import MAE
 from trainables.masking import has_teacher, hidden_units
 from trainables.schedules import MIDPOINTS, value_at
@@ -48,7 +49,7 @@ class ArmCost:
     """One trial of an arm, with everything that is planned for it."""
 
     arm: str
-    patch: int
+    patch: Edges
     tokens: int  # patches of an image
     visible_tokens: float  # that the encoder sees, mean over the schedule
     parameters: int  # of encoder and decoder
@@ -175,7 +176,7 @@ def plan(
 
 def arm_cost(config: TrialConfig, data: DataSize, workers: int = 1) -> ArmCost:
     """One trial of an arm on these data."""
-    tokens = math.prod(edge // config.model.patch for edge in data.size)
+    tokens = math.prod(grid_of(data.size, config.patch_edges(len(data.size))))
     segment_flops = 0.0
     if data.classes:
         per_image = cost.segment_flops(config, data.size, data.channels, len(data.classes))
@@ -212,14 +213,14 @@ def _count_parameters(config_json: str, size: tuple[int, ...], channels: int) ->
 
 def _one_line(cost: ArmCost) -> str:
     return (
-        f"patch {cost.patch}: {cost.tokens} tokens, {cost.visible_tokens:.0f} visible; "
+        f"patch {in_words(cost.patch)}: {cost.tokens} tokens, {cost.visible_tokens:.0f} visible; "
         f"{cost.parameters / 1e6:.1f} M parameters; {cost.flops:.2e} FLOP; "
         f"about {cost.memory_bytes / 2**30:.2f} GiB per worker"
     )
 
 
 def _visible_share(config: TrialConfig, size: tuple[int, ...]) -> float:
-    units = math.prod(edge // config.unit for edge in size)
+    units = math.prod(grid_of(size, config.unit_edges(len(size))))
     ratios = [value_at(config.masking.ratio, *point) for point in MIDPOINTS]
     return 1 - fmean(hidden_units(ratio, units) for ratio in ratios) / units
 

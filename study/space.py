@@ -1,6 +1,7 @@
 """What may vary: `search` maps a dotted path into `trial` to choices or to a range.
 
     model.patch: {choices: [4, 8, 16]}
+    masking.unit: {choices: {cube: 16, flat: [4, 16, 16]}}   # what is a list needs a label too
     masking.ratio:
       choices:                              # a label for figures -> a value or a sub-tree
         constant: {name: constant, value: {low: 0.1, high: 0.9}}
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
-from trainables.config import Strict, TrialConfig
+from trainables.config import Strict, TrialConfig, arm_id
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -145,7 +146,7 @@ def params_of(spec: StudySpec, config: TrialConfig) -> dict[str, Any] | None:
         return [value] if parameter.item.contains(value) else []
 
     for point in combinations(spec.search, possible):
-        if resolve(spec, point.overrides) == config:
+        if arm_id(resolve(spec, point.overrides)) == arm_id(config):
             return point.params
     return None
 

@@ -53,7 +53,7 @@ def test_enrichment_and_chance_by_hand() -> None:
     labels = torch.zeros(1, 1, 4, dtype=torch.long)
     labels[0, 0, 2] = 1
     often = torch.tensor([[0.0, 0.0, 1.0, 0.5]])
-    found = class_numbers(often, labels, ["background", "lesion", "absent"], patch=1)
+    found = class_numbers(often, labels, ["background", "lesion", "absent"], patch=(1, 1))
     # shifted to the four places the lesion is hidden 0, 0, 1 or 0.5 of the time
     spread = float(np.std([0, 0, 1, 0.5]))
     assert found["lesion"] == pytest.approx(
@@ -71,7 +71,7 @@ def test_chance_covers_random_masks_about_as_often_as_three_deviations_do() -> N
     for seed in range(200):
         requests = [MaskRequest((8, 8), 40, 0.0, seed, step, torch.arange(4)) for step in range(4)]
         often = torch.stack([hide(trial(), request) for request in requests]).float().mean(0)
-        found = class_numbers(often, labels, dataset.classes, patch=4)["disc"]
+        found = class_numbers(often, labels, dataset.classes, patch=(4, 4))["disc"]
         scores.append(3 * found["enrichment"] / found["chance"])
     assert abs(np.mean(scores)) < 0.2
     assert 0.85 < np.std(scores) < 1.15
@@ -87,14 +87,14 @@ def test_chance_is_the_spread_over_all_shifts() -> None:
         for share, label in zip(often, labels, strict=True)
     ]
     tensors = torch.from_numpy(often).reshape(2, 12), torch.from_numpy(labels)
-    found = class_numbers(*tensors, ["background", "lesion"], patch=1)["lesion"]
+    found = class_numbers(*tensors, ["background", "lesion"], patch=(1, 1))["lesion"]
     assert found["chance"] == pytest.approx(3 * np.sqrt(sum(spread)) / labels.sum())
 
 
 def test_ignored_pixels_are_of_no_class() -> None:
     labels = torch.full((1, 1, 4), 255)
     labels[0, 0, 0] = 0
-    found = class_numbers(torch.tensor([[1.0, 0, 0, 0]]), labels, ["background"], patch=1)
+    found = class_numbers(torch.tensor([[1.0, 0, 0, 0]]), labels, ["background"], patch=(1, 1))
     assert found["background"]["pixels"] == 1
     assert found["background"]["enrichment"] == 0.75
 
@@ -117,7 +117,7 @@ def test_the_grey_of_a_draw_and_the_heat_of_many_are_the_hidden_pixels(tmp_path)
     draw(tmp_path / "m.png", config, 0.5, draws=1)
     picture = np.asarray(Image.open(tmp_path / "m.png"))[:128]
     request = MaskRequest((4, 4), 8, 0.5, 3, -1, torch.tensor([5, 9]))
-    hidden = pixels_hidden(hide(config, request), [4, 4], 4)[0].numpy()
+    hidden = pixels_hidden(hide(config, request), [4, 4], (4, 4))[0].numpy()
     expected = hidden.repeat(8, axis=0).repeat(8, axis=1)
     pitch = 128 + pictures.GAP
     assert ((picture[:, pitch : pitch + 128] == 128).all(axis=-1) == expected).all()
@@ -356,6 +356,13 @@ def test_hostile_words_are_text(tmp_path: Path) -> None:
 def test_the_page_runs_nothing_and_loads_nothing(tmp_path: Path) -> None:
     text = build_atlas(hand_made(tmp_path), tmp_path / "m.html").read_text()
     check_that_nothing_runs_or_loads(Page(text), text)
+
+
+def test_edges_of_each_axis_are_written_with_a_cross(tmp_path: Path) -> None:
+    masking = {"strategy": {"name": "random"}, "unit": [8, 4], "ratio": {"name": "linear"}}
+    folder = hand_made(tmp_path, section={"patch": [2, 4], "masking": masking})
+    text = Page(build_atlas(folder, tmp_path / "m.html").read_text()).text
+    assert "2x4 (unit 8x4)" in text and "2x4 px" in text and "8x4 px" in text
 
 
 def test_a_section_that_failed_says_why(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from trainables.config import (
     geometry_errors,
     trial_id,
 )
+from trainables.errors import UserError
 
 
 def trial(**sections):
@@ -40,6 +41,41 @@ def test_equal_settings_are_the_same_trial():
     assert trial_id(spelled_out, 3, "data") == trial_id(TrialConfig(), 3, "data")
 
 
+def test_a_number_for_all_axes_stays_a_number():
+    written = TrialConfig().model_dump(mode="json")
+    assert (written["model"]["patch"], written["masking"]["unit"]) == (8, None)
+    # as before there were lists, so that studies that were begun can go on
+    assert arm_id(TrialConfig()) == "6068186a"
+
+
+def test_equal_edges_along_all_axes_are_the_same_trial_however_spelt():
+    lists = trial(model={"patch": [4, 4, 4]}, masking={"unit": [8, 8, 8]})
+    numbers = trial(model={"patch": 4}, masking={"unit": 8})
+    assert arm_id(lists) == arm_id(numbers)
+    assert trial_id(lists, 0, "data") == trial_id(numbers, 0, "data")
+    turned = [trial(model={"patch": patch}) for patch in ([4, 8, 8], [8, 4, 8], [8, 8, 4], [8, 8])]
+    assert len({arm_id(config) for config in turned}) == 4
+    assert arm_id(turned[-1]) == arm_id(trial(model={"patch": 8}))
+
+
+def test_edges_are_one_for_all_axes_or_one_for_each():
+    config = trial(model={"patch": 4}, masking={"unit": [4, 8, 12]})
+    assert config.patch_edges(3) == (4, 4, 4)
+    assert config.unit_edges(3) == (4, 8, 12)
+    assert config.patches_per_unit(3) == (1, 2, 3)
+    assert trial(model={"patch": [2, 4]}).unit_edges(2) == (2, 4)
+    with pytest.raises(UserError, match=r"masking.unit: given \[4, 8, 12\], 3 edges, .* 2 axes"):
+        config.unit_edges(2)
+    with pytest.raises(UserError, match=r"model.patch: given \[2, 4\], 2 edges, .* 3 axes"):
+        trial(model={"patch": [2, 4]}).unit_edges(3)
+
+
+@pytest.mark.parametrize("edges", [[], [4, 0], [4, 8.0], [4, True], True, "8", [[4, 8]], None])
+def test_edges_that_are_none_are_refused(edges):
+    with pytest.raises(ValidationError, match="expected a valid integer from 1 on, or a list"):
+        trial(model={"patch": edges})
+
+
 def test_another_setting_seed_or_data_is_another_trial():
     config = TrialConfig()
     other = trial(masking={"ratio": {"name": "constant", "value": 0.7500001}})
@@ -55,7 +91,8 @@ def test_another_setting_seed_or_data_is_another_trial():
 
 
 def test_a_trial_is_written_and_read_back_equal():
-    config = trial(masking={"ratio": {"name": "step", "values": [0.2, 0.8], "at": [0.5]}})
+    ratio = {"name": "step", "values": [0.2, 0.8], "at": [0.5]}
+    config = trial(masking={"ratio": ratio, "unit": [4, 8, 8]}, model={"patch": [2, 8, 4]})
     text = config.model_dump_json()
     assert TrialConfig.model_validate_json(text) == config
     assert arm_id(TrialConfig.model_validate(json.loads(text))) == arm_id(config)
@@ -139,6 +176,30 @@ def test_attention_heads_are_64_wide():
         (8, 32, (64, 80), {"masking.unit": "32 does not divide the image size 64x80"}),
         (8, 64, (64, 64), {"masking.unit": "64 is the whole image"}),
         (16, 16, (64, 64), {"model.patch": "16 does not divide the probe's unit 8"}),
+        ([2, 4, 8], [2, 8, 8], (8, 16, 24), {}),
+        (
+            [2, 4, 8],
+            None,
+            (8, 18, 24),
+            {"model.patch": "2x4x8 does not divide the image size 8x18x24 (axis 2 of 3: 4 into 18)"}
+            | {"masking.unit": "axis 2 of 3"},
+        ),
+        (
+            [2, 4, 8],
+            [4, 8, 4],
+            (8, 16, 24),
+            {"masking.unit": "4x8x4 is not a multiple of the patch size 2x4x8 (axis 3 of 3"},
+        ),
+        (4, [4, 8, 16], (8, 16, 24), {"masking.unit": "(axis 3 of 3: 16 into 24)"}),
+        ([4, 8], [4, 8], (4, 8), {"masking.unit": "4x8 is the whole image (4x8)"}),
+        (
+            [2, 4, 3],
+            None,
+            (8, 16, 24),
+            {"model.patch": "2x4x3 does not divide the probe's unit 8 (axis 3 of 3: 3 into 8)"},
+        ),
+        ([4, 8], 8, (8, 8, 8), {"model.patch": "4x8 has 2 edges, but an image of 8x8x8 has 3"}),
+        (8, [8, 8, 8], (16, 16), {"masking.unit": "8x8x8 has 3 edges, but an image of 16x16 has"}),
     ],
 )
 def test_geometry_that_does_not_fit_is_named(patch, unit, size, expected):

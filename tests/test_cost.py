@@ -19,6 +19,8 @@ CASES = [
     ({"size": "nano", "patch": 8, "decoder": {"depth": 2, "width": 64}}, (32, 16), 2, 3, 0.5),
     ({"size": "tiny", "patch": 16, "decoder": {"depth": 2, "width": 192}}, (64, 48), 3, 9, 0),
     ({"size": "pico", "patch": 2, "decoder": {"depth": 1, "width": 64}}, (4, 6, 8), 1, 18, 1),
+    ({"size": "pico", "patch": [2, 4, 3], "decoder": {"depth": 1}}, (8, 12, 6), 2, 18, 0.5),
+    ({"size": "pico", "patch": [8, 2], "decoder": {"attention": "cross"}}, (16, 6), 1, 4, 0),
 ]
 
 
@@ -72,7 +74,7 @@ def test_a_whole_step_costs_what_the_counter_says(name, attention):
     with torch.device("meta"):
         mae = MAE(config, (24, 40), 2)
         image, place = torch.empty(1, 2, 24, 40), torch.zeros(1, dtype=torch.int64)
-        request = MaskRequest((3, 5), 9, 0.5, 0, 0, place, image, mae, 2)
+        request = MaskRequest((3, 5), 9, 0.5, 0, 0, place, image, mae, (2, 2))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             with torch.no_grad():
                 masks = choose_patches(config, request)
@@ -80,6 +82,24 @@ def test_a_whole_step_costs_what_the_counter_says(name, attention):
             mae(image, *masks).backward()
     found = mae_flops(config, (24, 40), 2, 36)
     assert (found["guide"], found["step"]) == (guide, counter.get_total_flops())
+
+
+def test_a_whole_step_with_edges_of_each_axis_costs_what_the_counter_says():
+    """3 x 5 x 1 units of 2 x 1 x 3 patches of 2 x 8 x 1 pixels, of which 9 units are hidden."""
+    model = {"size": "pico", "patch": [2, 8, 1], "decoder": {"depth": 2, "width": 64}}
+    size = (12, 40, 3)
+    for strategy in GUIDED.values():
+        config = trial(model, strategy=strategy, unit=[4, 8, 3], ratio=ALWAYS)
+        with torch.device("meta"):
+            mae = MAE(config, size, 2)
+            image, place = torch.empty(1, 2, *size), torch.zeros(1, dtype=torch.int64)
+            request = MaskRequest(mae.unit_grid, 9, 0.5, 0, 0, place, image, mae, (2, 1, 3))
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                with torch.no_grad():
+                    masks = choose_patches(config, request)
+                mae(image, *masks).backward()
+        assert mae.patches_per_unit == (2, 1, 3)
+        assert mae_flops(config, size, 2, 54)["step"] == counter.get_total_flops()
 
 
 def test_one_block_by_hand():
@@ -107,9 +127,10 @@ def test_less_than_a_batch_is_still_one_step():
     assert planned_flops(config, (16, 16), 1, num_images=1) == 4 * one
 
 
+@pytest.mark.parametrize("patch", [4, [4, 2]])
 @pytest.mark.parametrize("encoder", ["finetune", "frozen"])
-def test_segmenting_costs_what_a_real_model_does(encoder):
-    model = {"size": "pico", "patch": 4}
+def test_segmenting_costs_what_a_real_model_does(encoder, patch):
+    model = {"size": "pico", "patch": patch}
     config = TrialConfig.model_validate({"model": model, "segment": {"encoder": encoder}})
     images = torch.zeros(2, 3, 16, 8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -44,7 +44,15 @@ def trained_encoder(size, patch, channels):
 
 @pytest.mark.parametrize(
     ("size", "patch", "channels"),
-    [((32, 32), 8, 3), ((16, 16), 2, 1), ((16, 48), 8, 1), ((48, 16), 16, 4), ((12, 20), 4, 2)],
+    [
+        ((32, 32), (8, 8), 3),
+        ((16, 16), (2, 2), 1),
+        ((16, 48), (8, 8), 1),
+        ((48, 16), (16, 16), 4),
+        ((12, 20), (4, 4), 2),
+        ((16, 48), (4, 16), 3),
+        ((12, 20), (6, 2), 1),
+    ],
 )
 def test_timm_computes_the_same(tmp_path, size, patch, channels):
     encoder = trained_encoder(size, patch, channels)
@@ -61,7 +69,7 @@ def test_timm_computes_the_same(tmp_path, size, patch, channels):
 
 
 def test_the_description_says_how_to_feed_and_load_it(tmp_path, monkeypatch):
-    encoder = trained_encoder((16, 32), 8, 1)
+    encoder = trained_encoder((16, 32), (8, 8), 1)
     export_encoder(tmp_path, encoder, CONFIG, 7, dataset_of((16, 32), 1), {"probe_psnr": 21.5})
     text = (tmp_path / "encoder.json").read_text()
     about = json.loads(text)
@@ -82,7 +90,7 @@ def test_the_description_says_how_to_feed_and_load_it(tmp_path, monkeypatch):
 
 
 def test_nothing_but_the_encoder_is_in_the_file(tmp_path):
-    encoder = trained_encoder((16, 16), 8, 1)
+    encoder = trained_encoder((16, 16), (8, 8), 1)
     export_encoder(tmp_path, encoder, CONFIG, 7, dataset_of((16, 16), 1), {})
     names = load_file(tmp_path / "encoder.safetensors")
     assert {name.split(".")[0] for name in names} == {
@@ -96,4 +104,4 @@ def test_nothing_but_the_encoder_is_in_the_file(tmp_path):
 
 def test_volumes_are_refused_as_timm_has_none():
     with pytest.raises(UserError, match="images of 2 axes"):
-        timm_weights(trained_encoder((8, 8, 8), 4, 1))
+        timm_weights(trained_encoder((8, 8, 8), (4, 4, 4), 1))

@@ -91,6 +91,24 @@ def test_heat_map_cells_by_hand() -> None:
     assert list(numbers["has_control"]) == [False, True, False]
 
 
+def test_patches_of_numbers_and_of_lists_share_a_map() -> None:
+    tables = hand_made(
+        *(
+            {"arm": f"{patch}{ratio}", "patch": patch, "ratio": ratio, "miou": 0.5 + ratio / 10}
+            for patch in (16, [4, 8, 8], 8, [2, 4, 4])
+            for ratio in (0.3, 0.7)
+        ),
+        {"arm": "control", "origin": "control", "patch": 8, "miou": 0.5},
+    )
+    numbers = figures.ratio_patch_numbers(tables, MIOU)
+    assert list(numbers["patch"].unique()) == ["2x4x4", "4x8x8", 8, 16]
+    drawn = FIGURES["ratio_patch_miou"](tables)
+    assert drawn.figure is not None
+    assert list(drawn.figure.layout.yaxis.ticktext) == ["2x4x4", "4x8x8", "8", "16"]
+    for name, draw in FIGURES.items():
+        assert draw(tables).says, name
+
+
 def test_continuous_ratios_are_binned_and_schedules_count_with_their_mean() -> None:
     ratios: list[Any] = [0.05, 0.11, 0.33, 0.39, 0.61, 1 - 1e-9]
     ratios.append({"name": "linear", "start": 0.2, "end": 0.9})  # mean 0.55

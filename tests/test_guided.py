@@ -35,9 +35,11 @@ def ask(
     model, images, hidden, *, progress=0.5, grid=None, per_unit=1, seed=0, step=0, samples=None
 ):
     edges = images.shape[2:]
-    grid = grid or tuple(edge // model.encoder.patch // per_unit for edge in edges)
+    grid = grid or tuple(edge // model.encoder.patch[0] // per_unit for edge in edges)
     samples = torch.arange(len(images)) if samples is None else samples
-    return MaskRequest(grid, hidden, progress, seed, step, samples, images, model, per_unit)
+    return MaskRequest(
+        grid, hidden, progress, seed, step, samples, images, model, (per_unit,) * len(grid)
+    )
 
 
 class Told:
@@ -191,7 +193,7 @@ def test_errors_are_the_mean_square_of_each_patch():
     is_hidden_BP = hide_smallest(torch.rand(3, 6, generator=torch.Generator().manual_seed(2)), 4)
     visible_BV, hidden_BX = split_indices(is_hidden_BP, 4)
     error = (model.reconstruct(images, visible_BV, hidden_BX) - images).square()
-    expected = patchify(error, 4).mean(-1).gather(1, hidden_BX)
+    expected = patchify(error, (4, 4)).mean(-1).gather(1, hidden_BX)
     found = model.patch_errors(images, visible_BV, hidden_BX, normalised=False)
     torch.testing.assert_close(found, expected)
 
@@ -277,7 +279,7 @@ def test_attention_of_the_class_token_equals_the_last_blocks_own():
     found = model.class_attention(images)
 
     encoder, last = model.encoder, model.encoder.blocks[-1]
-    tokens = encoder.layers(patchify(images, 4))[-2]
+    tokens = encoder.layers(patchify(images, (4, 4)))[-2]
     query, key, _ = last.attn.qkv(last.norm1(tokens)).chunk(3, dim=-1)
     heads = encoder.heads
     expected = torch.stack(
@@ -296,7 +298,7 @@ def test_attention_of_the_class_token_equals_the_last_blocks_own():
 def test_a_unit_has_the_mean_of_its_patches(unit_grid):
     grid = [2 * units for units in unit_grid]
     values_BP = torch.randn(2, math.prod(grid), generator=torch.Generator().manual_seed(6))
-    found = to_units(values_BP, unit_grid, 2)
+    found = to_units(values_BP, unit_grid, (2,) * len(grid))
     pooled = values_BP.reshape(2, *grid)
     for axis in range(len(grid)):
         pooled = pooled.unflatten(axis + 1, (-1, 2)).mean(axis + 2)

@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from trainables.data import DataConfig, open_dataset, prepare
 from trainables.data.files import MAX_PIXELS
-from trainables.data.images import images, tile_corners
+from trainables.data.images import images
+from trainables.data.rows import tile_corners
 from trainables.data.store import Source
 from trainables.errors import UserError
 
@@ -560,7 +561,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(study):
         ({"folder": "data"}, "either manifest"),
         ({"manifest": "no.csv"}, "cannot read"),
         ({"manifest": "data/images/i0.png"}, "not a CSV file in UTF-8"),
-        ({"manifest": None, "folder": "nowhere"}, "holds no PNG, JPEG or TIFF"),
+        ({"manifest": None, "folder": "nowhere"}, "holds no file that ends in .png, .jpg"),
         ({"where": {"organ": "skin"}}, "no column 'organ'; it has 'image', 'mask'"),
         ({"where": {"split": "never"}}, "no row with split=never (split has test, train, val)"),
         ({"columns": {"group": "patient"}}, "no column 'patient'"),

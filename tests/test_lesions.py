@@ -39,7 +39,8 @@ SELECTIONS = [
 
 def request(grid, hidden, images=None, *, batch=6, first=0, step=0, model=None, patches_per_unit=1):
     samples_B = torch.arange(first, first + batch)
-    return MaskRequest(grid, hidden, 0.5, 0, step, samples_B, images, model, patches_per_unit)
+    edges = (patches_per_unit,) * len(grid)
+    return MaskRequest(grid, hidden, 0.5, 0, step, samples_B, images, model, edges)
 
 
 def noise_images(grid, *, batch=6, channels=2, unit=4):
@@ -124,7 +125,7 @@ def test_rounding_in_a_flat_image_is_not_magnified():
 
 def test_features_of_the_encoder_are_means_of_each_units_patches():
     class Encoder:
-        patch = 2
+        patch = (2, 2)
 
         def __call__(self, patches_BPQ, visible_BV):
             assert visible_BV is None
@@ -258,9 +259,9 @@ def test_the_highest_loss_is_a_mean_over_hidden_units(patches_per_unit):
     assert shown["hidden"].shape == (batch, 3 * patches_per_unit**2)
     assert shown["visible"].shape == (batch, 3 * patches_per_unit**2)
 
-    errors_BU = to_units(patch_error_BP, grid, patches_per_unit)
+    errors_BU = to_units(patch_error_BP, grid, (patches_per_unit,) * 2)
     hidden_patches = torch.zeros_like(patch_error_BP).scatter_(1, shown["hidden"], 1.0)
-    is_hidden_BU = to_units(hidden_patches, grid, patches_per_unit) == 1
+    is_hidden_BU = to_units(hidden_patches, grid, (patches_per_unit,) * 2) == 1
     assert is_hidden_BU.sum(dim=1).tolist() == [3] * batch
     for row in range(batch):
         means = {}

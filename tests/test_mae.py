@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from trainables.config import TrialConfig
+from trainables.edges import grid_of
 from trainables.mae import (
     DEVIATION_FLOOR,
     Encoder,
@@ -18,7 +19,15 @@ from trainables.masking import MaskRequest, pixels_hidden, random, split_indices
 from trainables.timm_blocks import create_model
 
 # image size, patch, channels: not square, not cubic
-SHAPES = [((8, 12), 4, 3), ((12, 8), 2, 1), ((4, 6, 8), 2, 1), ((3, 5), 1, 2)]
+SHAPES = [
+    ((8, 12), (4, 4), 3),
+    ((12, 8), (2, 2), 1),
+    ((4, 6, 8), (2, 2, 2), 1),
+    ((3, 5), (1, 1), 2),
+    ((8, 12), (4, 2), 1),
+    ((8, 12, 6), (2, 4, 3), 2),
+    ((6,), (2,), 1),
+]
 
 
 def pico(patch=4, decoder_width=64, masking=None, decoder=None, **pretrain):
@@ -43,7 +52,7 @@ def split(grid, hidden, batch=4, step=0):
 
 def half(size, patch, batch=4, step=0):
     """Half of the patches hidden, and the same as pixels (B, 1, *S)."""
-    grid = tuple(edge // patch for edge in size)
+    grid = grid_of(size, patch)
     is_hidden_BP, visible_BV, hidden_BX = split(
         grid, len(positions(grid, patch, 4)) // 2, batch, step
     )
@@ -61,7 +70,7 @@ def without_prediction(model):
 
 def test_patches_by_hand():
     image = torch.arange(24.0).reshape(1, 1, 4, 6)
-    patches = patchify(image, 2)
+    patches = patchify(image, (2, 2))
     assert patches.shape == (1, 6, 4)
     assert patches[0, 0].tolist() == [0, 1, 6, 7]
     assert patches[0, 1].tolist() == [2, 3, 8, 9]
@@ -70,22 +79,22 @@ def test_patches_by_hand():
 
 def test_channels_are_the_innermost_axis_of_a_patch():
     image = torch.stack([torch.arange(4.0).reshape(2, 2), 10 + torch.arange(4.0).reshape(2, 2)])
-    assert patchify(image[None], 2)[0, 0].tolist() == [0, 10, 1, 11, 2, 12, 3, 13]
+    assert patchify(image[None], (2, 2))[0, 0].tolist() == [0, 10, 1, 11, 2, 12, 3, 13]
 
 
 @pytest.mark.parametrize(("size", "patch", "channels"), SHAPES)
 def test_patches_go_back_to_where_they_were(size, patch, channels):
     images = images_of(size, channels)
-    grid = tuple(edge // patch for edge in size)
+    grid = grid_of(size, patch)
     assert torch.equal(unpatchify(patchify(images, patch), grid, patch, channels), images)
 
 
 def test_embedding_patches_equals_a_convolution():
     images = images_of((8, 12), 3)
-    encoder = Encoder("pico", 4, (8, 12), 3)
+    encoder = Encoder("pico", (4, 4), (8, 12), 3)
     weight_DCpq = encoder.embed.weight.reshape(64, 4, 4, 3).permute(0, 3, 1, 2)
     expected = nn.functional.conv2d(images, weight_DCpq, encoder.embed.bias, stride=4)
-    embedded_BPD = encoder.embed(patchify(images, 4))
+    embedded_BPD = encoder.embed(patchify(images, (4, 4)))
     torch.testing.assert_close(embedded_BPD, expected.flatten(2).transpose(1, 2))
 
 
@@ -94,7 +103,7 @@ def test_embedding_patches_equals_a_convolution():
 
 def test_positions_by_hand():
     # two patches of 8 pixels side by side: centres at 4 and (4, 12) pixels = 0.25 and (0.25, 0.75)
-    code = positions((1, 2), 8, 8).tolist()
+    code = positions((1, 2), (8, 8), 8).tolist()
     wave = 10000**-0.5
     first = [0.247404, 0.25 * wave, 0.968912, 1.0]
     second = [0.681639, 0.75 * wave, 0.731689, 1.0]
@@ -105,22 +114,22 @@ def test_positions_by_hand():
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_a_place_keeps_its_code_at_every_patch_size(axes):
     # the centre of one patch of 48 pixels is that of the middle one of 3 of 16 and of 9 of 48/9
-    one = positions((1,) * axes, 48, 64)[0]
-    assert torch.equal(one, positions((3,) * axes, 16, 64)[3**axes // 2])
+    one = positions((1,) * axes, (48,) * axes, 64)[0]
+    assert torch.equal(one, positions((3,) * axes, (16,) * axes, 64)[3**axes // 2])
 
 
 def test_a_code_is_made_of_the_axes_codes_in_the_order_of_patches():
-    code = positions((2, 3, 4), 8, 66).reshape(2, 3, 4, 3, 22)
+    code = positions((2, 3, 4), (8, 8, 8), 66).reshape(2, 3, 4, 3, 22)
     for axis in range(3):
         line = [1, 1, 1]
         line[axis] = (2, 3, 4)[axis]
-        alone = positions(tuple(line), 8, 66).reshape(*line, 3, 22)[..., axis, :]
+        alone = positions(tuple(line), (8, 8, 8), 66).reshape(*line, 3, 22)[..., axis, :]
         assert torch.equal(code[..., axis, :], alone.expand(2, 3, 4, 22))
     assert len(code.reshape(24, 66).unique(dim=0)) == 24
 
 
 def test_what_the_axes_do_not_share_equally_is_zero():
-    code = positions((2, 3, 4), 8, 64)
+    code = positions((2, 3, 4), (8, 8, 8), 64)
     assert code.shape == (24, 64)
     assert (code[:, 60:] == 0).all()
 
@@ -143,14 +152,14 @@ def test_the_encoder_sees_visible_pixels_only(size, patch, channels):
 
 def test_all_patches_visible_is_the_same_as_none_named():
     encoder = build_mae(pico(), (8, 12), 3, 0).encoder
-    patches_BPQ = patchify(images_of((8, 12), 3), 4)
+    patches_BPQ = patchify(images_of((8, 12), 3), (4, 4))
     everything = torch.arange(6).expand(4, -1)
     torch.testing.assert_close(encoder(patches_BPQ), encoder(patches_BPQ, everything))
 
 
 def test_a_visible_patch_keeps_its_position():
     encoder = build_mae(pico(), (8, 12), 3, 0).encoder
-    patches_BPQ = patchify(images_of((8, 12), 3), 4)
+    patches_BPQ = patchify(images_of((8, 12), 3), (4, 4))
     # in another order the same tokens come out in that order
     tokens = encoder(patches_BPQ, torch.tensor([[1, 5]] * 4))
     turned = encoder(patches_BPQ, torch.tensor([[5, 1]] * 4))
@@ -178,12 +187,12 @@ def test_the_encoder_equals_a_vision_transformer_of_timm():
     }
     vit.load_state_dict(state)
     images = images_of((8, 12), 3)
-    torch.testing.assert_close(encoder(patchify(images, 4)), vit.forward_features(images))
+    torch.testing.assert_close(encoder(patchify(images, (4, 4))), vit.forward_features(images))
 
 
 def test_features_are_grid_tokens_after_the_named_blocks():
     encoder = build_mae(pico(), (8, 12), 3, 0).encoder
-    patches_BPQ = patchify(images_of((8, 12), 3), 4)
+    patches_BPQ = patchify(images_of((8, 12), 3), (4, 4))
     last, first = encoder.features(patches_BPQ, [4, 1])
     assert torch.equal(last, encoder(patches_BPQ)[:, 1:])
     after_one = encoder.blocks[0](encoder.layers(patches_BPQ)[0])
@@ -241,16 +250,16 @@ def test_the_loss_is_the_error_of_the_reconstruction(size, patch, channels):
 def test_a_replaced_patch_is_not_seen_but_its_place_is():
     model = build_mae(pico(masking={"secondary": 0.5}), (8, 12), 3, 0)
     images = images_of((8, 12), 3)
-    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    visible_BV, hidden_BX, _ = half((8, 12), (4, 4))
     is_replaced_BV = torch.zeros_like(visible_BV, dtype=torch.bool)
     is_replaced_BV[:, 1] = True
     loss = model(images, visible_BV, hidden_BX, is_replaced_BV)
     assert loss != model(images, visible_BV, hidden_BX)
 
-    patches_BPQ = patchify(images, 4)
+    patches_BPQ = patchify(images, (4, 4))
     for place, is_felt in ((1, False), (0, True)):
         number_B1 = visible_BV[:, place : place + 1, None].expand(-1, -1, 48)
-        changed = unpatchify(patches_BPQ.scatter(1, number_B1, 9.0), (2, 3), 4, 3)
+        changed = unpatchify(patches_BPQ.scatter(1, number_B1, 9.0), (2, 3), (4, 4), 3)
         found = model(changed, visible_BV, hidden_BX, is_replaced_BV)
         assert (found != loss) == is_felt
     other = is_replaced_BV.roll(1, 1)
@@ -262,7 +271,7 @@ def test_a_cross_decoder_shows_the_truth_where_it_predicts_nothing():
         config = pico(decoder={"attention": "cross"}, target=target)
         model = build_mae(config, (8, 12), 3, 0)
         images = images_of((8, 12), 3)
-        visible_BV, hidden_BX, is_hidden = half((8, 12), 4)
+        visible_BV, hidden_BX, is_hidden = half((8, 12), (4, 4))
         picture = model.reconstruct(images, visible_BV, hidden_BX)
         is_hidden = is_hidden.expand_as(images)
         torch.testing.assert_close(picture[~is_hidden], images[~is_hidden])
@@ -272,11 +281,11 @@ def test_a_cross_decoder_shows_the_truth_where_it_predicts_nothing():
 def test_every_patch_knows_its_place_in_the_decoder():
     model = build_mae(pico(), (8, 12), 3, 0)
     images = images_of((8, 12), 3)
-    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    visible_BV, hidden_BX, _ = half((8, 12), (4, 4))
     picture = model.reconstruct(images, visible_BV, hidden_BX)
     turned = model.reconstruct(images, visible_BV.flip(1), hidden_BX.flip(1))
     torch.testing.assert_close(picture, turned)
-    predicted_BPQ = patchify(picture, 4)[0, hidden_BX[0]]
+    predicted_BPQ = patchify(picture, (4, 4))[0, hidden_BX[0]]
     assert (predicted_BPQ[0] - predicted_BPQ[1:]).abs().amax(1).min() > 0.01
 
 
@@ -304,7 +313,7 @@ def test_one_grey_level_in_an_even_patch_stays_a_small_target():
 
 def test_patches_of_a_single_value_can_be_normalised():
     model = build_mae(pico(1, target="normalised"), (2, 3), 1, 0)
-    visible_BV, hidden_BX, _ = half((2, 3), 1)
+    visible_BV, hidden_BX, _ = half((2, 3), (1, 1))
     loss = model(images_of((2, 3), 1), visible_BV, hidden_BX)
     assert loss.isfinite()
 
@@ -325,7 +334,7 @@ def test_an_oracle_undoes_the_normalisation():
 def test_every_parameter_gets_a_gradient(visible_weight, target):
     config = pico(visible_weight=visible_weight, target=target)
     model = build_mae(config, (8, 12), 3, 0)
-    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    visible_BV, hidden_BX, _ = half((8, 12), (4, 4))
     images = images_of((8, 12), 3)
     model(images, visible_BV, hidden_BX).backward()
     without = [
@@ -339,7 +348,7 @@ def test_every_parameter_gets_a_gradient(visible_weight, target):
 def test_two_half_batches_average_to_the_gradient_of_the_whole():
     model = build_mae(pico(visible_weight=0.5), (8, 12), 3, 0)
     images = images_of((8, 12), 3)
-    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    visible_BV, hidden_BX, _ = half((8, 12), (4, 4))
     gradients = {}
     for name, rows in {"whole": slice(0, 4), "first": slice(0, 2), "second": slice(2, 4)}.items():
         model.zero_grad()
@@ -353,7 +362,7 @@ def test_two_half_batches_average_to_the_gradient_of_the_whole():
 
 def test_a_few_steps_learn_one_batch():
     model = build_mae(pico(), (8, 12), 1, 0)
-    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    visible_BV, hidden_BX, _ = half((8, 12), (4, 4))
     images = images_of((8, 12), 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
@@ -368,7 +377,7 @@ def test_a_few_steps_learn_one_batch():
 
 def test_half_precision_gives_nearly_the_same_loss_in_float32():
     model = build_mae(pico(), (8, 12), 3, 0)
-    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    visible_BV, hidden_BX, _ = half((8, 12), (4, 4))
     images = images_of((8, 12), 3)
     exact = model(images, visible_BV, hidden_BX)
     with torch.autocast("cpu", torch.bfloat16):
@@ -380,7 +389,7 @@ def test_half_precision_gives_nearly_the_same_loss_in_float32():
 
 def test_the_forward_pass_compiles_in_one_piece():
     model = build_mae(pico(visible_weight=0.1), (8, 12), 1, 0)
-    visible_BV, hidden_BX, _ = half((8, 12), 4)
+    visible_BV, hidden_BX, _ = half((8, 12), (4, 4))
     images = images_of((8, 12), 1)
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     expected = model(images, visible_BV, hidden_BX)

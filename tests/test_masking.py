@@ -1,6 +1,7 @@
 """Masking strategies and their geometry. Run: python -m pytest tests/test_masking.py"""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,8 @@ def ask(name, grid, hidden, samples=None, *, patches_per_unit=1, seed=0, step=0)
     model = model_of(name, grid, patches_per_unit)
     size = [2 * patches_per_unit * units for units in grid]
     noise = counter.uniform(7, "images", 0, samples, math.prod(size)).reshape(-1, 1, *size)
-    request = MaskRequest(grid, hidden, 0.5, seed, step, samples, noise, model, patches_per_unit)
+    edges = (patches_per_unit,) * len(grid)
+    request = MaskRequest(grid, hidden, 0.5, seed, step, samples, noise, model, edges)
     return hide(config_of(name, patches_per_unit), request)
 
 
@@ -62,7 +64,7 @@ def test_every_sample_hides_exactly_the_asked_count(name, grid, patches_per_unit
         assert is_hidden_BU.dtype == torch.bool
         assert is_hidden_BU.shape == (6, math.prod(grid))
         assert is_hidden_BU.sum(1).tolist() == [hidden] * 6
-        is_hidden_BP = unit_to_patch(is_hidden_BU, grid, patches_per_unit)
+        is_hidden_BP = unit_to_patch(is_hidden_BU, grid, (patches_per_unit,) * len(grid))
         assert is_hidden_BP.sum(1).tolist() == [hidden * patches_per_unit ** len(grid)] * 6
 
 
@@ -167,7 +169,7 @@ def test_a_linear_plan_by_hand():
 
 def test_units_spread_over_their_patches_by_hand():
     is_hidden_BU = torch.tensor([[True, False, False, False, True, True]])
-    spread = unit_to_patch(is_hidden_BU, (2, 3), 2).reshape(4, 6).int().tolist()
+    spread = unit_to_patch(is_hidden_BU, (2, 3), (2, 2)).reshape(4, 6).int().tolist()
     assert spread == [
         [1, 1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -186,29 +188,41 @@ def test_indices_are_split_in_ascending_order():
     assert visible_BV.dtype == hidden_BX.dtype == torch.int64
 
 
-@pytest.mark.parametrize("patch", [1, 2, 4])
-@pytest.mark.parametrize("patches_per_unit", [1, 2])
-@pytest.mark.parametrize("unit_grid", [(2, 5), (5, 2), (2, 3, 4)])
+@pytest.mark.parametrize(
+    ("unit_grid", "patches_per_unit", "patch"),
+    [
+        ((2, 5), (1, 1), (1, 1)),
+        ((5, 2), (2, 2), (1, 1)),
+        ((2, 5), (2, 2), (4, 4)),
+        ((2, 3, 4), (1, 1, 1), (2, 2, 2)),
+        ((2, 3, 4), (2, 2, 2), (1, 1, 1)),
+        ((5, 2), (1, 3), (2, 1)),
+        ((2, 3, 2), (2, 1, 2), (2, 4, 3)),
+        ((3, 1, 4), (1, 3, 2), (3, 2, 1)),
+        ((7,), (2,), (3,)),
+    ],
+)
 def test_visible_patches_are_exactly_where_pixels_are_not_hidden(
     unit_grid, patches_per_unit, patch
 ):
-    grid = tuple(units * patches_per_unit for units in unit_grid)
-    hidden = math.prod(unit_grid) // 3
+    axes = range(len(unit_grid))
+    grid = tuple(unit_grid[axis] * patches_per_unit[axis] for axis in axes)
+    hidden = max(1, math.prod(unit_grid) // 3)
     is_hidden_BU = MASKING["random"](blind(unit_grid, hidden, torch.arange(6)))
     is_hidden_BP = unit_to_patch(is_hidden_BU, unit_grid, patches_per_unit)
-    num_hidden = hidden * patches_per_unit ** len(unit_grid)
+    num_hidden = hidden * math.prod(patches_per_unit)
     visible_BV, hidden_BX = split_indices(is_hidden_BP, num_hidden)
 
     is_hidden_pixel = pixels_hidden(is_hidden_BP, grid, patch)
     # every pixel asks its own unit, without the helpers
-    unit = patches_per_unit * patch
+    edges = [patches_per_unit[axis] * patch[axis] for axis in axes]
     for sample in range(6):
-        for pixel in torch.cartesian_prod(*[torch.arange(0, units * unit) for units in unit_grid]):
+        for pixel in itertools.product(*(range(grid[axis] * patch[axis]) for axis in axes)):
             number = 0
-            for axis, units in enumerate(unit_grid):
-                number = number * units + int(pixel[axis]) // unit
+            for axis in axes:
+                number = number * unit_grid[axis] + pixel[axis] // edges[axis]
             assert is_hidden_pixel[(sample, *pixel)] == is_hidden_BU[sample, number]
-        if patch * patches_per_unit > 2:
+        if len(is_hidden_pixel[0].flatten()) > 100:
             break  # one sample of the large ones is enough
 
     patches_BPQ = patchify(is_hidden_pixel[:, None].float(), patch)

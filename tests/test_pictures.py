@@ -9,6 +9,7 @@ from trainables.pictures import (
     GAP,
     HEAT,
     class_colour,
+    middle_slice,
     save_masks,
     save_reconstruction,
     save_segmentation,
@@ -46,6 +47,28 @@ def test_a_segmentation_shows_fixed_colours_over_the_dimmed_image(tmp_path):
     shown = [grid[0, 256 + GAP + 64 * x].tolist() for x in range(4)]
     assert shown == [[51] * 3, list(class_colour(1)), list(class_colour(2)), [160] * 3]
     assert (grid[:, 2 * (256 + GAP) :] == 51).all()
+
+
+def test_of_volumes_the_middle_slice_of_the_first_axis_is_drawn(tmp_path):
+    images = torch.zeros(1, 1, 3, 128, 160)
+    images[:, :, 1] = 0.2
+    hidden = torch.zeros(1, 3, 128, 160, dtype=torch.bool)
+    hidden[:, 1, :64] = True
+    labels = torch.full((1, 3, 128, 160), 255)
+    labels[:, 1] = 1
+    assert torch.equal(middle_slice(images), images[:, :, 1])
+    save_reconstruction(tmp_path / "r.png", images, hidden, torch.ones_like(images))
+    save_segmentation(tmp_path / "s.png", images, labels, labels)
+    save_masks(tmp_path / "m.png", images, hidden, hidden.float(), labels)
+    left, middle = 0, 160 + GAP
+    grid = read(tmp_path / "r.png")
+    assert grid.shape == (128, 3 * 160 + 2 * GAP, 3)
+    assert [grid[0, x, 0] for x in (left, middle, 2 * middle)] == [51, 128, 255]
+    assert [grid[127, x, 0] for x in (left, middle, 2 * middle)] == [51, 51, 51]
+    assert read(tmp_path / "s.png")[0, middle].tolist() == list(class_colour(1))
+    drawn = read(tmp_path / "m.png")
+    assert drawn[0, middle].tolist() == list(class_colour(1))
+    assert [drawn[y, 2 * middle, 0] for y in (0, 127)] == [128, 51]
 
 
 def test_more_than_three_channels_show_the_first_three(tmp_path):

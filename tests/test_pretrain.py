@@ -126,8 +126,8 @@ def test_discs_smaller_than_the_patch_are_not_reconstructed_and_larger_ones_are(
     model.load_state_dict(checkpoint.weights(checkpoint.load_latest(tmp_path / "checkpoints")[0]))
     rows = torch.as_tensor(data.rows("val"))
     images, _ = to_device(data, data.rows("val"), CPU).batch(torch.arange(len(rows)))
-    is_hidden_BP, hidden = probe_mask(probe, 0.5, data.size, 4, rows)
-    is_hidden = pixels_hidden(is_hidden_BP, (4, 4), 4)
+    is_hidden_BP, hidden = probe_mask(probe, 0.5, data.size, (4, 4), rows)
+    is_hidden = pixels_hidden(is_hidden_BP, (4, 4), (4, 4))
     with torch.no_grad():
         guess = model.reconstruct(images, *split_indices(is_hidden_BP, hidden))
     guess, truth = (to_intensity(picture, data.mean, data.std) for picture in (guess, images))
@@ -339,7 +339,7 @@ def meet_batches(config, context, first_step):
 def test_visible_units_are_replaced_whole_and_hidden_ones_never():
     """16 units of 2 x 2 patches, 8 hidden; a quarter of the other 8 is replaced."""
     config = toy.trial(masking__unit=8, masking__secondary=0.25)
-    request = MaskRequest((4, 4), 8, 0.0, 0, 0, torch.arange(5), patches_per_unit=2)
+    request = MaskRequest((4, 4), 8, 0.0, 0, 0, torch.arange(5), patches_per_unit=(2, 2))
     visible_BV, hidden_BX, is_replaced_BV = choose_patches(config, request)
     assert is_replaced_BV.sum(1).tolist() == [8] * 5
     is_replaced_BP = torch.zeros(5, 64, dtype=torch.bool).scatter(1, visible_BV, is_replaced_BV)

@@ -9,6 +9,8 @@ from scipy import ndimage
 
 from tests import toy
 from trainables.config import ProbeConfig, TrialConfig
+from trainables.edges import grid_of, per_axis
+from trainables.errors import UserError
 from trainables.mae import build_mae
 from trainables.masking import pixels_hidden
 from trainables.metrics import METRICS
@@ -31,17 +33,38 @@ ROWS = torch.tensor([5, 2, 40])
 
 
 def pixels_of(probe, ratio, size, patch, rows=ROWS):
+    patch = per_axis(patch, len(size), "patch")
     is_hidden_BP, hidden = probe_mask(probe, ratio, size, patch, rows)
     assert is_hidden_BP.sum(dim=1).eq(hidden).all()
-    return pixels_hidden(is_hidden_BP, [edge // patch for edge in size], patch)
+    return pixels_hidden(is_hidden_BP, grid_of(size, patch), patch)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
 def test_the_same_pixels_are_hidden_for_every_patch_size(ratio):
     expected = pixels_of(PROBE, ratio, (64, 96), 16)
     assert expected.float().mean().item() == ratio
-    for patch in (2, 4, 8):
+    for patch in (2, 4, 8, (2, 16), (8, 4)):
         assert pixels_of(PROBE, ratio, (64, 96), patch).equal(expected)
+
+
+@pytest.mark.parametrize("unit", [4, (4, 4, 4), (4, 4, 8)], ids=str)
+def test_the_same_voxels_are_hidden_for_every_patch(unit):
+    probe, size = ProbeConfig(unit=unit, seed=3), (8, 12, 16)
+    expected = pixels_of(probe, 0.5, size, (1, 1, 1))
+    for patch in ((2, 4, 4), (4, 4, 2), (4, 2, 4), 4, 2):
+        assert pixels_of(probe, 0.5, size, patch).equal(expected)
+    # as blocks of the unit, and some of each kind
+    depth, height, width = per_axis(unit, 3, "unit")
+    corners = expected[:, ::depth, ::height, ::width]
+    for axis, edge in enumerate((depth, height, width), start=1):
+        corners = corners.repeat_interleave(edge, axis)
+    assert expected.equal(corners)
+    assert expected.float().mean().item() == 0.5
+
+
+def test_a_probe_for_another_number_of_axes_is_refused():
+    with pytest.raises(UserError, match=r"probe.unit: given \[4, 8\], 2 edges, .* 3 axes"):
+        probe_mask(ProbeConfig(unit=(4, 8)), 0.5, (8, 8, 8), (2, 2, 2), ROWS)
 
 
 def test_hidden_regions_are_whole_blocks_of_the_unit():
@@ -147,7 +170,7 @@ def test_measures_by_hand():
         torch.testing.assert_close(images, (truth - 0.5) / 0.2)
         calls.append((visible_BV.shape[1], hidden_BX.shape[1]))
         is_hidden = torch.zeros(3, 64, dtype=torch.bool).scatter_(1, hidden_BX, True)
-        guess = torch.where(pixels_hidden(is_hidden, (8, 8), 8)[:, None], truth + 0.1, 0.0)
+        guess = torch.where(pixels_hidden(is_hidden, (8, 8), (8, 8))[:, None], truth + 0.1, 0.0)
         return (guess - 0.5) / 0.2
 
     found = measure(reconstruct, None, (truth - 0.5) / 0.2, ROWS, config, PROBE, mean, std)

@@ -50,6 +50,19 @@ def test_a_parameter_under_a_label_is_asked_for_under_that_label_only():
     assert config.masking.ratio.options() == {"start": 0.2, "end": 0.8}
 
 
+def test_edges_of_each_axis_are_searched_under_labels():
+    choices = "{flat: [4, 16], cube: [8, 8], any: [{low: 2, high: 4, step: 2}, 8]}"
+    spec = study(f"  model.patch: {{choices: {choices}}}\n", "sampler: grid\n")
+    points = space.enumerate_grid(spec)
+    patches = [space.resolve(spec, point.overrides).model.patch for point in points]
+    assert patches == [(4, 16), (8, 8), (2, 8), (4, 8)]
+    assert points[0].labels == {"model.patch": "flat"}
+    assert points[3].params == {"model.patch": "any", "model.patch/any.0": 4}
+    # the trial's 8 is the same as a list of nothing else
+    assert space.params_of(spec, spec.trial) == {"model.patch": "cube"}
+    assert space.params_of(spec, space.resolve(spec, points[3].overrides)) == points[3].params
+
+
 def test_what_is_not_searched_stays_as_in_the_trial():
     config = space.resolve(study(), {"model.patch": 4})
     expected = study().trial.model_dump() | {

@@ -195,6 +195,11 @@ SEARCH = "search:\n  model.patch: {choices: [4, 8, 16]}\n"
         ("ratio: {choices: [1]}", "did you mean 'masking.ratio'?"),
         ("trial.model.size: {choices: [pico]}", "did you mean 'model.size'?"),
         ("model.decoder: {choices: [{depth: 2}]}", "without a label"),
+        ("model.patch: {choices: [8, [4, 8]]}", "given [4, 8] without a label"),
+        ("model.patch: {choices: {a: 8, b: [4, 0]}}", "b: given [4, 0]; expected a valid integer"),
+        ("model.patch: {choices: {a: 8, b: [4, 8, 8]}}", "4x8x8 has 3 edges, but an image of 64x"),
+        ("model.patch: {choices: {a: [4, 8], b: [8, 8, 8]}}", "given lists of 2 and 3 edges"),
+        ("model.patch: {choices: {a: [4, 12]}}", "4x12 does not divide the image size 64x64 (axis"),
         ("model.decoder: {choices: {a/b: {depth: 2}}}", "without '.' and '/'"),
         ("model.decoder: {choices: {a: {dpth: 2}}}", "did you mean 'depth'?"),
         ("model.decoder: {choices: {a: {depth: {low: 3, high: 2}}}}", "expected low < high"),
@@ -360,6 +365,25 @@ def test_an_arm_that_cannot_run_is_refused_with_a_way_out(old, new, line, words)
     told = [text for text in mistakes(changed(old, new)) if words in text]
     assert told, mistakes(changed(old, new))
     assert told[0].startswith(f"s.yaml:{line}: ")
+
+
+def test_the_probe_follows_the_longest_edge_along_every_axis():
+    volumes = "data: {source: smears, size: [32, 64]}"
+    patches = "{choices: {flat: [2, 16], tall: [16, 4], cube: 8}}"
+    text = changed("data: {source: smears, size: 64}", volumes).replace(
+        "{choices: [4, 8, 16]}", patches
+    )
+    assert parse(text).probe.unit == (16, 16)
+    given = text + "probe: {unit: [16, 32]}\n"
+    assert parse(given).probe.unit == (16, 32)
+    (told,) = mistakes(text + "probe: {unit: [16, 48]}\n")
+    assert "unit 16x48 does not divide the image size 32x64 into at least two" in told
+    assert "expected one of 2, 4, 8, 16, or a list with a divisor of each of 32, 64" in told
+    (told,) = mistakes(text + "probe: {unit: [16, 16, 16]}\n")
+    assert "the probe's unit 16x16x16 has 3 edges, but an image of 32x64 has 2 axes" in told
+    told = mistakes(text + "probe: {unit: [8, 32]}\n")
+    assert "16x4 does not divide the probe's unit 8x32 (axis 1 of 2: 16 into 8)" in told[0]
+    assert "such as [16, 16]" in told[0] or "such as 16" in told[0]
 
 
 def test_every_combination_of_patch_and_unit_is_looked_at():

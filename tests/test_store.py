@@ -161,6 +161,33 @@ def test_object_sizes_come_from_training_masks_as_diameters_of_discs(tmp_path):
     assert described["pixel_share"] == {"background": 0.91797, "cell": 0.08203}  # 21 of 256
 
 
+def test_volumes_are_kept_standardised_and_measured_as_balls(tmp_path):
+    images = np.zeros((3, 2, 4, 6, 8), np.uint16)
+    images[:, 0, 2:], images[:, 1, :, :3] = 100, 40
+    masks = np.zeros((3, 4, 6, 8), np.uint8)
+    masks[0, 0, 0, 0] = masks[0, 1, 1, 1] = 1  # corners touch: one object of 2
+    masks[0, :3, 3:6, 5:8] = 1  # and one of 27
+    dataset = open_dataset(write(source_of(images, masks, window=(0, 200)), tmp_path))
+    assert dataset.size == (4, 6, 8) and dataset.describe()["size"] == [4, 6, 8]
+    assert dataset.mean == pytest.approx((0.25, 0.1)) and dataset.std == pytest.approx((0.25, 0.1))
+    batch, labels = to_device(dataset, np.array([0, 1]), "cpu").batch(torch.tensor([1, 0]))
+    assert batch.shape == (2, 2, 4, 6, 8) and labels is not None and labels.shape == (2, 4, 6, 8)
+    assert batch[:, 0].unique().tolist() == batch[:, 1].unique().tolist() == [-1, 1]
+    assert batch[0, 0, 3, 0, 0] == batch[0, 1, 0, 0, 0] == 1 and labels[1, 2, 5, 7] == 1
+    small, large = (2 * (voxels * 3 / 4 / np.pi) ** (1 / 3) for voxels in (2, 27))
+    expected = np.quantile([small, large], [1 / 3, 2 / 3])
+    assert dataset.object_edges == pytest.approx(tuple(expected))
+
+
+def test_large_rows_are_counted_in_small_portions(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainables.data.store.PIXELS_AT_ONCE", 20)  # one image of 16 at a time
+    dataset = open_dataset(
+        write(source_of(levels(900, 1, 500, dtype=np.uint16), window=(100, 500)), tmp_path)
+    )
+    assert dataset.images[:, 0, 0, 3].tolist() == [500, 100, 500]
+    assert dataset.mean == pytest.approx((0.5,))
+
+
 def test_classes_without_names_are_counted_from_the_masks(tmp_path):
     masks = np.zeros((3, 4, 4), np.uint8)
     masks[0, 0, 0], masks[1, 0, 0], masks[2, 0, 0] = 2, 3, 255

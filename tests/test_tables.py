@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.tables import _label, arm_scores, final, flatten, load, mean_ratio
+from analysis.tables import _label, arm_scores, by_size, final, flatten, load, mean_ratio
 from study.folder import StudyFolder
 from study.ledger import LedgerError, Suggestion
 from tests.synthetic import hand_made, study_tables, write_study
@@ -74,6 +74,19 @@ def test_the_trial_that_made_an_arm_stand_out_no_longer_counts_once_confirmed() 
         assert seeds[arm] == ([1, 2, 3] if groups[arm] == "search" else [0, 1, 2, 3])
     others = [arm for arm in seeds if arm not in confirmed]
     assert others and all(seeds[arm] == [0] for arm in others)
+
+
+def test_patches_with_edges_of_each_axis_are_named_and_ordered_by_size() -> None:
+    sizes = [[16, 8, 8], 8, [4, 8, 8], [8, 8, 8], [4, 4, 40], 4]
+    tables = hand_made(
+        *({"arm": f"a{n}", "patch": size, "miou": 0.5} for n, size in enumerate(sizes))
+    )
+    assert list(tables.arms["patch"]) == ["16x8x8", 8, "4x8x8", 8, "4x4x40", 4]
+    assert list(tables.arms["unit"]) == list(tables.arms["patch"])
+    assert tables.arms.at["a2", "label"] == "patch 4x8x8, ratio 0.50"
+    ordered = by_size(tables.arms["patch"])
+    assert list(ordered.cat.categories) == [4, "4x8x8", 8, "4x4x40", "16x8x8"]
+    assert list(ordered) == list(tables.arms["patch"])
 
 
 @pytest.mark.parametrize(

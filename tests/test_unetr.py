@@ -37,6 +37,24 @@ def test_volumes_have_three_axes():
     assert model(torch.randn(1, 1, 16, 24, 8)).shape == (1, 3, 16, 24, 8)
 
 
+@pytest.mark.parametrize("patch", [(2, 4, 4), (1, 8, 4), (20, 2, 5)], ids=str)
+def test_every_weight_is_used_with_edges_of_each_axis(patch):
+    size = tuple(2 * edge for edge in patch)
+    model = build_unetr(config(patch), size, channels=1, num_classes=3)
+    scores = model(torch.randn(2, 1, *size))
+    assert scores.shape == (2, 3, *size)
+    scores.square().sum().backward()
+    silent = [name for name, value in model.named_parameters() if not value.grad.any()]
+    assert silent == []
+
+
+def test_the_longest_edge_says_how_many_levels_there_are():
+    model = build_unetr(config((2, 16, 4)), (8, 32, 16), 1, 2)
+    assert model.sizes == [(8, 32, 16), (4, 16, 8), (2, 8, 4), (1, 4, 2), (1, 2, 1)]
+    edges = [skip.edges for skip in model.token_skips]
+    assert edges == [(1, 8, 2), (1, 4, 1), (1, 2, 1), (1, 1, 1)]
+
+
 @pytest.mark.parametrize(
     ("patch", "depth_blocks", "sizes"),
     [
@@ -75,6 +93,17 @@ def test_a_token_is_mapped_to_the_pixels_of_its_patch():
         assert (moved.amax(dim=0) + 1).tolist() == [lines[1], columns[1]]
 
 
+def test_a_token_is_mapped_to_the_voxels_of_its_patch():
+    """Patches of 2 x 8 x 4 voxels are 1 x 4 x 2 at half the size: nothing is interpolated."""
+    skip = build_unetr(config((2, 8, 4)), (4, 24, 16), 1, 2).token_skips[0]  # 2 x 3 x 4 patches
+    tokens = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(0))
+    edited = tokens.clone()
+    edited[:, 21] = -tokens[:, 21]  # patch (1, 2, 1)
+    moved = (skip(edited) != skip(tokens)).any(dim=1)[0].nonzero()
+    assert moved.amin(dim=0).tolist() == [1, 8, 2]
+    assert (moved.amax(dim=0) + 1).tolist() == [2, 12, 4]
+
+
 def test_features_are_averaged_down_and_interpolated_up():
     corner = torch.zeros(1, 1, 4, 4)
     corner[..., 0, 0] = 16.0
@@ -82,6 +111,12 @@ def test_features_are_averaged_down_and_interpolated_up():
     assert _resized(corner, (1, 1)).item() == 1
     ramp = torch.tensor([0.0, 4.0]).view(1, 1, 2)
     assert _resized(ramp, (4,)).flatten().tolist() == [0, 1, 3, 4]
+
+
+def test_axes_may_go_different_ways():
+    lines = torch.tensor([[0.0, 4.0], [8.0, 12.0], [2.0, 2.0], [2.0, 2.0]]).view(1, 1, 4, 2)
+    # all four lines are averaged, then columns interpolated
+    assert _resized(lines, (1, 4)).flatten().tolist() == [3, 3.5, 4.5, 5]
 
 
 def test_the_image_and_every_level_matter():

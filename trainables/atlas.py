@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainables import distributed
 from trainables.config import TrialConfig
+from trainables.edges import grid_of
 from trainables.mae import MAE, patchify
 from trainables.masking import MaskRequest, hidden_units, hide, pixels_hidden
 from trainables.pictures import save_masks, to_intensity
@@ -55,9 +56,9 @@ def draw_masks(
     Of a random ratio the median is shown. Training never repeats these masks: its steps count from
     0 upwards, these draws from -1 downwards.
     """
-    size, patch = images.shape[2:], config.model.patch
-    grid = [edge // patch for edge in size]
-    unit_grid = tuple(edge // config.unit for edge in size)
+    size = images.shape[2:]
+    patch = config.patch_edges(len(size))
+    grid, unit_grid = grid_of(size, patch), grid_of(size, config.unit_edges(len(size)))
     ratio = value_at(config.masking.ratio, progress)
     hidden = hidden_units(ratio, math.prod(unit_grid))
     # a few images are not worth compiling for
@@ -77,17 +78,17 @@ def draw_masks(
                 rows_B,
                 images,
                 model,
-                config.unit // patch,
+                config.patches_per_unit(len(size)),
             )
             drawn.append(request.to_patches(hide(config, request)))
     often_BP = torch.stack(drawn).float().mean(dim=0)
 
     columns = save_masks(
         path,
-        _slice(to_intensity(images, mean, std)),
-        _slice(pixels_hidden(drawn[0], grid, patch)[:, None])[:, 0],
-        _slice(pixels_hidden(often_BP, grid, patch)[:, None])[:, 0],
-        None if labels is None else _slice(labels[:, None])[:, 0],
+        to_intensity(images, mean, std),
+        pixels_hidden(drawn[0], grid, patch),
+        pixels_hidden(often_BP, grid, patch),
+        labels,
     )
     numbers = {
         "progress": progress,
@@ -103,7 +104,7 @@ def draw_masks(
 
 
 def class_numbers(
-    often_BP: Tensor, labels: Tensor, classes: Sequence[str], patch: int
+    often_BP: Tensor, labels: Tensor, classes: Sequence[str], patch: Sequence[int]
 ) -> dict[str, dict[str, float | None]]:
     """How often pixels of each class were hidden, against all pixels.
 
@@ -112,8 +113,7 @@ def class_numbers(
     classes by a random number of patches along every axis, around the edges; so a map with few
     large regions, or one that never changes, has to find more to stand out. Exact, by correlation.
     """
-    size = labels.shape[1:]
-    grid = [edge // patch for edge in size]
+    grid = grid_of(labels.shape[1:], patch)
     axes = list(range(2, 2 + len(grid)))
     count_KBP = torch.stack(
         [
@@ -157,8 +157,3 @@ def _remember(path: Path, numbers: dict[str, Any]) -> None:
     aside = path.with_name(f".{NUMBERS}.{os.getpid()}")
     aside.write_text(json.dumps(known, indent=1, sort_keys=True))
     os.replace(aside, path.with_name(NUMBERS))
-
-
-def _slice(volumes: Tensor) -> Tensor:
-    """(B, C, *S) -> (B, C, H, W): of volumes the middle slice of the first axis."""
-    return volumes[:, :, volumes.shape[2] // 2] if volumes.ndim == 5 else volumes

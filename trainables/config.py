@@ -8,23 +8,42 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
 from trainables.augment import AUGMENTATIONS
+from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
 from trainables.losses import LOSSES
 from trainables.masking import MASKING
 from trainables.named import Choice, named
 from trainables.optimizers import OPTIMIZERS
 from trainables.schedules import Schedule, ratio_problem
 
+
+def _edges(value: Any) -> Edges:
+    edges = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not edges or not all(type(edge) is int and edge >= 1 for edge in edges):
+        raise ValueError(
+            f"given {value!r}; expected a valid integer from 1 on, or a list of them, one for each "
+            f"axis of the images"
+        )
+    return edges if isinstance(value, list | tuple) else edges[0]
+
+
 if TYPE_CHECKING:
+    EdgesSetting = Edges
     Strategy = Choice
     Loss = Choice
     Optimizer = Choice
     Augmentation = Choice
 else:
+    _one_edge = {"type": "integer", "minimum": 1}
+    _edge_list = {"type": "array", "items": _one_edge, "minItems": 1}
+    EdgesSetting = Annotated[
+        Any, AfterValidator(_edges), WithJsonSchema({"anyOf": [_one_edge, _edge_list]})
+    ]
     Strategy = named(MASKING)
     Loss = named(LOSSES)
     Optimizer = named(OPTIMIZERS)
@@ -64,15 +83,21 @@ class DecoderConfig(Strict):
 
 class ModelConfig(Strict):
     size: Literal["pico", "nano", "tiny", "small", "base", "large", "huge"] = "tiny"
-    patch: Annotated[Positive, Field(description="edge of a patch in pixels")] = 8
+    patch: Annotated[
+        EdgesSetting,
+        Field(description="edge of a patch in pixels; a list: one for each axis"),
+    ] = 8
     decoder: DecoderConfig = DecoderConfig()
 
 
 class MaskingConfig(Strict):
     strategy: Strategy = Field(default={"name": "random"}, validate_default=True)
     unit: Annotated[
-        Positive | None,
-        Field(description="edge in pixels of the block hidden as one; null: the patch"),
+        EdgesSetting | None,
+        Field(
+            description="edge in pixels of the block hidden as one, or a list of one for each "
+            "axis; null: the patch"
+        ),
     ] = None
     ratio: Schedule = Field(default={"name": "constant"}, validate_default=True)
     secondary: Annotated[
@@ -132,17 +157,33 @@ class TrialConfig(Strict):
     segment: SegmentConfig = SegmentConfig()
 
     @property
-    def unit(self) -> int:
-        """Edge of the mask unit in pixels."""
+    def unit(self) -> Edges:
+        """Edge of the mask unit in pixels, as given."""
         return self.masking.unit or self.model.patch
+
+    def patch_edges(self, axes: int) -> tuple[int, ...]:
+        """Edges of a patch of images with so many axes."""
+        return per_axis(self.model.patch, axes, "model.patch")
+
+    def unit_edges(self, axes: int) -> tuple[int, ...]:
+        """Edges of a mask unit of images with so many axes."""
+        setting = "masking.unit" if self.masking.unit else "model.patch"
+        return per_axis(self.unit, axes, setting)
+
+    def patches_per_unit(self, axes: int) -> tuple[int, ...]:
+        """How many patches a mask unit has along every axis."""
+        return grid_of(self.unit_edges(axes), self.patch_edges(axes))
 
 
 class ProbeConfig(Strict):
     """The fixed hidden regions on which every trial of a study is judged."""
 
     unit: Annotated[
-        Positive | None,
-        Field(description="edge of a hidden region in pixels; null: the study's largest patch"),
+        EdgesSetting | None,
+        Field(
+            description="edge of a hidden region in pixels, or a list of one for each axis; null: "
+            "the study's largest patch"
+        ),
     ] = None
     ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
         0.25,
@@ -151,6 +192,11 @@ class ProbeConfig(Strict):
     )
     images: Annotated[Positive, Field(description="validation images that are probed")] = 64
     seed: int = 0
+
+    def unit_edges(self, axes: int) -> tuple[int, ...]:
+        """Edges of a hidden region of images with so many axes."""
+        assert self.unit is not None, "set once the patches of the study are known"
+        return per_axis(self.unit, axes, "probe.unit")
 
 
 def canonical_json(value: Any) -> str:
@@ -165,12 +211,12 @@ def digest(value: Any) -> str:
 
 def arm_id(config: TrialConfig) -> str:
     """Identity of a configuration without its seed."""
-    return digest(config.model_dump(mode="json"))[:8]
+    return digest(_content(config))[:8]
 
 
 def trial_id(config: TrialConfig, seed: int, data_fingerprint: str) -> str:
     """Identity of a trial: configuration, seed, and the data it is trained on."""
-    content = {"config": config.model_dump(mode="json"), "seed": seed, "data": data_fingerprint}
+    content = {"config": _content(config), "seed": seed, "data": data_fingerprint}
     return digest(content)[:12]
 
 
@@ -192,22 +238,65 @@ def conflicts(config: TrialConfig) -> dict[str, str]:
     return errors
 
 
-def geometry_errors(config: TrialConfig, size: tuple[int, ...], probe_unit: int) -> dict[str, str]:
-    """What does not fit together: dotted path -> why. Empty when the arm can run on such images."""
-    shape = "x".join(map(str, size))
+def geometry_errors(
+    config: TrialConfig, size: tuple[int, ...], probe_unit: Edges | None
+) -> dict[str, str]:
+    """What does not fit together: dotted path -> why. Empty when the arm can run on such images.
+
+    Without a `probe_unit` the arm is not asked to be comparable.
+    """
+    axes, shape = len(size), in_words(size)
     errors = {}
-    patch, unit = config.model.patch, config.unit
-    if any(edge % patch for edge in size):
-        errors["model.patch"] = f"{patch} does not divide the image size {shape}"
-    if unit % patch:
-        errors["masking.unit"] = f"{unit} is not a multiple of the patch size {patch}"
-    elif any(edge % unit for edge in size):
-        errors["masking.unit"] = f"{unit} does not divide the image size {shape}"
-    elif math.prod(edge // unit for edge in size) < 2:
-        errors["masking.unit"] = f"{unit} is the whole image ({shape}), of which a part is hidden"
-    if probe_unit % patch:
+    given = {"model.patch": config.model.patch, "masking.unit": config.masking.unit}
+    for name, edges in given.items():
+        if isinstance(edges, tuple) and not fits(edges, axes):
+            errors[name] = (
+                f"{in_words(edges)} has {len(edges)} edges, but an image of {shape} has {axes} axes"
+            )
+    if errors:
+        return errors
+    patch, unit = config.patch_edges(axes), config.unit_edges(axes)
+    patch_text, unit_text = in_words(config.model.patch), in_words(config.unit)
+    if (where := _misfit(patch, size)) is not None:
+        errors["model.patch"] = f"{patch_text} does not divide the image size {shape}{where}"
+    if (where := _misfit(patch, unit)) is not None:
+        errors["masking.unit"] = (
+            f"{unit_text} is not a multiple of the patch size {patch_text}{where}"
+        )
+    elif (where := _misfit(unit, size)) is not None:
+        errors["masking.unit"] = f"{unit_text} does not divide the image size {shape}{where}"
+    elif math.prod(grid_of(size, unit)) < 2:
+        errors["masking.unit"] = (
+            f"{unit_text} is the whole image ({shape}), of which a part is hidden"
+        )
+    if probe_unit is None:
+        return errors
+    where = _misfit(patch, per_axis(probe_unit, axes, "probe.unit"))
+    if where is not None:
         errors["model.patch"] = (
-            f"{patch} does not divide the probe's unit {probe_unit}, so that trials could not be "
-            f"compared on the same pixels"
+            f"{patch_text} does not divide the probe's unit {in_words(probe_unit)}{where}, so that "
+            f"trials could not be compared on the same pixels"
         )
     return errors
+
+
+def _misfit(edges: Sequence[int], whole: Sequence[int]) -> str | None:
+    """None if every edge divides the whole; else along which axes not, unless all are alike."""
+    pairs = list(zip(edges, whole, strict=True))
+    wrong = [
+        f"axis {axis} of {len(pairs)}: {edge} into {pixels}"
+        for axis, (edge, pixels) in enumerate(pairs, start=1)
+        if pixels % edge
+    ]
+    if not wrong:
+        return None
+    return f" ({', '.join(wrong)})" if len(set(pairs)) > 1 else ""
+
+
+def _content(config: TrialConfig) -> dict[str, Any]:
+    """What makes the identity: equal edges along all axes are one number, however spelt."""
+    content = config.model_dump(mode="json")
+    content["model"]["patch"] = simplest(content["model"]["patch"])
+    if content["masking"]["unit"] is not None:
+        content["masking"]["unit"] = simplest(content["masking"]["unit"])
+    return content

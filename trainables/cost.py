@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config import SIZES, TrialConfig
 from trainables.cross_decoder import cross_block_flops, layer_mix_flops
+from trainables.edges import grid_of
 from trainables.masking import MASKING, plan_hidden
 from trainables.masking.lesions import CATEGORY_WIDTH, NUM_DESCRIPTORS
 from trainables.schedules import value_at
@@ -37,8 +38,8 @@ def mae_flops(
     """
     width, _ = _encoder_shape(config)
     decoder = config.model.decoder
-    patches = _count(image_size, config.model.patch)
-    values = config.model.patch ** len(image_size) * channels
+    patches = _patches(config, image_size)
+    values = math.prod(config.patch_edges(len(image_size))) * channels
     visible = patches - hidden_patches
 
     embed = 2 * visible * values * width
@@ -55,7 +56,7 @@ def mae_flops(
     if "difficulty_weight" in strategy:
         forward += _decoder_flops(config, visible, visible + asked, asked)
     if strategy.get("category_weight", 0) > 0:
-        units = _count(image_size, config.unit)
+        units = _units(config, image_size)
         first = 2 * units * NUM_DESCRIPTORS * CATEGORY_WIDTH
         forward += first + 2 * units * CATEGORY_WIDTH
         no_pixel_gradient += first
@@ -94,7 +95,7 @@ def activation_bytes(config: TrialConfig, image_size: Sequence[int], channels: i
     """
     width, depth = _encoder_shape(config)
     decoder = config.model.decoder
-    patches = _count(image_size, config.model.patch)
+    patches = _patches(config, image_size)
     patches_per_unit = _patches_per_unit(config, image_size)
     visible = patches - min(_plan(config, image_size, steps=1000, seed=0)) * patches_per_unit
     per_token = _BLOCK_BYTES[config.pretrain.precision]
@@ -139,7 +140,7 @@ def _teacher_flops(
     config: TrialConfig, image_size: Sequence[int], values: int, hidden_patches: int
 ) -> int:
     """One forward pass that predicts every hidden patch."""
-    patches = _count(image_size, config.model.patch)
+    patches = _patches(config, image_size)
     visible = patches - hidden_patches
     encoder = _encoder_flops(config, visible, values)
     if config.model.decoder.attention == "cross":
@@ -156,7 +157,7 @@ def _anatomask_guide(
 ) -> int:
     if not config.masking.strategy.options()["complementary"]:
         return _teacher_flops(config, image_size, values, hidden_patches)
-    units, per_unit = _count(image_size, config.unit), _patches_per_unit(config, image_size)
+    units, per_unit = _units(config, image_size), _patches_per_unit(config, image_size)
     halves = ((units + 1) // 2 * per_unit, units // 2 * per_unit)
     return sum(_teacher_flops(config, image_size, values, half) for half in halves)
 
@@ -164,7 +165,7 @@ def _anatomask_guide(
 def _hpm_guide(
     config: TrialConfig, image_size: Sequence[int], values: int, hidden_patches: int
 ) -> int:
-    patches = _count(image_size, config.model.patch)
+    patches = _patches(config, image_size)
     encoder = _encoder_flops(config, patches, values)
     return encoder + _decoder_flops(config, patches, patches, patches)
 
@@ -174,7 +175,7 @@ def _attmask_guide(
 ) -> int:
     """All blocks but the last, of which the class token's scores are enough."""
     width, _ = _encoder_shape(config)
-    patches = _count(image_size, config.model.patch)
+    patches = _patches(config, image_size)
     whole = _encoder_flops(config, patches, values)
     last = 6 * (1 + patches) * width**2 + 2 * (1 + patches) * width
     return whole - _block_flops(1 + patches, width) + last
@@ -185,11 +186,11 @@ def _amlp_guide(
 ) -> int:
     strategy, flops = config.masking.strategy.options(), 0
     if strategy["features"] == "encoder":
-        flops += _encoder_flops(config, _count(image_size, config.model.patch), values)
+        flops += _encoder_flops(config, _patches(config, image_size), values)
     if strategy["lesion"] == "highest_loss":
         flops += _teacher_flops(config, image_size, values, hidden_patches)
     if strategy["category_weight"] > 0:
-        units = _count(image_size, config.unit)
+        units = _units(config, image_size)
         flops += 2 * units * CATEGORY_WIDTH * (NUM_DESCRIPTORS + 1)
     return flops
 
@@ -204,17 +205,21 @@ def _encoder_shape(config: TrialConfig) -> tuple[int, int]:
     return size["width"], size["depth"]
 
 
-def _count(image_size: Sequence[int], edge: int) -> int:
-    return math.prod(pixels // edge for pixels in image_size)
+def _patches(config: TrialConfig, image_size: Sequence[int]) -> int:
+    return math.prod(grid_of(image_size, config.patch_edges(len(image_size))))
+
+
+def _units(config: TrialConfig, image_size: Sequence[int]) -> int:
+    return math.prod(grid_of(image_size, config.unit_edges(len(image_size))))
 
 
 def _patches_per_unit(config: TrialConfig, image_size: Sequence[int]) -> int:
-    return math.prod(config.unit // config.model.patch for _ in image_size)
+    return math.prod(config.patches_per_unit(len(image_size)))
 
 
 def _plan(config: TrialConfig, image_size: Sequence[int], steps: int, seed: int) -> list[int]:
     schedule = partial(value_at, config.masking.ratio)
-    return plan_hidden(schedule, _count(image_size, config.unit), steps, seed)
+    return plan_hidden(schedule, _units(config, image_size), steps, seed)
 
 
 @lru_cache(maxsize=256)

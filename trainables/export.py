@@ -1,7 +1,8 @@
 """The pretrained encoder as a file that timm loads: safetensors, and JSON that says how.
 
 The weights are renamed and reshaped, nothing else: the fixed positions become timm's `pos_embed`,
-the linear layer on cut patches its convolution.
+the linear layer on cut patches its convolution. timm has no vision transformer for volumes: their
+encoder keeps its own names, and trainables.mae.Encoder loads it.
 """
 
 from __future__ import annotations
@@ -35,8 +36,13 @@ def export_encoder(
     results: Mapping[str, float],
 ) -> None:
     """Write encoder.safetensors and, last, encoder.json into `folder`."""
+    is_flat = len(dataset.size) == 2
+    if is_flat:
+        build: dict[str, Any] = {"timm": {"model": TIMM_MODEL, "kwargs": timm_kwargs(encoder)}}
+    else:
+        build = {"encoder": own_kwargs(encoder, config, dataset)}
     description = {
-        "timm": {"model": TIMM_MODEL, "kwargs": timm_kwargs(encoder)},
+        **build,
         "input": {
             "channels": dataset.channels,
             "size": list(dataset.size),
@@ -46,7 +52,7 @@ def export_encoder(
             "std": list(dataset.std),
             "standardise": "((pixels - low) / (high - low) - mean) / std, per channel",
         },
-        "usage": usage(dataset),
+        "usage": usage(dataset) if is_flat else own_usage(dataset),
         "pretraining": {
             "config": config.model_dump(mode="json"),
             "seed": seed,
@@ -57,7 +63,7 @@ def export_encoder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{WEIGHTS}.partial"
-        save_file(timm_weights(encoder), aside)
+        save_file(timm_weights(encoder) if is_flat else own_weights(encoder), aside)
         os.replace(aside, folder / WEIGHTS)
         aside = folder / f".{DESCRIPTION}.partial"
         aside.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
@@ -70,8 +76,8 @@ def timm_kwargs(encoder: Encoder) -> dict[str, Any]:
     """Arguments of timm.create_model that build the same network without its head."""
     patch, channels = encoder.patch, encoder.channels
     return {
-        "img_size": [cells * patch for cells in encoder.grid],
-        "patch_size": patch,
+        "img_size": [cells * edge for cells, edge in zip(encoder.grid, patch, strict=True)],
+        "patch_size": list(patch),
         "in_chans": channels,
         "embed_dim": encoder.width,
         "depth": encoder.depth,
@@ -89,7 +95,7 @@ def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
         )
     state = {name: value.detach().cpu() for name, value in encoder.state_dict().items()}
     patch, width = encoder.patch, encoder.width
-    kernel = state.pop("embed.weight").reshape(width, patch, patch, encoder.channels)
+    kernel = state.pop("embed.weight").reshape(width, *patch, encoder.channels)
     positions = nn.functional.pad(encoder.positions.cpu(), (0, 0, 1, 0))  # none for the class token
     renamed = {
         "patch_embed.proj.weight": kernel.permute(0, 3, 1, 2),
@@ -99,6 +105,33 @@ def timm_weights(encoder: Encoder) -> dict[str, Tensor]:
         **state,
     }
     return {name: value.contiguous() for name, value in renamed.items()}
+
+
+def own_kwargs(encoder: Encoder, config: TrialConfig, dataset: Dataset) -> dict[str, Any]:
+    """Arguments of trainables.mae.Encoder that build the same network."""
+    return {
+        "size_name": config.model.size,
+        "patch": encoder.patch,
+        "image_size": list(dataset.size),
+        "channels": encoder.channels,
+    }
+
+
+def own_weights(encoder: Encoder) -> dict[str, Tensor]:
+    """What trainables.mae.Encoder.load_state_dict takes."""
+    return {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+
+
+def own_usage(dataset: Dataset) -> list[str]:
+    """Lines of Python that load an encoder that timm has no class for."""
+    size = ", ".join(map(str, dataset.size))
+    return [
+        "import json, pathlib, torch; from safetensors.torch import load_file; "
+        "from trainables.mae import Encoder, patchify",
+        f"about = json.loads(pathlib.Path('{DESCRIPTION}').read_text())['encoder']",
+        f"encoder = Encoder(**about).eval(); encoder.load_state_dict(load_file('{WEIGHTS}'))",
+        f"tokens = encoder(patchify(torch.zeros(1, {dataset.channels}, {size}), about['patch']))",
+    ]
 
 
 def usage(dataset: Dataset) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trainables import losses
 from trainables.config import SIZES, TrialConfig
 from trainables.cross_decoder import HEAD_WIDTH, CrossDecoder
+from trainables.edges import grid_of
 from trainables.masking import unit_to_patch
 from trainables.masking.lesions import CATEGORY_WIDTH, NUM_DESCRIPTORS, descriptors
 from trainables.timm_blocks import Block
@@ -34,29 +35,33 @@ DEVIATION_FLOOR = 0.05
 _norm = partial(nn.LayerNorm, eps=1e-6)  # as timm's models, so that an export computes the same
 
 
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """(B, C, *S) -> patches_BPQ."""
+def patchify(images: Tensor, patch: Sequence[int]) -> Tensor:
+    """(B, C, *S) -> patches_BPQ; `patch` has an edge for each axis."""
     batch, channels, *size = images.shape
-    grid = [edge // patch for edge in size]
+    grid = grid_of(size, patch)
     axes = len(grid)
-    cut = images.reshape(batch, channels, *(edge for cells in grid for edge in (cells, patch)))
+    cut = images.reshape(
+        batch, channels, *(count for pair in zip(grid, patch, strict=True) for count in pair)
+    )
     grid_axes = range(2, 2 + 2 * axes, 2)
     pixel_axes = range(3, 3 + 2 * axes, 2)
     return cut.permute(0, *grid_axes, *pixel_axes, 1).reshape(
-        batch, math.prod(grid), patch**axes * channels
+        batch, math.prod(grid), math.prod(patch) * channels
     )
 
 
-def unpatchify(patches_BPQ: Tensor, grid: Sequence[int], patch: int, channels: int) -> Tensor:
+def unpatchify(
+    patches_BPQ: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int
+) -> Tensor:
     """patches_BPQ -> (B, C, *S)."""
     axes = len(grid)
-    cut = patches_BPQ.reshape(-1, *grid, *[patch] * axes, channels)
+    cut = patches_BPQ.reshape(-1, *grid, *patch, channels)
     interleaved = [axis for pair in range(axes) for axis in (1 + pair, 1 + axes + pair)]
-    size = [cells * patch for cells in grid]
+    size = [cells * edge for cells, edge in zip(grid, patch, strict=True)]
     return cut.permute(0, 1 + 2 * axes, *interleaved).reshape(-1, channels, *size)
 
 
-def positions(grid: Sequence[int], patch: int, width: int) -> Tensor:
+def positions(grid: Sequence[int], patch: Sequence[int], width: int) -> Tensor:
     """float32 (P, width): sines and cosines of the patch centres, in units of 16 pixels.
 
     In image units, so that a place keeps its code at every patch size. Each axis has an equal part
@@ -65,8 +70,8 @@ def positions(grid: Sequence[int], patch: int, width: int) -> Tensor:
     num_waves = width // (2 * len(grid))
     waves = 10000.0 ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
     axes = [
-        (torch.arange(cells, dtype=torch.float64) + 0.5) * patch / PIXELS_PER_POSITION
-        for cells in grid
+        (torch.arange(cells, dtype=torch.float64) + 0.5) * edge / PIXELS_PER_POSITION
+        for cells, edge in zip(grid, patch, strict=True)
     ]
     places = torch.meshgrid(*axes, indexing="ij")
     angles = [place.reshape(-1, 1) * waves for place in places]
@@ -80,14 +85,14 @@ class Encoder(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, size_name: str, patch: int, image_size: Sequence[int], channels: int
+        self, size_name: str, patch: Sequence[int], image_size: Sequence[int], channels: int
     ) -> None:
         super().__init__()
         size = SIZES[size_name]
         self.width, self.depth, self.heads = size["width"], size["depth"], size["heads"]
-        self.patch, self.channels = patch, channels
-        self.grid = tuple(edge // patch for edge in image_size)
-        self.embed = nn.Linear(patch ** len(self.grid) * channels, self.width)
+        self.patch, self.channels = tuple(patch), channels
+        self.grid = grid_of(image_size, patch)
+        self.embed = nn.Linear(math.prod(patch) * channels, self.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, self.width))
         # Fixed, and computed again wherever a model is built
         self.register_buffer("positions", positions(self.grid, patch, self.width), persistent=False)
@@ -174,7 +179,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         grid: Sequence[int],
-        patch: int,
+        patch: Sequence[int],
         values: int,
         encoder_width: int,
         width: int,
@@ -214,19 +219,19 @@ class MAE(nn.Module):
     def __init__(self, config: TrialConfig, image_size: Sequence[int], channels: int) -> None:
         super().__init__()
         model, self.settings = config.model, config.pretrain
-        self.encoder = Encoder(model.size, model.patch, image_size, channels)
-        self.patches_per_unit = config.unit // model.patch
-        self.unit_grid = tuple(cells // self.patches_per_unit for cells in self.encoder.grid)
-        grid, patch, width = self.encoder.grid, model.patch, self.encoder.width
+        axes = len(image_size)
+        patch = config.patch_edges(axes)
+        self.encoder = Encoder(model.size, patch, image_size, channels)
+        self.patches_per_unit = config.patches_per_unit(axes)
+        self.unit_grid = grid_of(image_size, config.unit_edges(axes))
+        grid, width, values = self.encoder.grid, self.encoder.width, math.prod(patch) * channels
         shape = (width, model.decoder.width, model.decoder.depth)
         self.decoder: Decoder | CrossDecoder
         if model.decoder.attention == "cross":
             places = positions(grid, patch, model.decoder.width)
-            self.decoder = CrossDecoder(
-                places, patch ** len(grid) * channels, width, self.encoder.depth, *shape[1:]
-            )
+            self.decoder = CrossDecoder(places, values, width, self.encoder.depth, *shape[1:])
         else:
-            self.decoder = Decoder(grid, patch, patch ** len(grid) * channels, *shape)
+            self.decoder = Decoder(grid, patch, values, *shape)
 
         strategy = config.masking.strategy.options()
         self.loss = partial(losses.LOSSES[self.settings.loss.name], **self.settings.loss.options())

@@ -142,6 +142,14 @@ def object_scores(counts: Counts) -> dict[str, float]:
     return _present(scores)
 
 
+def diameter(area: Counts, axes: int) -> npt.NDArray[np.float64]:
+    """Diameter in pixels of the disc (or ball) with as many pixels."""
+    if axes == 2:
+        return np.sqrt(area * 4 / np.pi)
+    ball = math.pi ** (axes / 2) / math.gamma(axes / 2 + 1)  # volume at radius 1
+    return np.asarray(2 * (area / ball) ** (1 / axes))
+
+
 def _object_counts_of_class(
     truth: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_], edges: tuple[float, float]
 ) -> Counts:
@@ -158,8 +166,8 @@ def _object_counts_of_class(
     is_match = shared >= MATCH_IOU * union
     true_index, seen_index = true_index[is_match], seen_index[is_match]
 
-    true_bin = np.digitize(_diameter(true_area, truth.ndim - 1), edges)
-    seen_bin = np.digitize(_diameter(seen_area, truth.ndim - 1), edges)
+    true_bin = np.digitize(diameter(true_area, truth.ndim - 1), edges)
+    seen_bin = np.digitize(diameter(seen_area, truth.ndim - 1), edges)
     found = np.bincount(true_bin[true_index], minlength=len(SIZE_BINS))
     missed = np.bincount(np.delete(true_bin, true_index), minlength=len(SIZE_BINS))
     false = np.bincount(np.delete(seen_bin, seen_index), minlength=len(SIZE_BINS))
@@ -172,14 +180,6 @@ def _components(is_class: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32],
     touching[1] = True  # neighbours within an image, none in the image before or after
     label, count = ndimage.label(is_class, structure=touching)
     return label, np.bincount(label.ravel(), minlength=count + 1)[1:]
-
-
-def _diameter(area: Counts, axes: int) -> npt.NDArray[np.float64]:
-    """Diameter in pixels of the disc (or ball) with as many pixels."""
-    if axes == 2:
-        return np.sqrt(area * 4 / np.pi)
-    ball = math.pi ** (axes / 2) / math.gamma(axes / 2 + 1)  # volume at radius 1
-    return np.asarray(2 * (area / ball) ** (1 / axes))
 
 
 def _f1(counts: Counts) -> float:

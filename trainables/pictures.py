@@ -1,6 +1,8 @@
 """Pictures of what a model sees: PNG grids, one line per image.
 
-Letters of shapes: B images, C channels, H W pixels.
+Of volumes the middle slice of the first axis is drawn.
+
+Letters of shapes: B images, C channels, H W pixels, *S any number of axes.
 """
 
 from __future__ import annotations
@@ -48,17 +50,17 @@ SMALLEST_TILE = 128  # pixels; smaller images are enlarged by a whole number
 def save_reconstruction(path: Path, images: Tensor, is_hidden: Tensor, predicted: Tensor) -> None:
     """Image | hidden regions in grey | reconstruction with the visible pixels pasted in.
 
-    `images`, `predicted` (B, C, H, W) are intensities in [0, 1]; `is_hidden` (B, H, W) is boolean.
+    `images`, `predicted` (B, C, *S) are intensities in [0, 1]; `is_hidden` (B, *S) is boolean.
     """
     seen, guess = _rgb(images), _rgb(predicted)
-    hidden = is_hidden.cpu().numpy()[..., None]
+    hidden = _flat(is_hidden).cpu().numpy()[..., None]
     _save_grid(
         path, [seen, np.where(hidden, np.uint8(HIDDEN_GREY), seen), np.where(hidden, guess, seen)]
     )
 
 
 def save_segmentation(path: Path, images: Tensor, truth: Tensor, predicted: Tensor) -> None:
-    """Image | true classes | predicted classes; intensities (B, C, H, W), labels (B, H, W)."""
+    """Image | true classes | predicted classes; intensities (B, C, *S), labels (B, *S)."""
     seen = _rgb(images)
     _save_grid(path, [seen, _coloured(seen, truth), _coloured(seen, predicted)])
 
@@ -72,11 +74,11 @@ def save_masks(
 ) -> list[str]:
     """Image | true classes, if known | hidden in one draw, in grey | how often hidden, as heat.
 
-    `images` (B, C, H, W) and `how_often` (B, H, W) are in [0, 1], `is_hidden` (B, H, W) is boolean,
-    `classes` (B, H, W) are labels. Returns what the columns show.
+    `images` (B, C, *S) and `how_often` (B, *S) are in [0, 1], `is_hidden` (B, *S) is boolean,
+    `classes` (B, *S) are labels. Returns what the columns show.
     """
     seen = _rgb(images)
-    hidden = is_hidden.cpu().numpy()[..., None]
+    hidden = _flat(is_hidden).cpu().numpy()[..., None]
     columns = {"image": seen}
     if classes is not None:
         columns["classes"] = _coloured(seen, classes)
@@ -84,6 +86,11 @@ def save_masks(
     columns["how often hidden"] = _heated(seen, how_often)
     _save_grid(path, list(columns.values()))
     return list(columns)
+
+
+def middle_slice(volumes: Tensor) -> Tensor:
+    """(B, C, *S) -> (B, C, H, W): of volumes the middle slice of the first axis."""
+    return volumes[:, :, volumes.shape[2] // 2] if volumes.ndim == 5 else volumes
 
 
 def to_intensity(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -101,8 +108,14 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return red >> lap, green >> lap, blue >> lap
 
 
+def _flat(values: Tensor) -> Tensor:
+    """The same of values without channels: (B, *S) -> (B, H, W)."""
+    return middle_slice(values[:, None])[:, 0]
+
+
 def _rgb(images: Tensor) -> Pixels:
     """Grey from one channel, the first and an empty third from two, the first three from more."""
+    images = middle_slice(images)
     pixels = images.detach().float().clamp(0, 1).mul(255).round().cpu().numpy().astype(np.uint8)
     channels = pixels.shape[1]
     if channels == 1:
@@ -114,7 +127,7 @@ def _rgb(images: Tensor) -> Pixels:
 
 def _coloured(pixels_BHW3: Pixels, labels: Tensor) -> Pixels:
     """Opaque class colours over the dimmed picture, so that the smallest objects stand out."""
-    label = labels.cpu().numpy()
+    label = _flat(labels).cpu().numpy()
     palette = np.zeros((256, 3), np.uint8)
     for index in range(1, IGNORED):
         palette[index] = class_colour(index)
@@ -132,7 +145,9 @@ def _heated(pixels_BHW3: Pixels, shares: Tensor) -> Pixels:
         np.interp(np.arange(256) / 255, steps, channel) for channel in zip(*HEAT, strict=True)
     ]
     colours = np.stack(palette, axis=1).round().astype(np.uint16)
-    heat = colours[shares.detach().float().clamp(0, 1).mul(255).round().cpu().numpy().astype(int)]
+    heat = colours[
+        _flat(shares).detach().float().clamp(0, 1).mul(255).round().cpu().numpy().astype(int)
+    ]
     grey = pixels_BHW3.mean(axis=-1, keepdims=True).astype(np.uint16) // 32 * 32
     mixed: Pixels = ((4 * heat + grey) // 5).astype(np.uint8)
     return mixed

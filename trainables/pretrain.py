@@ -32,6 +32,7 @@ from trainables.context import Context, Row
 from trainables.cost import mae_flops
 from trainables.cross_decoder import CrossBlock
 from trainables.data import Dataset, to_device
+from trainables.edges import grid_of
 from trainables.errors import UserError
 from trainables.export import export_encoder
 from trainables.mae import MAE, build_mae
@@ -212,9 +213,9 @@ def make_plan(
     """Turn epochs into steps, and the ratio's schedule into whole units at each step."""
     batch, ratio = config.pretrain.batch, config.masking.ratio
     steps = max(1, round(config.pretrain.epochs * num_images / batch))
-    unit_grid = tuple(edge // config.unit for edge in size)
+    unit_grid = grid_of(size, config.unit_edges(len(size)))
     hidden = plan_hidden(partial(value_at, ratio), math.prod(unit_grid), steps, seed)
-    patches_per_unit = (config.unit // config.model.patch) ** len(unit_grid)
+    patches_per_unit = math.prod(config.patches_per_unit(len(size)))
     per_image = {
         units: mae_flops(config, size, channels, units * patches_per_unit)["step"]
         for units in set(hidden)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from trainables.atlas import draw_masks, masks_name
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context
 from trainables.data import Dataset, to_device
+from trainables.edges import grid_of
 from trainables.mae import MAE
 from trainables.masking import (
     MaskRequest,
@@ -98,7 +100,8 @@ class Judge:
         places = torch.arange(len(self.rows), device=self.context.device)
         places = places[:: max(1, len(places) // PICTURES)][:PICTURES]
         images = self.images.batch(places)[0]
-        size, patch = images.shape[2:], self.config.model.patch
+        size = images.shape[2:]
+        patch = self.config.patch_edges(len(size))
         ratio = sorted(self.probe.ratios)[len(self.probe.ratios) // 2]
         is_hidden_BP, hidden = probe_mask(self.probe, ratio, size, patch, self.rows[places])
         visible_BV, hidden_BX = split_indices(is_hidden_BP, hidden)
@@ -107,7 +110,7 @@ class Judge:
         save_reconstruction(
             path,
             to_intensity(images, mean, std),
-            pixels_hidden(is_hidden_BP, [edge // patch for edge in size], patch),
+            pixels_hidden(is_hidden_BP, grid_of(size, patch), patch),
             to_intensity(predicted, mean, std),
         )
 
@@ -163,18 +166,19 @@ def probe_rows(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 def probe_mask(
-    probe: ProbeConfig, ratio: float, size: Sequence[int], patch: int, rows_B: Tensor
+    probe: ProbeConfig, ratio: float, size: Sequence[int], patch: Sequence[int], rows_B: Tensor
 ) -> tuple[Tensor, int]:
     """(is_hidden_BP, number hidden): from seed, ratio and row, so the same for every trial."""
-    assert probe.unit is not None and probe.unit % patch == 0
-    unit_grid = [edge // probe.unit for edge in size]
+    unit = probe.unit_edges(len(size))
+    patches_per_unit = grid_of(unit, patch)
+    assert tuple(map(operator.mul, patches_per_unit, patch)) == unit
+    unit_grid = grid_of(size, unit)
     num_units = math.prod(unit_grid)
     hidden = hidden_units(ratio, num_units)
     noise_BU = counter.uniform(probe.seed, f"probe@{ratio!r}", 0, rows_B, num_units)
     is_hidden_BU = hide_smallest(noise_BU, hidden)
-    patches_per_unit = probe.unit // patch
     is_hidden_BP = unit_to_patch(is_hidden_BU, unit_grid, patches_per_unit)
-    return is_hidden_BP, hidden * patches_per_unit ** len(unit_grid)
+    return is_hidden_BP, hidden * math.prod(patches_per_unit)
 
 
 def native_mask(
@@ -184,7 +188,8 @@ def native_mask(
 
     Of a random ratio the median. `model`: whom the strategy asks.
     """
-    unit_grid = tuple(edge // config.unit for edge in images.shape[2:])
+    size = images.shape[2:]
+    unit_grid = grid_of(size, config.unit_edges(len(size)))
     hidden = hidden_units(value_at(config.masking.ratio, 1.0), math.prod(unit_grid))
     request = MaskRequest(
         unit_grid,
@@ -195,7 +200,7 @@ def native_mask(
         rows_B,
         images,
         model,
-        config.unit // config.model.patch,
+        config.patches_per_unit(len(size)),
     )
     return request.to_patches(hide(config, request)), request.hidden_patches
 
@@ -224,8 +229,9 @@ def measure(
 
     `asked`: whom the trial's strategy asks where to hide.
     """
-    size, patch = images.shape[2:], config.model.patch
-    grid = [edge // patch for edge in size]
+    size = images.shape[2:]
+    patch = config.patch_edges(len(size))
+    grid = grid_of(size, patch)
     truth = to_intensity(images, mean, std)
 
     values: dict[str, Tensor] = {}

@@ -7,7 +7,8 @@ own head, as it alone knows where in the patch small things lie (test mIoU 0.67,
 three seeds, 0.66, 0.46, 0.65 when tokens were interpolated instead: patch 16, size pico, 64 images
 of 64 pixels with discs of 2 to 18). Below patch 8 the deepest tokens are averaged, so that there
 are always three levels under the image; where a patch is no power of two, what remains is
-interpolated.
+interpolated. The patch's longest edge says how many levels there are; where it is shorter, tokens
+are averaged earlier.
 
 From level to level it goes by interpolation and convolution, which beat transposed convolutions
 under a vision transformer (arXiv 2507.01744); skips are added, at two thirds of the cost of
@@ -59,7 +60,7 @@ class UNETR(nn.Module):
         super().__init__()
         self.trains_encoder = trains_encoder
         self.encoder = encoder.requires_grad_(trains_encoder)
-        num_levels = max(FEWEST_LEVELS, round(math.log2(encoder.patch)))
+        num_levels = max(FEWEST_LEVELS, round(math.log2(max(encoder.patch))))
         levels = range(1, num_levels + 1)
         # Blocks (from 1) whose tokens levels 1, 2, ... take in; the deepest takes the last block's
         self.after = [max(1, round(encoder.depth * level / num_levels)) for level in levels]
@@ -105,13 +106,14 @@ class TokenSkip(nn.Module):
     def __init__(self, encoder: Encoder, level: int, width: int, size: tuple[int, ...]) -> None:
         super().__init__()
         self.grid, self.width, self.size = encoder.grid, width, size
-        self.edge = max(1, round(encoder.patch / 2**level))  # of a patch at this level
+        # Edges of a patch at this level
+        self.edges = tuple(max(1, round(edge / 2**level)) for edge in encoder.patch)
         # Tokens grow from block to block, and in training; without this they drown the image's skip
         self.norm = nn.LayerNorm(encoder.width)
-        self.map = nn.Linear(encoder.width, self.edge ** len(size) * width)
+        self.map = nn.Linear(encoder.width, math.prod(self.edges) * width)
 
     def forward(self, tokens_BPD: Tensor) -> Tensor:
-        features = unpatchify(self.map(self.norm(tokens_BPD)), self.grid, self.edge, self.width)
+        features = unpatchify(self.map(self.norm(tokens_BPD)), self.grid, self.edges, self.width)
         return _resized(features, self.size)
 
 
@@ -125,7 +127,8 @@ def build_unetr(
     """A model whose weights follow from `seed` alone; load pretrained ones into `.encoder`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        encoder = Encoder(config.model.size, config.model.patch, image_size, channels)
+        patch = config.patch_edges(len(image_size))
+        encoder = Encoder(config.model.size, patch, image_size, channels)
         model = UNETR(
             encoder,
             image_size,
@@ -147,9 +150,11 @@ def _residual_block(axes: int, width: int) -> nn.Module:
 
 
 def _resized(features: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(B, C, *S) averaged down or interpolated up to `size`; all axes go the same way."""
-    if features.shape[2:] == size:
-        return features
-    if all(now >= wanted for now, wanted in zip(features.shape[2:], size, strict=True)):
-        return POOLING[len(size)](features, size)
-    return functional.interpolate(features, size, mode=INTERPOLATION[len(size)])
+    """(B, C, *S), each axis averaged down or interpolated up to `size`, first the former."""
+    now = features.shape[2:]
+    smallest = tuple(map(min, now, size))
+    if smallest != now:
+        features = POOLING[len(size)](features, smallest)
+    if smallest != size:
+        features = functional.interpolate(features, size, mode=INTERPOLATION[len(size)])
+    return features

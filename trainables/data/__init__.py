@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainables.data import images, smears
+from trainables.data import images, smears, volumes
 from trainables.data.store import (
     Dataset,
     Resident,
@@ -21,7 +21,11 @@ from trainables.data.store import (
 )
 from trainables.named import Choice, named
 
-SOURCES: dict[str, Callable[..., Source]] = {"smears": smears.smears, "images": images.images}
+SOURCES: dict[str, Callable[..., Source]] = {
+    "smears": smears.smears,
+    "images": images.images,
+    "volumes": volumes.volumes,
+}
 
 if TYPE_CHECKING:
     DataConfig = Choice

@@ -51,10 +51,43 @@ class Entry:
     instances: Path | None
     split: str | None
     group: str | None
+    more: tuple[Path, ...] = ()  # further files of the same image: a channel each
 
 
-def read_manifest(path: Path, where: dict[str, str | int], columns: dict[Word, str]) -> list[Entry]:
-    """The rows of a CSV whose columns have the values of `where`."""
+def read_entries(
+    root: Path,
+    manifest: str | None,
+    folder: str | None,
+    where: dict[str, str | int],
+    columns: dict[Word, str],
+    suffixes: Sequence[str] = SUFFIXES,
+    separator: str | None = None,
+) -> tuple[str, Path, list[Entry]]:
+    """(name of the data, their folder, entries), from a manifest or from a folder of `root`."""
+    if (manifest is None) == (folder is None):
+        raise UserError(
+            "data: give either manifest (a CSV file) or folder (with images/ and masks/)"
+        )
+    if manifest is not None:
+        path = root / manifest
+        chosen = "".join(f" {key}={value}" for key, value in where.items())
+        return path.stem + chosen, path.parent, read_manifest(path, where, columns, separator)
+    if where or columns:
+        raise UserError("data: where and columns choose from a manifest; leave them out")
+    base = root / str(folder)
+    return base.resolve().name, base, read_folder(base, suffixes)
+
+
+def read_manifest(
+    path: Path,
+    where: dict[str, str | int],
+    columns: dict[Word, str],
+    separator: str | None = None,
+) -> list[Entry]:
+    """The rows of a CSV whose columns have the values of `where`.
+
+    With a separator a cell of the column image may name several files, which are its channels.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -95,11 +128,18 @@ def read_manifest(path: Path, where: dict[str, str | int], columns: dict[Word, s
                 f"{path.name} line {number}: unknown split {cell['split']!r}; expected one of "
                 f"{', '.join(SPLITS)}, or blank"
             )
+        first, *more = cell["image"].split(separator) if separator else [cell["image"]]
+        if not all(word.strip() for word in (first, *more)):
+            problems.append(
+                f"{path.name} line {number}: image: a name is blank in {cell['image']!r}"
+            )
+            continue
         entries.append(
             Entry(
-                name=cell["image"],
+                name=first.strip(),
                 line=f" ({path.name} line {number})",
-                image=path.parent / cell["image"],
+                image=path.parent / first.strip(),
+                more=tuple(path.parent / other.strip() for other in more),
                 mask=path.parent / cell["mask"] if cell["mask"] else None,
                 instances=path.parent / cell["instances"] if cell["instances"] else None,
                 split=cell["split"],
@@ -117,17 +157,17 @@ def read_manifest(path: Path, where: dict[str, str | int], columns: dict[Word, s
     return entries
 
 
-def read_folder(base: Path) -> list[Entry]:
+def read_folder(base: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Entry]:
     """Files of images/, with the files of the same stem in masks/ and instances/."""
-    found = {kind: _by_stem(base / kind) for kind in ("images", "masks", "instances")}
+    found = {kind: _by_stem(base / kind, suffixes) for kind in ("images", "masks", "instances")}
     if not found["images"]:
         raise UserError(
-            f"data.folder: {base / 'images'} holds no PNG, JPEG or TIFF file; expected a folder "
-            f"with images/ and, for labelled images, masks/"
+            f"data.folder: {base / 'images'} holds no file that ends in {', '.join(suffixes)}; "
+            f"expected a folder with images/ and, for labelled images, masks/"
         )
     refuse(
         [
-            f"{kind}/{path.name} has no image; expected images/{stem}.png or the like"
+            f"{kind}/{path.name} has no image; expected images/{stem}{suffixes[0]} or the like"
             for kind in ("masks", "instances")
             for stem, path in found[kind].items()
             if stem not in found["images"]
@@ -241,14 +281,17 @@ def named_classes(entries: Sequence[Entry], base: Path) -> tuple[list[str] | Non
     return named or None, small
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """Image files of a folder by stem, in alphabetical order."""
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Image files of a folder by stem, in alphabetical order; hidden files are no images."""
     if not folder.is_dir():
         return {}
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES:
-            if path.stem in found:
-                raise UserError(f"data: {path} and {found[path.stem].name} have the same stem")
-            found[path.stem] = path
+        suffix = next((end for end in suffixes if path.name.lower().endswith(end)), None)
+        if suffix is None or path.name.startswith("."):
+            continue
+        stem = path.name[: -len(suffix)]
+        if stem in found:
+            raise UserError(f"data: {path} and {found[stem].name} have the same stem")
+        found[stem] = path
     return found

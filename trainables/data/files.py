@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,13 @@ class Header:
 
 def read(path: Path, inside: Path | None) -> bytes:
     """The bytes of a regular file, which must lie in the folder `inside`, links followed."""
+    with opened(path, inside) as file:
+        return file.read()
+
+
+@contextmanager
+def opened(path: Path, inside: Path | None) -> Iterator[BinaryIO]:
+    """A regular file to read, which must lie in the folder `inside`, links followed."""
     try:
         real = path.resolve(strict=True)
         if inside is not None and not real.is_relative_to(inside.resolve()):
@@ -66,7 +73,8 @@ def read(path: Path, inside: Path | None) -> bytes:
             )
         if not stat.S_ISREG(real.stat().st_mode):
             raise UserError("is not a regular file")
-        return real.read_bytes()
+        with real.open("rb") as file:
+            yield file
     except UserError:
         raise
     except FileNotFoundError:

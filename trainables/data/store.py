@@ -3,11 +3,11 @@
 A source says what the data are (`Source`); `write` decodes them into `cache/<fingerprint>/`, once
 for all processes of a node; `open_dataset` maps that folder; `to_device` makes batches of it.
 
-    images.npy (N, C, H, W) uint8 or uint16    masks.npy (N, H, W) uint8    instances.npy uint16
+    images.npy (N, C, *S) uint8 or uint16    masks.npy (N, *S) uint8    instances.npy uint16
     rows.json   name, group and split of each row
     meta.json   the rest, and the size of each file; written last
 
-Letters: N images, B batch, C channels, H W pixels.
+Letters: N images, B batch, C channels, *S pixels (any number of axes).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from trainables.config import canonical_json, digest
 from trainables.errors import StorageError, UserError
+from trainables.metrics import diameter
 
 Array = npt.NDArray[Any]
 Split = Literal["pretrain", "train", "val", "test"]
@@ -40,6 +41,7 @@ Split = Literal["pretrain", "train", "val", "test"]
 NOT_LABELLED = 255  # in masks: counts neither in a loss nor in a score
 FORMAT = 1  # raise it when the same source would be decoded to other bytes
 SHOWN_PROBLEMS = 20
+PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
 RESIDENT_SHARE = 0.5  # of the free device memory that images and masks may take
 _LOG = logging.getLogger(__name__)
 
@@ -48,9 +50,9 @@ _LOG = logging.getLogger(__name__)
 class Decoded:
     """What one part of a source (a file, a generated image) holds: n rows of the data set."""
 
-    images: Array  # (n, C, H, W)
-    masks: Array  # (n, H, W) uint8
-    instances: Array | None = None  # (n, H, W) uint16, 0 = no object
+    images: Array  # (n, C, *S)
+    masks: Array  # (n, *S) uint8
+    instances: Array | None = None  # (n, *S) uint16, 0 = no object
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Source:
 
     name: str
     identity: Any  # JSON; with the fields below it decides every decoded byte
-    size: tuple[int, int]
+    size: tuple[int, ...]
     channels: int
     dtype: Literal["uint8", "uint16"]
     classes: list[str] | None  # index 0 is background; None: class 0 to the largest in the masks
@@ -109,9 +111,9 @@ class Dataset:
     high: float  # the intensity that maps to 1
     object_edges: tuple[float, float]  # diameters in px that part training objects into thirds
     is_labelled: bool
-    images: Array  # (N, C, H, W) uint8 or uint16
-    masks: Array  # (N, H, W) uint8, 255 = not labelled
-    instances: Array | None  # (N, H, W) uint16
+    images: Array  # (N, C, *S) uint8 or uint16
+    masks: Array  # (N, *S) uint8, 255 = not labelled
+    instances: Array | None  # (N, *S) uint16
     names: list[str]
     groups: list[str]
     splits: Array  # (N,) of words
@@ -153,19 +155,20 @@ class Resident:
         extent = dataset.high - dataset.low
         centre_C = [dataset.low + mean * extent for mean in dataset.mean]
         gain_C = [1 / (std * extent) for std in dataset.std]
-        self.centre_C11 = torch.tensor(centre_C, device=device).view(-1, 1, 1)
-        self.gain_C11 = torch.tensor(gain_C, device=device).view(-1, 1, 1)
+        per_channel = (-1, *[1] * len(dataset.size))
+        self.centre_C = torch.tensor(centre_C, device=device).view(per_channel)
+        self.gain_C = torch.tensor(gain_C, device=device).view(per_channel)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, index_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (x - mean) / std as float32 (B, C, H, W), masks as int64 (B, H, W)."""
+        """Images (x - mean) / std as float32 (B, C, *S), masks as int64 (B, *S)."""
         places_B = self.rows[index_B.to(self.rows.device)]
         images = self.images.index_select(0, places_B).to(self.device)
         if images.dtype == torch.int16:
             images = images.int().bitwise_and_(0xFFFF)
-        images = images.float().sub_(self.centre_C11).mul_(self.gain_C11)
+        images = images.float().sub_(self.centre_C).mul_(self.gain_C)
         if self.masks is None:
             return images, None
         return images, self.masks.index_select(0, places_B).to(self.device).long()
@@ -342,8 +345,8 @@ def _measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
             f"data: every pixel of the training images is {observed[0]}; expected pictures"
         )
     if not is_default:
-        for start in range(0, len(images), 64):  # so that val and test stay within [0, 1] as well
-            np.clip(images[start : start + 64], low, high, out=images[start : start + 64])
+        for part in _portions(images, len(images)):  # so that val and test stay in [0, 1] as well
+            np.clip(images[part], low, high, out=images[part])
     levels = (np.clip(np.arange(counts.shape[1]), low, high) - low) / (high - low)
     total = counts.sum(axis=1)
     mean = counts @ levels / total
@@ -403,20 +406,31 @@ def _histogram(images: Array, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int
     """How often each value occurs in each channel (C, 256 or 65536) of the rows."""
     levels = 2 ** (8 * images.dtype.itemsize)
     counts = np.zeros((images.shape[1], levels), np.int64)
-    for start in range(0, len(rows), 64):
-        chunk = images[rows[start : start + 64]]
+    for part in _portions(images, len(rows)):
+        chunk = images[rows[part]]
         for channel in range(len(counts)):
             counts[channel] += np.bincount(chunk[:, channel].ravel(), minlength=levels)
     return counts
 
 
+def _portions(images: Array, num_rows: int) -> Iterator[slice]:
+    """Slices of rows that together take little memory, however large a row is."""
+    step = max(1, PIXELS_AT_ONCE // max(1, images[0].size))
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step)
+
+
 def _diameters(masks: Array, rows: npt.NDArray[np.int64], label: int) -> npt.NDArray[np.float64]:
-    """Diameters of discs as large as the objects: touching pixels of a class, also diagonally."""
-    areas: list[Array] = [np.zeros(0)]
+    """Diameters of discs (or balls) as large as the objects: pixels of a class that touch.
+
+    Corners count as touching, as where objects are scored.
+    """
+    axes = masks.ndim - 1
+    areas: list[Array] = [np.zeros(0, np.int64)]
     for row in rows:
-        objects, _ = ndimage.label(masks[row] == label, structure=np.ones((3, 3)))
+        objects, _ = ndimage.label(masks[row] == label, structure=np.ones((3,) * axes))
         areas.append(np.bincount(objects.ravel())[1:])
-    return np.asarray(np.sqrt(np.concatenate(areas) * 4 / np.pi))
+    return diameter(np.concatenate(areas), axes)
 
 
 def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -32,7 +32,12 @@ class MaskRequest:
     samples_B: Tensor  # places in the global batch, int64
     images: Tensor | None = None  # standardised (B, C, *S), for strategies that look at them
     model: MAE | None = None  # the teacher, for strategies that have one; else the model itself
-    patches_per_unit: int = 1  # along every axis
+    patches_per_unit: tuple[int, ...] = ()  # per axis; by default a unit is a patch
+
+    def __post_init__(self) -> None:
+        if not self.patches_per_unit:
+            object.__setattr__(self, "patches_per_unit", (1,) * len(self.grid))
+        assert len(self.patches_per_unit) == len(self.grid)
 
     @property
     def num_units(self) -> int:
@@ -40,7 +45,7 @@ class MaskRequest:
 
     @property
     def hidden_patches(self) -> int:
-        return int(self.hidden * self.patches_per_unit ** len(self.grid))
+        return self.hidden * math.prod(self.patches_per_unit)
 
     def to_patches(self, values_BU: Tensor) -> Tensor:
         """Each unit's value for all of its patches: (B, U) -> (B, P)."""
@@ -88,12 +93,13 @@ def plan_hidden(
     return [nearest[count] for count in exact]
 
 
-def unit_to_patch(is_hidden_BU: Tensor, unit_grid: Sequence[int], patches_per_unit: int) -> Tensor:
-    """Each unit stands for `patches_per_unit` patches along every axis -> is_hidden_BP."""
-    batch, axes = is_hidden_BU.shape[0], len(unit_grid)
-    spread = [edge for units in unit_grid for edge in (units, patches_per_unit)]
-    is_hidden = is_hidden_BU.reshape(batch, *(edge for units in unit_grid for edge in (units, 1)))
-    assert is_hidden.ndim == 1 + 2 * axes
+def unit_to_patch(
+    is_hidden_BU: Tensor, unit_grid: Sequence[int], patches_per_unit: Sequence[int]
+) -> Tensor:
+    """Each unit stands for so many patches along each axis -> is_hidden_BP."""
+    batch = is_hidden_BU.shape[0]
+    spread = _interleaved(unit_grid, patches_per_unit)
+    is_hidden = is_hidden_BU.reshape(batch, *_interleaved(unit_grid, [1] * len(unit_grid)))
     return is_hidden.expand(batch, *spread).reshape(batch, -1)
 
 
@@ -107,10 +113,11 @@ def split_indices(is_hidden_BP: Tensor, num_hidden: int) -> tuple[Tensor, Tensor
     return order_BP[:, :num_visible], order_BP[:, num_visible:]
 
 
-def pixels_hidden(is_hidden_BP: Tensor, grid: Sequence[int], patch: int) -> Tensor:
+def pixels_hidden(is_hidden_BP: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
     """The same regions as pixels: bool (B, *S)."""
     pixels = unit_to_patch(is_hidden_BP, grid, patch)
-    return pixels.reshape(is_hidden_BP.shape[0], *(edge * patch for edge in grid))
+    size = [cells * edge for cells, edge in zip(grid, patch, strict=True)]
+    return pixels.reshape(is_hidden_BP.shape[0], *size)
 
 
 def hide_smallest(values_BU: Tensor, hidden: int) -> Tensor:
@@ -120,9 +127,11 @@ def hide_smallest(values_BU: Tensor, hidden: int) -> Tensor:
     return is_hidden_BU.scatter_(1, order_BU[:, :hidden], True)
 
 
-def to_units(values_BP: Tensor, unit_grid: Sequence[int], patches_per_unit: int) -> Tensor:
+def to_units(
+    values_BP: Tensor, unit_grid: Sequence[int], patches_per_unit: Sequence[int]
+) -> Tensor:
     """The mean over the patches of each unit: (B, P) -> (B, U)."""
-    cut = [edge for units in unit_grid for edge in (units, patches_per_unit)]
+    cut = _interleaved(unit_grid, patches_per_unit)
     within = [2 + 2 * axis for axis in range(len(unit_grid))]
     return values_BP.reshape(-1, *cut).mean(dim=within).flatten(1)
 
@@ -136,7 +145,7 @@ def errors_under(
     """
     assert request.model is not None and request.images is not None
     is_hidden_BP = request.to_patches(is_hidden_BU)
-    num_hidden = hidden * request.patches_per_unit ** len(request.grid)
+    num_hidden = hidden * math.prod(request.patches_per_unit)
     visible_BV, hidden_BX = split_indices(is_hidden_BP, num_hidden)
     errors_BX = request.model.patch_errors(
         request.images, visible_BV, hidden_BX, normalised=normalised
@@ -144,3 +153,8 @@ def errors_under(
     errors_BP = torch.zeros_like(is_hidden_BP, dtype=torch.float32)
     errors_BP.scatter_(1, hidden_BX, errors_BX)
     return to_units(errors_BP, request.grid, request.patches_per_unit)
+
+
+def _interleaved(grid: Sequence[int], within: Sequence[int]) -> list[int]:
+    """Cells of the first axis, what lies within one of them, cells of the second axis, ..."""
+    return [count for pair in zip(grid, within, strict=True) for count in pair]

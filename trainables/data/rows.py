@@ -1,0 +1,182 @@
+"""From files to rows, alike for every kind of file: errors that name the file, labels, tiles.
+
+Letters: C channels, *S pixels along every axis, n tiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from trainables.data.entries import Entry
+from trainables.data.store import NOT_LABELLED, Decoded
+from trainables.errors import UserError
+
+Array = npt.NDArray[Any]
+
+MAX_CLASSES = 64
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How the values of a mask are read."""
+
+    encoding: Literal["index", "binary"]
+    ignore: int | None  # the value that means not labelled
+    classes: list[str] | None
+
+    def check(self, small_classes: Sequence[str]) -> None:
+        """Names that exclude each other, or the encoding, are the user's to mend."""
+        classes = self.classes
+        if classes is None:
+            if small_classes:
+                raise UserError(
+                    "data.small_classes: name the classes as well: classes: [background, …]"
+                )
+            return
+        if len(classes) > MAX_CLASSES or len(set(classes)) < len(classes) or not classes:
+            raise UserError(f"data.classes: {classes}; expected 1 to {MAX_CLASSES} different names")
+        if self.encoding == "binary" and len(classes) != 2:
+            raise UserError(f"data.classes: binary masks have 2 classes, {len(classes)} are named")
+        unknown = [name for name in small_classes if name not in classes[1:]]
+        if unknown:
+            raise UserError(f"data.small_classes: {unknown} are not among {classes[1:]}")
+
+    def of(self, values: Array) -> npt.NDArray[np.uint8]:
+        """Class indices of unsigned values, 255 where nothing is labelled; or what is wrong."""
+        counts = np.bincount(values.ravel())
+        present = set(np.flatnonzero(counts).tolist()) - {self.ignore}
+        if self.encoding == "binary":
+            if not present <= {0, 1} and not present <= {0, 255}:
+                raise UserError(f"has the values {some(present)}; expected 0 and 255 (or 0 and 1)")
+            labels = (values > 0).astype(np.uint8)
+        else:
+            limit = len(self.classes) if self.classes else MAX_CLASSES
+            wrong = {value for value in present if value >= limit}
+            if wrong:
+                expected = f"class indices 0 to {limit - 1}"
+                if self.classes:
+                    expected += f" ({', '.join(self.classes)})"
+                ways = "set ignore: 255 if that means not labelled"
+                if present <= {0, 255}:
+                    ways = f"set mask_encoding: binary if 255 is the object, or {ways}"
+                raise UserError(
+                    f"has the values {some(wrong)}; expected {expected}"
+                    + (f"; {ways}" if 255 in wrong else "")
+                )
+            labels = values.astype(np.uint8)
+        if self.ignore is not None:
+            labels[values == self.ignore] = NOT_LABELLED
+        return labels
+
+
+def tile_corners(size: Sequence[int], tile: Sequence[int]) -> list[tuple[int, ...]]:
+    """First corners of as few tiles as cover the image, evenly spaced, the last axis fastest."""
+    starts = [
+        np.rint(np.linspace(0, edge - part, -(-edge // part))).astype(int).tolist()
+        for edge, part in zip(size, tile, strict=True)
+    ]
+    return list(itertools.product(*starts))
+
+
+def cut(picture: Array, labels: Array, objects: Array | None, tile: Sequence[int]) -> Decoded:
+    """Tiles of an image (C, *S), its labels (*S) and its objects (*S), if there are any.
+
+    Where tiles overlap, a pixel is labelled, and belongs to an object, in the first of them only.
+    """
+    labels = labels.copy()
+    objects = None if objects is None else objects.copy()
+    images, masks, instances = [], [], []
+    for corner in tile_corners(labels.shape, tile):
+        part = tuple(slice(c, c + edge) for c, edge in zip(corner, tile, strict=True))
+        images.append(picture[(slice(None), *part)])
+        masks.append(labels[part].copy())
+        labels[part] = NOT_LABELLED
+        if objects is not None:
+            instances.append(objects[part].copy())
+            objects[part] = 0
+    return Decoded(
+        np.stack(images), np.stack(masks), None if objects is None else np.stack(instances)
+    )
+
+
+def row_names(entry: Entry, corners: Sequence[Sequence[int]]) -> list[str]:
+    """What the rows of an entry are called: the file, and where its tiles begin."""
+    if len(corners) == 1:
+        return [entry.name]
+    return [f"{entry.name}@{','.join(map(str, corner))}" for corner in corners]
+
+
+def duplicates(entries: Sequence[Entry], content: dict[int, str]) -> list[str]:
+    """Images of the same content in two splits, and images that are listed twice."""
+    first: dict[str, Entry] = {}
+    problems = []
+    for i, digest in content.items():
+        entry = entries[i]
+        twin = first.setdefault(digest, entry)
+        if twin is entry:
+            continue
+        splits = {"train" if e.split == "pretrain" else e.split for e in (twin, entry)}
+        names = f"{twin.name}{twin.line} and {entry.name}{entry.line}"
+        if len(splits) > 1:
+            problems.append(
+                f"{names} have the same content but are in {twin.split} and {entry.split}; leave "
+                f"one out, or give both the same group"
+            )
+        elif twin.image == entry.image:
+            problems.append(f"{names} are the same file, listed twice; leave one out")
+    return problems
+
+
+def check_not_empty(entries: Sequence[Entry]) -> None:
+    """There must be something to train on, and something to be judged on."""
+    counts = Counter(str(entry.split) for entry in entries)
+    for words in (("train", "pretrain"), ("val",)):
+        if not any(counts[word] for word in words):
+            raise UserError(
+                f"data: no image is in {' or '.join(words)} (there are {dict(counts)}); name some "
+                f"in the split column, or leave it blank to have a share of the groups drawn"
+            )
+
+
+def in_parallel(task: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """What the task returns for each item, or its UserError."""
+
+    def attempt(item: Any) -> Any:
+        try:
+            return task(item)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(attempt, items))
+
+
+@contextmanager
+def naming(path: Path, entry: Entry) -> Iterator[None]:
+    """Puts the name of the file, and its line of the manifest, in front of an error."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}{entry.line} {error}") from error
+
+
+def times(size: Sequence[int]) -> str:
+    """A size for people: 3x4."""
+    return "x".join(map(str, size))
+
+
+def some(values: Iterable[int]) -> str:
+    """The first of some values for people."""
+    first = sorted(values)
+    return ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")

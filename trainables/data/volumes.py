@@ -1,0 +1,480 @@
+"""Volumes (NIfTI) with class masks, from a manifest (CSV) or from a folder, in tiles.
+
+Rows are (C, *S), S from the patient's left to right, from back to front, and upwards ("RAS"),
+however a file stores them; `size` and `spacing` have the same order. An oblique volume is turned to
+the nearest axes and not resampled.
+
+Intensities become 16-bit levels per volume and channel, so that volumes whose numbers have no
+common unit are alike: by `percentiles` of the voxels that are not 0, which leaves out the empty
+surroundings, or, where numbers have a unit (CT), by `window` in that unit.
+
+A volume smaller than a tile is refused unless `pad` is true: padding has the label 255, but
+pretraining knows no such label. It hides padding, reconstructs it and learns from it.
+
+Letters: C channels, *S voxels along every axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.orientations import apply_orientation, io_orientation
+from pydantic import Field
+from scipy import ndimage
+
+from trainables.data import nifti
+from trainables.data.entries import (
+    Entry,
+    Shares,
+    Word,
+    named_classes,
+    read_entries,
+    split_by_group,
+    with_groups,
+)
+from trainables.data.rows import (
+    Labels,
+    check_not_empty,
+    cut,
+    duplicates,
+    in_parallel,
+    naming,
+    row_names,
+    some,
+    tile_corners,
+    times,
+)
+from trainables.data.store import NOT_LABELLED, Decoded, Source, refuse
+from trainables.errors import UserError
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+Edge = Annotated[int, Field(ge=4, le=1024)]
+Millimetres = Annotated[float, Field(gt=0, le=1000)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Level = Annotated[int, Field(ge=0, le=65535)]
+
+DEFAULT_SHARES = Shares()
+DEFAULT_PERCENTILES = (0.5, 99.5)
+SEPARATOR = ";"
+HIGHEST = 65535  # the level of what lies at or above the window
+SAME_SPACING = 1e-3  # relative difference that is not worth resampling
+APART = 0.1  # voxels between the corners of volumes that lie in the same place
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What is known of an entry before its voxels are kept."""
+
+    images: tuple[nifti.Inspected, ...]  # a channel each
+    mask: nifti.Inspected | None
+    shape: Shape  # of the rows' axes, resampled, not padded
+
+    @property
+    def content(self) -> str:
+        """What makes it the same volume as another: its stored voxels."""
+        return " ".join(image.voxels for image in self.images)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become rows: the part of the settings that decoding needs."""
+
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float] | None
+    window: tuple[float, float] | None
+    percentiles: tuple[float, float]
+    pad: bool
+    labels: Labels
+    inside: Path | None
+    most_bytes: int
+
+
+def volumes(
+    root: Path,
+    *,
+    manifest: Annotated[
+        str | None,
+        Field(
+            description="CSV with the columns image, mask and, if wanted, split, group; several "
+            "files of one volume, its channels, are separated by ;"
+        ),
+    ] = None,
+    folder: Annotated[
+        str | None, Field(description="folder with images/ and masks/ of the same stems")
+    ] = None,
+    size: Annotated[
+        tuple[Edge, Edge, Edge],
+        Field(description="of a tile in voxels: to the right, to the front, upwards"),
+    ],
+    spacing: Annotated[
+        tuple[Millimetres, Millimetres, Millimetres] | Literal["none"],
+        Field(description="mm between voxels in the order of size; none: as the files have it"),
+    ] = "none",
+    window: Annotated[
+        tuple[float, float] | None,
+        Field(description="intensities that become 0 and 1; instead of percentiles"),
+    ] = None,
+    percentiles: Annotated[
+        tuple[Percent, Percent] | None,
+        Field(description="of each volume's voxels that are not 0; null: 0.5 and 99.5"),
+    ] = None,
+    pad: Annotated[bool, Field(description="fill up volumes that are smaller than a tile")] = False,
+    classes: list[str] | None = None,
+    small_classes: list[str] | None = None,
+    where: Annotated[
+        dict[str, str | int] | None,
+        Field(description="column of the manifest: value that its rows must have"),
+    ] = None,
+    columns: Annotated[
+        dict[Word, str] | None,
+        Field(description="our word: the name of that column in the manifest"),
+    ] = None,
+    group: Annotated[
+        str | None, Field(description="regular expression on file stems, where the group is blank")
+    ] = None,
+    mask_encoding: Literal["index", "binary"] = "index",
+    ignore: Annotated[Level | None, Field(description="mask value that means not labelled")] = None,
+    split: Shares = DEFAULT_SHARES,
+    allow_outside: Annotated[
+        bool, Field(description="read files that are not below the data folder")
+    ] = False,
+    max_mib: Annotated[
+        int, Field(ge=1, description="refuse volumes that take more memory, at 4 bytes a voxel")
+    ] = 2048,
+) -> Source:
+    """NIfTI files named in a manifest (image, mask, split, group), or in a folder, in 3-D tiles."""
+    _check_intensities(window, percentiles)
+    name, base, entries = read_entries(
+        root, manifest, folder, where or {}, columns or {}, nifti.SUFFIXES, SEPARATOR
+    )
+    notes = []
+    if group is None and not all(entry.group for entry in entries):
+        notes.append(
+            "volumes without a group are a group each: whether two of them show one patient (left "
+            "and right, before and after) cannot be known; give a column group, or group: a pattern"
+        )
+    entries = with_groups(entries, group)
+    if classes is None:
+        classes, found_small = named_classes(entries, base)
+        small_classes = found_small if small_classes is None else small_classes
+    reading = Reading(
+        size=size,
+        spacing=None if spacing == "none" else spacing,
+        window=window,
+        percentiles=percentiles or DEFAULT_PERCENTILES,
+        pad=pad,
+        labels=Labels(mask_encoding, ignore, classes),
+        inside=None if allow_outside else base,
+        most_bytes=max_mib * 2**20,
+    )
+    reading.labels.check(small_classes or [])
+
+    inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
+    found = {i: item for i, item in enumerate(inspected) if isinstance(item, Inspected)}
+    problems = [str(item) for item in inspected if isinstance(item, UserError)]
+    problems += _disagreements(entries, found)
+    entries, notes_of_split, leaks = split_by_group(entries, split)
+    notes += notes_of_split
+    problems += leaks + duplicates(entries, {i: item.content for i, item in found.items()})
+    if problems:  # decode what is left, so that one run tells everything
+        rest = in_parallel(lambda i: decode_entry(entries[i], found[i], reading), found)
+        refuse([*problems, *(str(item) for item in rest if isinstance(item, UserError))])
+
+    is_labelled = any(entry.mask for entry in entries)
+    kept = [i for i, e in enumerate(entries) if e.mask or not is_labelled or e.split == "pretrain"]
+    if len(kept) < len(entries):
+        notes.append(f"{len(entries) - len(kept)} volumes of val or test have no mask: left out")
+    entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
+    check_not_empty(entries)
+    notes += _notes(entries, reads, reading)
+    parts: list[range] = []
+    names: list[str] = []
+    groups: list[str] = []
+    splits: list[str] = []
+    for entry, read in zip(entries, reads, strict=True):
+        corners = tile_corners(_padded(read.shape, size), size)
+        parts.append(range(len(names), len(names) + len(corners)))
+        names += row_names(entry, corners)
+        groups += [str(entry.group)] * len(corners)
+        splits += [str(entry.split)] * len(corners)
+    return Source(
+        name=name,
+        identity={
+            "files": [
+                {"images": [image.identity for image in read.images], "mask": _identity(read.mask)}
+                for read in reads
+            ],
+            "spacing": reading.spacing,
+            "intensities": {"window": window} if window else {"percentiles": reading.percentiles},
+            "mask_encoding": mask_encoding,
+            "ignore": ignore,
+        },
+        size=size,
+        channels=len(reads[0].images),
+        dtype="uint16",
+        classes=classes or (None if is_labelled else ["background"]),
+        small_classes=[(classes or []).index(word) for word in small_classes or []],
+        window=(0, HIGHEST),
+        is_labelled=is_labelled,
+        has_instances=False,
+        names=names,
+        groups=groups,
+        splits=splits,
+        parts=parts,
+        decode=lambda part: decode_entry(entries[part], reads[part], reading),
+        notes=notes,
+    )
+
+
+def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
+    """Headers and hashes of an entry's files; an error says what does not fit."""
+    with naming(entry.image, entry):
+        first = nifti.inspect(entry.image, reading.inside, reading.most_bytes)
+        shape = _resampled(first.header, reading.spacing)
+        needed = math.prod(_padded(shape, reading.size)) * 4
+        if needed > reading.most_bytes:
+            raise UserError(
+                f"becomes {times(shape)} voxels at spacing {_listed(reading.spacing or ())}, "
+                f"{needed / 2**20:,.0f} MiB in memory; expected at most "
+                f"{reading.most_bytes / 2**20:,.0f}: take a wider spacing, or raise max_mib"
+            )
+        is_smaller = any(e < part for e, part in zip(shape, reading.size, strict=True))
+        if is_smaller and not reading.pad:
+            turned = f" at spacing {_listed(reading.spacing)}" if reading.spacing else ""
+            raise UserError(
+                f"is {times(shape)}{turned} (right, front, up), smaller than a tile of "
+                f"{times(reading.size)}; choose a smaller size, or pad: true, though padding then "
+                f"counts in pretraining"
+            )
+    others = []
+    for path in entry.more:
+        with naming(path, entry):
+            others.append(nifti.inspect(path, reading.inside, reading.most_bytes))
+            _check_place(others[-1].header, first.header, entry)
+    mask = None
+    if entry.mask:
+        with naming(entry.mask, entry):
+            mask = nifti.inspect(entry.mask, reading.inside, reading.most_bytes)
+            _check_place(mask.header, first.header, entry)
+    return Inspected((first, *others), mask, shape)
+
+
+def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decoded:
+    """The tiles of an entry."""
+    picture = np.empty((len(inspected.images), *inspected.shape), np.uint16)
+    paths = (entry.image, *entry.more)
+    for channel, path, before in zip(picture, paths, inspected.images, strict=True):
+        with naming(path, entry):
+            intensities = nifti.values(before.header, _unchanged(path, before, reading))
+            low, high = levels_between(intensities, reading)
+            intensities = to_ras(intensities, before.header.affine)
+            intensities = resampled(intensities, inspected.shape, _steps(before.header, reading))
+            channel[:] = to_levels(intensities, low, high)
+    labels = np.full(inspected.shape, NOT_LABELLED, np.uint8)
+    if entry.mask and inspected.mask:
+        with naming(entry.mask, entry):
+            stored = _unchanged(entry.mask, inspected.mask, reading)
+            labels = reading.labels.of(_whole(nifti.values(inspected.mask.header, stored)))
+            labels = to_ras(labels, inspected.mask.header.affine)
+            steps = _steps(inspected.images[0].header, reading)
+            labels = resampled(labels, inspected.shape, steps, is_nearest=True)
+    missing = [
+        full - edge
+        for full, edge in zip(_padded(inspected.shape, reading.size), inspected.shape, strict=True)
+    ]
+    around = [(count // 2, count - count // 2) for count in missing]
+    picture = np.pad(picture, [(0, 0), *around])
+    labels = np.pad(labels, around, constant_values=NOT_LABELLED)
+    return cut(picture, labels, None, reading.size)
+
+
+def to_ras(stored: Array, affine: Array) -> Array:
+    """The same voxels with axes to the right, to the front and upwards."""
+    return np.asarray(apply_orientation(stored, io_orientation(affine)))
+
+
+def resampled(
+    values: Array, shape: Shape, steps: Sequence[float], *, is_nearest: bool = False
+) -> Array:
+    """Values at new voxels, `steps` old ones apart along each axis, in the middle of the old ones.
+
+    Linear, after a Gaussian of (step - 1) / 2 along axes that become coarser, so that what lies
+    between the new voxels counts; labels are the nearest, unsmoothed. Beyond the first and the last
+    voxel their values go on.
+    """
+    if all(step == 1 for step in steps):
+        return values
+    if not is_nearest:
+        sigma = [max(0.0, (step - 1) / 2) for step in steps]
+        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
+    middle = [
+        (old - 1) / 2 - (new - 1) / 2 * step
+        for old, new, step in zip(values.shape, shape, steps, strict=True)
+    ]
+    order = 0 if is_nearest else 1
+    return np.asarray(
+        ndimage.affine_transform(
+            values, np.asarray(steps), middle, output_shape=shape, order=order, mode="nearest"
+        )
+    )
+
+
+def levels_between(intensities: Array, reading: Reading) -> tuple[float, float]:
+    """The intensities that become the lowest and the highest level."""
+    if reading.window is not None:
+        return reading.window
+    foreground = intensities[intensities != 0]
+    if foreground.size == 0:
+        raise UserError("is empty: every voxel is 0; expected a picture: leave it out")
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = np.percentile(foreground.astype(np.float64), reading.percentiles).tolist()
+    if not 0 < high - low < math.inf:
+        raise UserError(
+            f"has no contrast: of its voxels that are not 0 the percentiles "
+            f"{_listed(reading.percentiles)} are {low:g} and {high:g}; expected two different "
+            f"values: leave it out, take other percentiles, or give a window"
+        )
+    return low, high
+
+
+def to_levels(intensities: Array, low: float, high: float) -> npt.NDArray[np.uint16]:
+    """Intensities as levels from 0 (low and less) to HIGHEST (high and more)."""
+    share = (np.clip(intensities.astype(np.float64), low, high) - low) / (high - low)
+    return np.rint(share * HIGHEST).astype(np.uint16)
+
+
+def _whole(numbers: Array) -> npt.NDArray[np.uint16]:
+    """Mask values as whole numbers, which some programs store as floats."""
+    is_wrong = (numbers != np.rint(numbers)) | (numbers < 0) | (numbers > HIGHEST)
+    if is_wrong.any():
+        raise UserError(
+            f"has {int(is_wrong.sum()):,} voxels that are no class index, such as "
+            f"{some(np.unique(numbers[is_wrong])[:8].tolist())}; expected whole numbers from 0 on"
+        )
+    return numbers.astype(np.uint16)
+
+
+def _unchanged(path: Path, before: nifti.Inspected, reading: Reading) -> Array:
+    now, stored = nifti.load(path, reading.inside, reading.most_bytes)
+    if now.identity != before.identity:
+        raise UserError("changed while it was read; start again")
+    return stored
+
+
+def _in_ras(header: nifti.Header) -> tuple[Shape, tuple[float, ...]]:
+    """Shape and spacing along the rows' axes."""
+    place = {int(axis): i for i, (axis, _) in enumerate(io_orientation(header.affine))}
+    order = [place[axis] for axis in range(3)]
+    return tuple(header.shape[i] for i in order), tuple(header.spacing[i] for i in order)
+
+
+def _steps(header: nifti.Header, reading: Reading) -> list[float]:
+    """Old voxels from one new voxel to the next, along the rows' axes; 1: as it is."""
+    if reading.spacing is None:
+        return [1.0, 1.0, 1.0]
+    steps = [new / old for new, old in zip(reading.spacing, _in_ras(header)[1], strict=True)]
+    return [1.0 if abs(step - 1) < SAME_SPACING else step for step in steps]
+
+
+def _resampled(header: nifti.Header, spacing: tuple[float, ...] | None) -> Shape:
+    """How many voxels a volume has at a spacing, along the rows' axes."""
+    shape, old = _in_ras(header)
+    if spacing is None:
+        return shape
+    return tuple(
+        count if abs(new / was - 1) < SAME_SPACING else max(1, round(count * was / new))
+        for count, was, new in zip(shape, old, spacing, strict=True)
+    )
+
+
+def _padded(shape: Sequence[int], size: Sequence[int]) -> Shape:
+    return tuple(max(pair) for pair in zip(shape, size, strict=True))
+
+
+def _check_place(header: nifti.Header, image: nifti.Header, entry: Entry) -> None:
+    """Volumes of one entry have to lie voxel on voxel."""
+    if header.shape != image.shape:
+        raise UserError(
+            f"is {times(header.shape)}, but its image {entry.name} is {times(image.shape)}; "
+            f"expected the same grid: resample it to its image"
+        )
+    ends = np.array(list(np.ndindex(2, 2, 2))) * (np.array(image.shape) - 1)
+    corners = np.c_[ends, np.ones(8)].T
+    distance = np.linalg.norm((header.affine @ corners - image.affine @ corners)[:3], axis=0).max()
+    if distance > APART * min(image.spacing):
+        raise UserError(
+            f"lies up to {distance:.3g} mm away from its image {entry.name}; expected the same "
+            f"affine, within {APART:g} voxels: resample it, or give it the image's header if the "
+            f"voxels do agree"
+        )
+
+
+def _check_intensities(
+    window: tuple[float, float] | None, percentiles: tuple[float, float] | None
+) -> None:
+    if window is not None and percentiles is not None:
+        raise UserError("data: window and percentiles exclude each other; leave one out")
+    for key, pair in (("window", window), ("percentiles", percentiles)):
+        if pair is not None and not (math.isfinite(pair[1] - pair[0]) and pair[0] < pair[1]):
+            raise UserError(f"data.{key}: {list(pair)} is empty; expected [low, high], low < high")
+
+
+def _disagreements(entries: Sequence[Entry], found: dict[int, Inspected]) -> list[str]:
+    """Volumes that differ from most of the others in channels."""
+    usual = Counter(len(item.images) for item in found.values()).most_common(1)
+    return [
+        f"{entries[i].image}{entries[i].line} has {len(item.images)} channels; most volumes have "
+        f"{usual[0][0]}; expected the same files of all, in the same order"
+        for i, item in found.items()
+        if len(item.images) != usual[0][0]
+    ]
+
+
+def _notes(entries: Sequence[Entry], reads: Sequence[Inspected], reading: Reading) -> list[str]:
+    """What a person has to know of how these volumes became rows."""
+    what = (
+        f"{_listed(reading.window)} of the files"
+        if reading.window
+        else f"the percentiles {_listed(reading.percentiles)} of each volume, without voxels of 0"
+    )
+    notes = [f"0 and 1 are {what}; axes go to the right, to the front, upwards"]
+    headers = [image.header for read in reads for image in read.images]
+    guessed = sum(not header.is_placed for header in headers)
+    if guessed:
+        notes.append(
+            f"{guessed} files say nothing of their orientation (no sform, no qform): right and "
+            f"left are a guess"
+        )
+    if reading.spacing is None:
+        spacings = np.array([_in_ras(header)[1] for header in headers])
+        low, high = spacings.min(axis=0), spacings.max(axis=0)
+        if (high / low - 1 > SAME_SPACING).any():
+            notes.append(
+                f"spacings differ, from {_listed(low)} to {_listed(high)} mm, and are kept; "
+                f"spacing: [mm, mm, mm] makes them alike"
+            )
+    if any(entry.instances for entry in entries):
+        notes.append("instances are not read of volumes")
+    added = [math.prod(_padded(read.shape, reading.size)) - math.prod(read.shape) for read in reads]
+    if any(added):
+        notes.append(
+            f"{sum(added):,} voxels of {sum(map(bool, added))} volumes are padding: not labelled, "
+            f"but pretraining hides, reconstructs and counts them like others"
+        )
+    return notes
+
+
+def _identity(inspected: nifti.Inspected | None) -> str | None:
+    return inspected.identity if inspected else None
+
+
+def _listed(numbers: Sequence[float] | Array) -> str:
+    return "[" + ", ".join(f"{number:g}" for number in numbers) + "]"
