@@ -124,11 +124,13 @@ def test_intensities_are_clipped_and_per_channel():
     torch.testing.assert_close(found[0, 1].flatten(), torch.tensor([0.0, 0.1, 0.6, 1.0]))
 
 
-@pytest.mark.parametrize("edge", [4, 8, 16, 32])
-def test_ssim_is_one_for_the_truth_and_sees_only_hidden_pixels(edge):
-    truth = torch.rand(2, 1, edge, edge, generator=torch.Generator().manual_seed(0))
-    where = torch.zeros(2, edge, edge, dtype=torch.bool)
-    where[:, : edge // 2] = True
+@pytest.mark.parametrize(
+    "size", [(4, 4), (8, 8), (16, 16), (32, 32), (4, 8, 12), (8, 8, 8), (12, 16, 12)]
+)
+def test_ssim_is_one_for_the_truth_and_sees_only_hidden_pixels(size):
+    truth = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    where = torch.zeros(2, *size, dtype=torch.bool)
+    where[:, : size[0] // 2] = True
     torch.testing.assert_close(ssim(truth, truth, where), torch.ones(2))
     wrong_where_visible = torch.where(where[:, None], truth, torch.zeros(()))
     torch.testing.assert_close(ssim(wrong_where_visible, truth, where), torch.ones(2))

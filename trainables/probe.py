@@ -266,8 +266,15 @@ def ssim(predicted: Tensor, truth: Tensor, where_BS: Tensor) -> Tensor:
     """
     composite = torch.where(where_BS[:, None], predicted, truth)
     sigma = 1.5 * min(1.0, min(truth.shape[2:]) / 11)
+    width = 2 * int(3.5 * sigma + 0.5) + 1  # of the Gaussian, which torchmetrics needs in 3D
     _, map_BCS = structural_similarity_index_measure(
-        composite, truth, data_range=1.0, sigma=sigma, return_full_image=True, reduction="none"
+        composite,
+        truth,
+        data_range=1.0,
+        sigma=sigma,
+        kernel_size=width,
+        return_full_image=True,
+        reduction="none",
     )
     return _mean_where(map_BCS.mean(dim=1), where_BS)
 
