@@ -39,6 +39,8 @@ def test_a_trial_leaves_what_was_promised(uninterrupted):
     assert [name for name in left if not name.startswith("checkpoints")] == [
         "encoder/encoder.json",
         "encoder/encoder.safetensors",
+        *(f"pictures/masks-{percent:03d}.png" for percent in (0, 25, 50, 100)),
+        "pictures/masks.json",
         "pictures/reconstruction.png",
         "pictures/segmentation.png",
     ]
