@@ -25,6 +25,23 @@ from trainables.errors import UserError
 
 Word = Literal["image", "mask", "split", "group", "instances"]
 
+# Options that every source of files has
+Folder = Annotated[
+    str | None, Field(description="folder with images/ and masks/ of the same stems")
+]
+Where = Annotated[
+    dict[str, str | int] | None,
+    Field(description="column of the manifest: value that its rows must have"),
+]
+Columns = Annotated[
+    dict[Word, str] | None,
+    Field(description="our word: the name of that column in the manifest"),
+]
+GroupPattern = Annotated[
+    str | None, Field(description="regular expression on file stems, where the group is blank")
+]
+AllowOutside = Annotated[bool, Field(description="read files that are not below the data folder")]
+
 SPLITS = ("train", "val", "test", "pretrain")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 

@@ -21,9 +21,13 @@ from scipy import ndimage
 
 from trainables.data import files
 from trainables.data.entries import (
+    AllowOutside,
+    Columns,
     Entry,
+    Folder,
+    GroupPattern,
     Shares,
-    Word,
+    Where,
     named_classes,
     read_entries,
     split_by_group,
@@ -36,10 +40,11 @@ from trainables.data.rows import (
     cut,
     duplicates,
     in_parallel,
+    lay_out,
     naming,
-    row_names,
     tile_corners,
     times,
+    usable,
 )
 from trainables.data.store import NOT_LABELLED, Decoded, Source, refuse
 from trainables.errors import UserError
@@ -78,9 +83,7 @@ def images(
         str | None,
         Field(description="CSV with the columns image, mask and, if wanted, split, group"),
     ] = None,
-    folder: Annotated[
-        str | None, Field(description="folder with images/ and masks/ of the same stems")
-    ] = None,
+    folder: Folder = None,
     size: Edge | tuple[Edge, Edge] = 128,
     fit: Annotated[
         Literal["tile", "resize"],
@@ -89,26 +92,16 @@ def images(
     channels: Annotated[int, Field(ge=1, le=files.MAX_CHANNELS)] | None = None,
     classes: list[str] | None = None,
     small_classes: list[str] | None = None,
-    where: Annotated[
-        dict[str, str | int] | None,
-        Field(description="column of the manifest: value that its rows must have"),
-    ] = None,
-    columns: Annotated[
-        dict[Word, str] | None,
-        Field(description="our word: the name of that column in the manifest"),
-    ] = None,
-    group: Annotated[
-        str | None, Field(description="regular expression on file stems, where the group is blank")
-    ] = None,
+    where: Where = None,
+    columns: Columns = None,
+    group: GroupPattern = None,
     mask_encoding: Literal["index", "binary"] = "index",
     ignore: Annotated[Level | None, Field(description="mask value that means not labelled")] = None,
     window: Annotated[
         tuple[Level, Level] | None, Field(description="16 bit: intensities that become 0 and 1")
     ] = None,
     split: Shares = DEFAULT_SHARES,
-    allow_outside: Annotated[
-        bool, Field(description="read files that are not below the data folder")
-    ] = False,
+    allow_outside: AllowOutside = False,
 ) -> Source:
     """PNG, JPEG or TIFF files named in a manifest (image, mask, split, group), or in a folder."""
     if window is not None and window[0] >= window[1]:
@@ -138,22 +131,17 @@ def images(
         refuse([*problems, *(str(item) for item in rest if isinstance(item, UserError))])
 
     is_labelled = any(entry.mask for entry in entries)
-    kept = [i for i, e in enumerate(entries) if e.mask or not is_labelled or e.split == "pretrain"]
+    kept = usable(entries)
     if len(kept) < len(entries):
         notes.append(f"{len(entries) - len(kept)} images of val or test have no mask: left out")
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
     has_instances = any(entry.instances for entry in entries)
-    parts: list[range] = []
-    names: list[str] = []
-    groups: list[str] = []
-    splits: list[str] = []
-    for entry, read in zip(entries, reads, strict=True):
-        corners = tile_corners(read.header.size, reading.size) if fit == "tile" else [(0, 0)]
-        parts.append(range(len(names), len(names) + len(corners)))
-        names += row_names(entry, corners)
-        groups += [str(entry.group)] * len(corners)
-        splits += [str(entry.split)] * len(corners)
+    corners = [
+        tile_corners(read.header.size, reading.size) if fit == "tile" else [(0, 0)]
+        for read in reads
+    ]
+    names, groups, splits, parts = lay_out(entries, corners)
     header = reads[0].header
     return Source(
         name=name,

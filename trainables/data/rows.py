@@ -110,11 +110,33 @@ def cut(picture: Array, labels: Array, objects: Array | None, tile: Sequence[int
     )
 
 
-def row_names(entry: Entry, corners: Sequence[Sequence[int]]) -> list[str]:
-    """What the rows of an entry are called: the file, and where its tiles begin."""
-    if len(corners) == 1:
-        return [entry.name]
-    return [f"{entry.name}@{','.join(map(str, corner))}" for corner in corners]
+def usable(entries: Sequence[Entry]) -> list[int]:
+    """Which entries can be used: of val and test only those with a mask, if any has one."""
+    is_labelled = any(entry.mask for entry in entries)
+    return [i for i, e in enumerate(entries) if e.mask or not is_labelled or e.split == "pretrain"]
+
+
+def lay_out(
+    entries: Sequence[Entry], corners: Sequence[Sequence[Sequence[int]]]
+) -> tuple[list[str], list[str], list[str], list[range]]:
+    """(names, groups, splits) of all rows, and the rows of each entry, whose tiles begin there.
+
+    A row is called like its file, with the tile's corner where there are several.
+    """
+    names: list[str] = []
+    groups: list[str] = []
+    splits: list[str] = []
+    parts = []
+    for entry, begins in zip(entries, corners, strict=True):
+        parts.append(range(len(names), len(names) + len(begins)))
+        is_cut = len(begins) > 1
+        names += [
+            f"{entry.name}@{','.join(map(str, corner))}" if is_cut else entry.name
+            for corner in begins
+        ]
+        groups += [str(entry.group)] * len(begins)
+        splits += [str(entry.split)] * len(begins)
+    return names, groups, splits, parts
 
 
 def duplicates(entries: Sequence[Entry], content: dict[int, str]) -> list[str]:

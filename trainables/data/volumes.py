@@ -31,9 +31,13 @@ from scipy import ndimage
 
 from trainables.data import nifti
 from trainables.data.entries import (
+    AllowOutside,
+    Columns,
     Entry,
+    Folder,
+    GroupPattern,
     Shares,
-    Word,
+    Where,
     named_classes,
     read_entries,
     split_by_group,
@@ -45,11 +49,12 @@ from trainables.data.rows import (
     cut,
     duplicates,
     in_parallel,
+    lay_out,
     naming,
-    row_names,
     some,
     tile_corners,
     times,
+    usable,
 )
 from trainables.data.store import NOT_LABELLED, Decoded, Source, refuse
 from trainables.errors import UserError
@@ -107,9 +112,7 @@ def volumes(
             "files of one volume, its channels, are separated by ;"
         ),
     ] = None,
-    folder: Annotated[
-        str | None, Field(description="folder with images/ and masks/ of the same stems")
-    ] = None,
+    folder: Folder = None,
     size: Annotated[
         tuple[Edge, Edge, Edge],
         Field(description="of a tile in voxels: to the right, to the front, upwards"),
@@ -129,23 +132,13 @@ def volumes(
     pad: Annotated[bool, Field(description="fill up volumes that are smaller than a tile")] = False,
     classes: list[str] | None = None,
     small_classes: list[str] | None = None,
-    where: Annotated[
-        dict[str, str | int] | None,
-        Field(description="column of the manifest: value that its rows must have"),
-    ] = None,
-    columns: Annotated[
-        dict[Word, str] | None,
-        Field(description="our word: the name of that column in the manifest"),
-    ] = None,
-    group: Annotated[
-        str | None, Field(description="regular expression on file stems, where the group is blank")
-    ] = None,
+    where: Where = None,
+    columns: Columns = None,
+    group: GroupPattern = None,
     mask_encoding: Literal["index", "binary"] = "index",
     ignore: Annotated[Level | None, Field(description="mask value that means not labelled")] = None,
     split: Shares = DEFAULT_SHARES,
-    allow_outside: Annotated[
-        bool, Field(description="read files that are not below the data folder")
-    ] = False,
+    allow_outside: AllowOutside = False,
     max_mib: Annotated[
         int, Field(ge=1, description="refuse volumes that take more memory, at 4 bytes a voxel")
     ] = 2048,
@@ -189,22 +182,14 @@ def volumes(
         refuse([*problems, *(str(item) for item in rest if isinstance(item, UserError))])
 
     is_labelled = any(entry.mask for entry in entries)
-    kept = [i for i, e in enumerate(entries) if e.mask or not is_labelled or e.split == "pretrain"]
+    kept = usable(entries)
     if len(kept) < len(entries):
         notes.append(f"{len(entries) - len(kept)} volumes of val or test have no mask: left out")
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
     notes += _notes(entries, reads, reading)
-    parts: list[range] = []
-    names: list[str] = []
-    groups: list[str] = []
-    splits: list[str] = []
-    for entry, read in zip(entries, reads, strict=True):
-        corners = tile_corners(_padded(read.shape, size), size)
-        parts.append(range(len(names), len(names) + len(corners)))
-        names += row_names(entry, corners)
-        groups += [str(entry.group)] * len(corners)
-        splits += [str(entry.split)] * len(corners)
+    corners = [tile_corners(_padded(read.shape, size), size) for read in reads]
+    names, groups, splits, parts = lay_out(entries, corners)
     return Source(
         name=name,
         identity={
