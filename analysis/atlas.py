@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,15 +58,7 @@ class Subjects(NamedTuple):
 
 def build_atlas(folder: Path, output: Path) -> Path:
     """Write the page about a folder that holds atlas.json; returns where it lies."""
-    content = render(folder).encode("utf-8")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, output)
-    finally:
-        aside.unlink(missing_ok=True)
-    return output
+    return theme.write_page(output, render(folder))
 
 
 def render(folder: Path) -> str:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from importlib import resources
@@ -105,15 +104,7 @@ def build_report(folder: Path | StudyFolder, output: Path | None = None) -> Path
     """Write the page about a study, by default into its folder; returns where it lies."""
     tables = load(folder)
     path = Path(output) if output is not None else tables.folder.report
-    content = render(tables).encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    return theme.write_page(path, render(tables))
 
 
 def render(tables: StudyTables) -> str:

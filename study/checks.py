@@ -22,9 +22,6 @@ from trainables.metrics import METRICS
 if TYPE_CHECKING:
     from study.spec import StudySpec
 
-if TYPE_CHECKING:
-    pass
-
 PHASES = ("pretrain", "segment")
 WITH_CLASS = ("iou", "dice", "object_f1")  # also measured per class or size: iou/platelet
 WITH_RATIO = ("probe_psnr", "probe_ssim")  # also measured per ratio: probe_psnr@0.25

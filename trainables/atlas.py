@@ -20,7 +20,7 @@ from trainables import distributed
 from trainables.config import TrialConfig
 from trainables.edges import grid_of
 from trainables.mae import MAE, patchify
-from trainables.masking import MaskRequest, hidden_units, hide, pixels_hidden
+from trainables.masking import hide, pixels_hidden, request_at
 from trainables.pictures import save_masks, to_intensity
 from trainables.schedules import value_at
 
@@ -58,9 +58,7 @@ def draw_masks(
     """
     size = images.shape[2:]
     patch = config.patch_edges(len(size))
-    grid, unit_grid = grid_of(size, patch), grid_of(size, config.unit_edges(len(size)))
-    ratio = value_at(config.masking.ratio, progress)
-    hidden = hidden_units(ratio, math.prod(unit_grid))
+    grid = grid_of(size, patch)
     # a few images are not worth compiling for
     stance = torch.compiler.set_stance("force_eager") if config.pretrain.compile else None
     drawn = []
@@ -69,17 +67,7 @@ def draw_masks(
         distributed.autocast(config.pretrain.precision, images.device),
     ):
         for draw in range(draws):
-            request = MaskRequest(
-                unit_grid,
-                hidden,
-                progress,
-                seed,
-                -1 - draw,
-                rows_B,
-                images,
-                model,
-                config.patches_per_unit(len(size)),
-            )
+            request = request_at(config, progress, images, rows_B, model, seed=seed, step=-1 - draw)
             drawn.append(request.to_patches(hide(config, request)))
     often_BP = torch.stack(drawn).float().mean(dim=0)
 
@@ -94,8 +82,8 @@ def draw_masks(
         "progress": progress,
         "columns": columns,
         "draws": draws,
-        "ratio": ratio,
-        "units": math.prod(unit_grid),
+        "ratio": value_at(config.masking.ratio, progress),
+        "units": request.num_units,
         "hidden": often_BP.mean().item(),
         "classes": {} if labels is None else class_numbers(often_BP, labels, classes, patch),
     }

@@ -35,17 +35,16 @@ from trainables.data import Dataset, to_device
 from trainables.edges import grid_of
 from trainables.mae import MAE
 from trainables.masking import (
-    MaskRequest,
     hidden_units,
     hide,
     hide_smallest,
     pixels_hidden,
+    request_at,
     split_indices,
     unit_to_patch,
 )
 from trainables.metrics import psnr
 from trainables.pictures import save_reconstruction, to_intensity
-from trainables.schedules import value_at
 
 # isort: split
 # after mae, which imports timm_blocks, which mends a torchvision that torchmetrics could not import
@@ -184,24 +183,8 @@ def probe_mask(
 def native_mask(
     config: TrialConfig, seed: int, images: Tensor, rows_B: Tensor, model: MAE | None
 ) -> tuple[Tensor, int]:
-    """(is_hidden_BP, number hidden) as the trial itself hides at the end of its schedule.
-
-    Of a random ratio the median. `model`: whom the strategy asks.
-    """
-    size = images.shape[2:]
-    unit_grid = grid_of(size, config.unit_edges(len(size)))
-    hidden = hidden_units(value_at(config.masking.ratio, 1.0), math.prod(unit_grid))
-    request = MaskRequest(
-        unit_grid,
-        hidden,
-        1.0,
-        seed,
-        0,
-        rows_B,
-        images,
-        model,
-        config.patches_per_unit(len(size)),
-    )
+    """(is_hidden_BP, number hidden) as the trial itself hides at the end of its schedule."""
+    request = request_at(config, 1.0, images, rows_B, model, seed=seed, step=0)
     return request.to_patches(hide(config, request)), request.hidden_patches
 
 

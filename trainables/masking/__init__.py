@@ -8,11 +8,13 @@ of the model, with that momentum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from trainables.edges import grid_of
 from trainables.masking.guided import anatomask, attmask, hpm
 from trainables.masking.lesions import amlp
 from trainables.masking.plain import block, color, grid, multiblock, random, uniform
@@ -26,9 +28,11 @@ from trainables.masking.request import (
     to_units,
     unit_to_patch,
 )
+from trainables.schedules import value_at
 
 if TYPE_CHECKING:
     from trainables.config import TrialConfig
+    from trainables.mae import MAE
 
 __all__ = [
     "MASKING",
@@ -39,6 +43,7 @@ __all__ = [
     "hide_smallest",
     "pixels_hidden",
     "plan_hidden",
+    "request_at",
     "split_indices",
     "to_units",
     "unit_to_patch",
@@ -56,6 +61,37 @@ MASKING: dict[str, Callable[..., Tensor]] = {
     "anatomask": anatomask,
     "amlp": amlp,
 }
+
+
+def request_at(
+    config: TrialConfig,
+    progress: float,
+    images: Tensor,
+    rows_B: Tensor,
+    model: MAE | None,
+    *,
+    seed: int,
+    step: int,
+) -> MaskRequest:
+    """What the trial would be asked at this point of its schedule; of a random ratio the median.
+
+    `images` are standardised (B, C, *S), `rows_B` their places in the data set; `model` is whom the
+    strategy asks: its teacher if it has one.
+    """
+    size = images.shape[2:]
+    unit_grid = grid_of(size, config.unit_edges(len(size)))
+    ratio = value_at(config.masking.ratio, progress)
+    return MaskRequest(
+        grid=unit_grid,
+        hidden=hidden_units(ratio, math.prod(unit_grid)),
+        progress=progress,
+        seed=seed,
+        step=step,
+        samples_B=rows_B,
+        images=images,
+        model=model,
+        patches_per_unit=config.patches_per_unit(len(size)),
+    )
 
 
 def hide(config: TrialConfig, request: MaskRequest) -> Tensor:
