@@ -77,9 +77,8 @@ def test_anatomask_guides_as_many_cells_as_published():
     counts = {}
     for epoch in (0, 7, 8, 250, 500, 750, 999):
         request = MaskRequest((7, 7, 8), 235, (epoch + 1) / 1000, 0, epoch, torch.arange(2))
-        share = value_at(EASY_TO_HARD, request.progress)
-        counts[epoch] = int(share * 235)
-        is_hidden_BU = hide_hardest(request, scores_BU, share)
+        counts[epoch] = int(value_at(EASY_TO_HARD, request.progress) * 235)
+        is_hidden_BU = hide_hardest(request, scores_BU, counts[epoch])
         assert is_hidden_BU.sum(1).tolist() == [235, 235]
         assert is_hidden_BU[:, 392 - counts[epoch] :].all()
     assert list(counts.values()) == [0, 0, 1, 29, 58, 88, 117]
@@ -97,10 +96,20 @@ def test_the_hardest_come_first_and_the_rest_is_chance():
     hits = torch.zeros(8)
     for step in range(2000):
         request = MaskRequest((2, 4), 4, 0.5, 0, step, torch.arange(1))
-        hits += hide_hardest(request, scores_BU, 0.5)[0]
-    assert hits[[2, 6]].tolist() == [2000, 2000]  # int(0.5 * 4) = 2 with 9 and 8
+        hits += hide_hardest(request, scores_BU, 2)[0]
+    assert hits[[2, 6]].tolist() == [2000, 2000]  # with 9 and 8
     # 2 of the other 6: 1/3 each; five standard deviations are 0.053
     assert (hits[[0, 1, 3, 4, 5, 7]] / 2000 - 1 / 3).abs().max() < 0.053
+
+
+@pytest.mark.parametrize("strategy", [anatomask, hpm, attmask])
+def test_nobody_is_asked_while_nothing_is_guided(strategy):
+    """A share of 0.24 of 4 units is none: the same as random masking, and no teacher is there."""
+    few = parse({"name": "constant", "value": 0.24})
+    request = MaskRequest((3, 4), 4, 0.5, 7, 3, torch.arange(5))
+    assert strategy(request, guided=few).equal(hide_smallest(request.noise(), 4))
+    with pytest.raises(AssertionError):
+        strategy(request, guided=parse({"name": "constant", "value": 0.25}))
 
 
 # Momentum

@@ -34,7 +34,8 @@ def mae_flops(
 ) -> dict[str, int]:
     """Operations per image: `forward` (of the loss), `guide` (where to hide), and `step`.
 
-    A step is the guide, forward and backward. Clustering and filters count little and are left out.
+    A step is the guide, forward and backward. Clustering and filters count little and are left out;
+    a guide counts at every step, also where its share is still too small to guide anything.
     """
     width, _ = _encoder_shape(config)
     decoder = config.model.decoder

@@ -163,7 +163,7 @@ def _save_grid(path: Path, columns: Sequence[Pixels]) -> None:
         lines.append(_joined(enlarged, axis=1))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(_joined(lines, axis=0)).save(aside, format="PNG", optimize=True)
+    Image.fromarray(_joined(lines, axis=0)).save(aside, format="PNG")
     os.replace(aside, path)
 
 

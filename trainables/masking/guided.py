@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
+from trainables.masking.plain import random
 from trainables.masking.request import MaskRequest, errors_under, hide_smallest, to_units
 from trainables.schedules import Schedule, parse, value_at
 
@@ -44,6 +45,9 @@ def anatomask(
     was trained on normalised targets; `normalised` compares in units of each patch's deviation.
     `complementary` (ours): two masks, each one half of the units, so that every unit has a score.
     """
+    num_guided = _num_guided(request, guided)
+    if num_guided == 0:
+        return random(request)
     noise_BU, normalised = request.noise("teacher"), score_target == "normalised"
     if complementary:
         half = request.num_units // 2
@@ -54,7 +58,7 @@ def anatomask(
     else:
         is_hidden_BU = hide_smallest(noise_BU, request.hidden)
         scores_BU = errors_under(request, is_hidden_BU, request.hidden, normalised=normalised)
-    return hide_hardest(request, scores_BU, value_at(guided, request.progress))
+    return hide_hardest(request, scores_BU, num_guided)
 
 
 def hpm(
@@ -70,10 +74,13 @@ def hpm(
     The teacher sees the whole image and its second decoder predicts each patch's loss; the model
     learns that with `difficulty_loss`: the pairwise order of losses, or their standardised values.
     """
+    num_guided = _num_guided(request, guided)
+    if num_guided == 0:
+        return random(request)
     assert request.model is not None and request.images is not None
     difficulty_BP = request.model.predicted_difficulty(request.images)
     scores_BU = to_units(difficulty_BP, request.grid, request.patches_per_unit)
-    return hide_hardest(request, scores_BU, value_at(guided, request.progress))
+    return hide_hardest(request, scores_BU, num_guided)
 
 
 def attmask(
@@ -94,10 +101,12 @@ def attmask(
     Interpretation: the published class token is trained by self-distillation, here it learns only
     what the decoder asks of it.
     """
+    num_guided = _num_guided(request, guided)
+    if num_guided == 0:
+        return random(request)
     assert request.model is not None and request.images is not None
     attention_BP = request.model.class_attention(request.images)
     attention_BU = to_units(attention_BP, request.grid, request.patches_per_unit)
-    num_guided = int(value_at(guided, request.progress) * request.hidden)
     if kind == "low":
         return _fill_up(request, hide_smallest(attention_BU, num_guided))
     if kind == "high":
@@ -111,9 +120,14 @@ def attmask(
     return _fill_up(request, is_guided_BU, is_shown_BU)
 
 
-def hide_hardest(request: MaskRequest, scores_BU: Tensor, share: float) -> Tensor:
-    """The highest scores, `share` of the hidden count rounded down; the others by chance."""
-    return _fill_up(request, hide_smallest(-scores_BU, int(share * request.hidden)))
+def hide_hardest(request: MaskRequest, scores_BU: Tensor, num_guided: int) -> Tensor:
+    """The `num_guided` highest scores; the others by chance."""
+    return _fill_up(request, hide_smallest(-scores_BU, num_guided))
+
+
+def _num_guided(request: MaskRequest, guided: Schedule) -> int:
+    """The guided share of the hidden count, rounded down; where it is 0, nobody need be asked."""
+    return int(value_at(guided, request.progress) * request.hidden)
 
 
 def _fill_up(request: MaskRequest, is_first_BU: Tensor, is_last_BU: Tensor | None = None) -> Tensor:
