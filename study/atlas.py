@@ -225,10 +225,11 @@ def _train(
     images = to_device(dataset, dataset.rows("pretrain"), device, labels=False)
     learner = make_learner(config, dataset.size, dataset.channels, seed, context)
     samples_B = torch.arange(plan.batch, device=device)
+    places_B = samples_B.to(images.rows.device)
     loss = torch.zeros((), device=device)
     draw(0.0, learner.teacher or learner.model)
     for step, positions in batches(seed, plan, 0, images.rows.device):
-        batch = images.batch(positions)[0]
+        batch = images.draw(positions, seed, step, places_B)[0]
         loss += train_step(learner, batch, config, seed, plan, step, samples_B)
         if step + 1 in plan.rungs:
             draw(plan.rungs[step + 1], learner.teacher or learner.model)

@@ -341,7 +341,7 @@ def test_the_cache_folder_can_be_set(monkeypatch):
 @pytest.mark.parametrize("share", [0.5, 0.0])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_the_gpu_makes_the_same_batches_resident_or_not(tmp_path, monkeypatch, share, dtype):
-    monkeypatch.setattr("trainables.data.store.RESIDENT_SHARE", share)
+    monkeypatch.setattr("trainables.data.batches.RESIDENT_SHARE", share)
     dataset = open_dataset(write(source_of(levels(200, 51, 255, 7, 3, dtype=dtype)), tmp_path))
     rows, index_B = dataset.rows("pretrain"), torch.tensor([2, 0])
     expected, labels = to_device(dataset, rows, "cpu").batch(index_B)

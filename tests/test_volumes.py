@@ -9,6 +9,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
@@ -16,8 +17,7 @@ from tests import toy
 from tests.test_images import manifest
 from tests.test_nifti import ramp, save
 from trainables.config import ProbeConfig
-from trainables.data import DataConfig, open_dataset, prepare
-from trainables.data.rows import tile_corners
+from trainables.data import DataConfig, open_dataset, prepare, to_device
 from trainables.data.store import Source
 from trainables.data.volumes import HIGHEST, resampled, to_levels, to_ras, volumes
 from trainables.errors import UserError
@@ -92,67 +92,57 @@ def complaint(study: Path, **options: Any) -> str:
 
 
 def whole(study: Path, number: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Levels (C, *S) and labels (*S) of a volume, put together from its tiles."""
-    found = source(study, **options)
-    names = [found.names[row] for row in found.parts[number]]
-    corners = [tuple(map(int, name.partition("@")[2].split(","))) for name in names]
-    decoded = found.decode(number)
-    size = decoded.masks.shape[1:]
-    shape = [max(c[axis] for c in corners) + size[axis] for axis in range(3)]
-    levels = np.zeros((found.channels, *shape), np.uint16)
-    labels = np.full(shape, 255, np.uint8)
-    for corner, tile, mask in zip(corners, decoded.images, decoded.masks, strict=True):
-        part = tuple(slice(c, c + edge) for c, edge in zip(corner, size, strict=True))
-        levels[(slice(None), *part)] = tile
-        labels[part] = np.where(mask != 255, mask, labels[part])
-    return levels, labels
+    """Levels (C, *S) and labels (*S) of a volume."""
+    decoded = source(study, **options).decode(number)
+    return decoded.images[0], decoded.masks[0]
 
 
 # --- rows ---
 
 
 def test_the_whole_way_from_the_study_file_to_arrays(study):
+    replace_volume(study, 5, noise(5, 9, 17, 8))
     dataset = open_dataset(prepare(config(), study, study / "cache"))
-    assert dataset.images.shape == (24, 1, 8, 8, 8) and dataset.images.dtype == np.uint16
+    assert dataset.images.dtype == np.uint16 and dataset.image_of(5).shape == (1, 9, 17, 8)
+    assert dataset.mask_of(4).tolist() == box(8, 10, 12).tolist()
     assert dataset.size == SIZE and (dataset.low, dataset.high) == (0, HIGHEST)
-    assert dataset.describe()["images"] == {"pretrain": 8, "train": 8, "val": 8, "test": 8}
+    described = dataset.describe()
+    assert described["images"] == {"pretrain": 8, "train": 8, "val": 8, "test": 10}
+    assert described["volumes"] == {"pretrain": 2, "train": 2, "val": 2, "test": 2}
     assert dataset.classes == ["background", "class 1"] and dataset.instances is None
     assert dataset.groups[:4] == ["patient-0"] * 4 and dataset.groups[-1] == "patient-2"
+    assert dataset.names[-6:-3] == [f"images/v5.nii.gz@{c}" for c in ("0,0,0", "0,4,0", "0,9,0")]
+    assert list(dataset.volumes_of("test")) == [4, 5]
 
 
-def test_tiles_cover_the_volume_and_masks_go_with_images(study):
-    volume, mask = noise(7, 9, 17, 8), noise(8, 9, 17, 8).astype(np.uint8) % 3
-    save(study / "data/images/v0.nii.gz", volume)
-    save(study / "data/masks/v0.nii.gz", mask)
-    found = source(study, window=[0, HIGHEST])
-    assert found.names[:3] == [f"images/v0.nii.gz@{c}" for c in ("0,0,0", "0,4,0", "0,9,0")]
-    assert found.parts[0] == range(6) and found.splits[:6] == ["train"] * 6
-    decoded = found.decode(0)
-    times_seen, times_labelled = np.zeros((9, 17, 8), int), np.zeros((9, 17, 8), int)
-    for corner, tile, labels in zip(
-        tile_corners((9, 17, 8), SIZE), decoded.images, decoded.masks, strict=True
-    ):
-        part = tuple(slice(c, c + 8) for c in corner)
-        np.testing.assert_array_equal(tile[0], volume[part])
-        np.testing.assert_array_equal(labels[labels != 255], mask[part][labels != 255])
-        times_seen[part] += 1
-        times_labelled[part] += labels != 255
-    assert times_seen.min() == 1 and (times_labelled == 1).all()
+def test_spacing_and_sizes_of_objects_are_in_millimetres(study):
+    for number in range(6):
+        replace_volume(study, number, noise(number, 8, 10, 12), np.diag([2.0, 1, 0.5, 1]))
+        save(study / f"data/masks/v{number}.nii.gz", box(8, 10, 12), np.diag([2.0, 1, 0.5, 1]))
+    dataset = open_dataset(prepare(config(), study, study / "cache"))
+    assert dataset.volumes.spacings.tolist() == [[2.0, 1.0, 0.5]] * 6
+    cubic_millimetres = 3 * 4 * 5 * 2.0 * 1.0 * 0.5
+    expected = 2 * (cubic_millimetres * 3 / (4 * np.pi)) ** (1 / 3)
+    assert dataset.object_edges == pytest.approx((expected, expected))
+    finer = open_dataset(prepare(config(spacing=[1, 1, 1]), study, study / "cache"))
+    assert finer.volumes.spacings.tolist() == [[1.0, 1.0, 1.0]] * 6
+    assert finer.volumes.shapes.tolist() == [[16, 10, 6]] * 6 and finer.is_padded
 
 
-def test_a_smaller_volume_is_refused_or_padded_with_labels_that_do_not_count(study):
+def test_a_smaller_volume_is_padded_at_its_end_and_padding_counts_nowhere(study):
+    before = open_dataset(prepare(config(window=[0, HIGHEST]), study, study / "cache"))
+    assert not before.is_padded and not any("padded" in n for n in before.about["notes"])
     replace_volume(study, 0, noise(9, 8, 5, 12))
-    text = complaint(study)
-    assert "images/v0.nii.gz (manifest.csv line 2) is 8x5x12 (right, front, up)" in text
-    assert "smaller than a tile of 8x8x8; choose a smaller size, or pad: true" in text
-    levels, labels = whole(study, 0, pad=True, window=[0, HIGHEST])
-    np.testing.assert_array_equal(levels[0, :, 1:6], noise(9, 8, 5, 12))
-    assert (levels[0, :, :1] == 0).all() and (levels[0, :, 6:] == 0).all()
-    assert (labels[:, 1:6] == 0).all()
-    assert (labels[:, :1] == 255).all() and (labels[:, 6:] == 255).all()
-    notes = source(study, pad=True).notes
-    assert any("288 voxels of 1 volumes are padding" in note for note in notes)  # 8 x 3 x 12
-    assert not any("padding" in note for note in source(study, pad=True, size=[8, 5, 8]).notes)
+    dataset = open_dataset(prepare(config(window=[0, HIGHEST]), study, study / "cache"))
+    assert dataset.is_padded and dataset.image_of(0).shape == (1, 8, 5, 12)
+    levels = np.concatenate([noise(9, 8, 5, 12).ravel(), noise(1, 8, 10, 12).ravel()]) / HIGHEST
+    assert dataset.mean == pytest.approx((levels.mean(),))
+    assert dataset.std == pytest.approx((levels.std(),))
+    expected = "1 of 6 volumes are smaller than a crop of 8x8x8, and padded"
+    assert any(expected in note for note in dataset.about["notes"])
+    images, labels = to_device(dataset, np.arange(1), "cpu").batch(torch.zeros(1, dtype=torch.long))
+    assert images[0, 0, :, :5].isfinite().all() and images[0, 0, :, 5:].isnan().all()
+    assert (labels[0, :, :5] == 0).all() and (labels[0, :, 5:] == 255).all()
 
 
 # --- orientation and spacing ---
@@ -208,7 +198,7 @@ def test_spacing_is_made_alike_axis_by_axis(study):
     assert levels[0, 1:-1, 0, 0].tolist() == [100 * (2 * i) + 50 for i in range(1, 7)]
     assert (levels == levels[:, :, :1, :1]).all()
     assert labels[:, 3, 3].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    kept = source(study, size=[4, 4, 4])
+    kept = source(study)
     assert any("from [0.5, 1, 1] to [1, 1, 2] mm" in note for note in kept.notes)
 
 
@@ -280,7 +270,7 @@ def test_files_separated_by_semicolons_are_channels(study):
     levels = whole(study, 1, window=[0, HIGHEST])[0]
     np.testing.assert_array_equal(levels[0], noise(1, 8, 10, 12))
     np.testing.assert_array_equal(levels[1], noise(51, 8, 10, 12) * 3)
-    assert source(study).names[0].startswith("images/v0.nii.gz@")
+    assert source(study).names[0] == "images/v0.nii.gz"
     save(study / "data/more/v0.nii.gz", noise(50, 8, 10, 12), np.diag([2, 1, 1, 1]))
     assert "more/v0.nii.gz (manifest.csv line 2) lies up to 7 mm away" in complaint(study)
     change(study, 0, image="images/v0.nii.gz")
@@ -333,7 +323,7 @@ def test_a_folder_is_matched_by_stem_without_what_a_mac_leaves(study):
     options = {"manifest": None, "folder": "data", "split": {"val": 0.2, "test": 0.2}}
     found = source(study, **options)
     assert found.classes == ["background", "box"] and found.name == "data"
-    assert [found.splits[part.start] for part in found.parts][5] == "pretrain"
+    assert found.splits[5] == "pretrain"
     save(study / "data/images/v0.nii", noise(0, 8, 10, 12))
     assert "have the same stem" in complaint(study, **options)
 
@@ -345,7 +335,13 @@ def test_the_fingerprint_follows_content_and_settings_not_place_or_packing(study
     (study / "data").rename(study / "moved")
     assert source(study, manifest="moved/manifest.csv").fingerprint() == before
     (study / "moved").rename(study / "data")
-    for options in ({"window": [0, 9]}, {"percentiles": [1, 99]}, {"spacing": [1, 1, 1]}):
+    for options in (
+        {"window": [0, 9]},
+        {"percentiles": [1, 99]},
+        {"spacing": [1, 1, 1]},
+        {"overlap": 0.25},
+        {"tolerance": 2},
+    ):
         assert source(study, **options).fingerprint() != before
     save(study / "data/images/v4.nii.gz", noise(4, 8, 10, 12) + np.int16(1))
     changed = source(study).fingerprint()

@@ -143,6 +143,10 @@ class SegmentConfig(Strict):
     optimizer: Optimizer = Field(default={"name": "adamw", "base_lr": 1e-2}, validate_default=True)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     warmup_images: Annotated[int, Field(ge=0)] | None = None
+    foreground: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of a volume's crops that show one of its classes"),
+    ] = 0.33
     features: Annotated[int, Field(ge=4, description="channels of the finest decoder level")] = 16
     augment: Augmentation = Field(default={"name": "flips"}, validate_default=True)
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -31,6 +31,7 @@ from torch import Tensor
 IGNORED = 255  # label of pixels that are not labelled
 SIZE_BINS = ("small", "medium", "large")
 MATCH_IOU = 0.5
+AT_ONCE = 2**22  # pixels counted in one go, as int64
 BEST_PSNR = 100.0  # dB; of a perfect picture, which would be infinite
 
 Goal = Literal["minimize", "maximize", "none"]
@@ -94,10 +95,12 @@ def psnr(predicted: Tensor, truth: Tensor, is_counted: Tensor | None = None) -> 
 
 def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """Pixel counts (K, K), rows the true class, columns the predicted one. Labels of any shape."""
-    cell = truth.long() * num_classes + predicted.long()
     unlabelled = num_classes * num_classes
-    cell = torch.where(truth == IGNORED, unlabelled, cell).flatten()
-    counted = torch.bincount(cell, minlength=unlabelled + 1)
+    counted = torch.zeros(unlabelled + 1, dtype=torch.int64, device=truth.device)
+    parts = zip(*(labels.flatten().split(AT_ONCE) for labels in (truth, predicted)), strict=True)
+    for true, guess in parts:
+        cell = torch.where(true == IGNORED, unlabelled, true.long() * num_classes + guess.long())
+        counted += torch.bincount(cell, minlength=unlabelled + 1)
     return counted[:unlabelled].view(num_classes, num_classes)
 
 

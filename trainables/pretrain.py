@@ -108,6 +108,7 @@ def pretrain(
     share = distributed.batch_slice(plan.batch, context, "pretrain.batch")
     samples_B = torch.arange(plan.batch, device=device)[share]
     images = to_device(dataset, dataset.rows("pretrain"), device, labels=False)
+    places_B = samples_B.to(images.rows.device)
     judge = probing.Judge(config, dataset, probe, context)
 
     learner = make_learner(config, dataset.size, dataset.channels, seed, context)
@@ -126,7 +127,7 @@ def pretrain(
     saved = started = beaten = time.perf_counter()
     first_step = beaten_step = counters.step
     for step, positions in batches(seed, plan, counters.step, images.rows.device):
-        batch = images.batch(positions[share])[0]
+        batch = images.draw(positions[share], seed, step, places_B)[0]
         loss_sum += train_step(learner, batch, config, seed, plan, step, samples_B)
         done = step + 1
         now = time.perf_counter()

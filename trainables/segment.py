@@ -14,21 +14,23 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from monai.inferers import sliding_window_inference
 from torch import Tensor
 from torch.nn import functional
 
-from trainables import checkpoint, distributed
+from trainables import checkpoint, distributed, surfaces
 from trainables.augment import AUGMENTATIONS
 from trainables.config import SegmentConfig, TrialConfig
 from trainables.context import Context
 from trainables.cost import segment_flops
-from trainables.data import Dataset, to_device
+from trainables.data import Dataset, to_device, whole_volume
 from trainables.errors import UserError
 from trainables.metrics import (
     IGNORED,
@@ -53,6 +55,7 @@ from trainables.probe import PICTURES, probe_rows
 from trainables.unetr import UNETR, build_unetr
 
 DICE_SMOOTHING = 1e-5
+STITCHING_SHARE = 0.25  # of the free device memory that a whole volume's scores may take
 
 
 def segment(
@@ -69,6 +72,7 @@ def segment(
     share = distributed.batch_slice(plan.batch, context, "segment.batch")
     samples_B = torch.arange(plan.batch, device=device)[share]
     images = to_device(dataset, dataset.rows("train"), device)
+    places_B = samples_B.to(images.rows.device)
 
     model = build_unetr(config, dataset.size, dataset.channels, len(dataset.classes), seed)
     if encoder_state is not None:
@@ -89,8 +93,10 @@ def segment(
     loss_sum = torch.zeros((), device=device)
     saved = started = beaten = time.perf_counter()
     first_step = beaten_step = counters.step
-    for step, positions in batches(seed, plan, counters.step, device):
-        pixels, truth = images.batch(positions[share])
+    for step, positions in batches(seed, plan, counters.step, images.rows.device):
+        pixels, truth = images.draw(
+            positions[share], seed, step, places_B, foreground=settings.foreground
+        )
         pixels, truth = AUGMENTATIONS[settings.augment.name](
             pixels, truth, seed, step, samples_B, **settings.augment.options()
         )
@@ -231,27 +237,94 @@ def evaluate(
     split: Literal["val", "test"],
     context: Context,
 ) -> dict[str, float]:
-    """Overlap and object scores of a split; a collective, every worker predicts its share."""
+    """Scores of a split's images or whole volumes; a collective, every worker does its share."""
     classes, device = dataset.classes, context.device
-    rows = dataset.rows(split)[context.rank :: context.world_size]
     pixels_KK = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     objects = np.zeros((3, 3), np.int64)
-    if len(rows) > 0:
-        images = to_device(dataset, rows, device)
-        places = torch.arange(len(rows), device=device)
-        for places_B in torch.split(places, settings.batch):
-            pixels, truth = images.batch(places_B)
-            assert truth is not None
-            predicted = predict(model, pixels, settings, device)
-            pixels_KK += confusion(truth, predicted, len(classes))
-            objects += object_counts(
-                truth.cpu().numpy(), predicted.cpu().numpy(), len(classes), dataset.object_edges
-            )
-    counted = torch.cat([pixels_KK.flatten(), torch.from_numpy(objects).flatten().to(device)])
-    counted = distributed.sum_over_workers(counted, context).cpu()
-    pixels_KK, on_host = counted[: -objects.size].view_as(pixels_KK), counted[-objects.size :]
-    overlaps = overlap_scores(pixels_KK.numpy(), classes)
-    return overlaps | object_scores(on_host.view(objects.shape).numpy())
+    sums, counts = surfaces.no_cases(len(classes))
+    for truth, predicted, spacing in predictions(model, settings, dataset, split, context):
+        pixels_KK += confusion(truth, predicted, len(classes)).to(device)
+        labels, guess = truth.cpu().numpy(), predicted.cpu().numpy()
+        voxel = math.prod(spacing)
+        objects += object_counts(labels, guess, len(classes), dataset.object_edges, voxel)
+        if dataset.volumes is not None:
+            tolerance = dataset.volumes.tolerance
+            case = surfaces.case_sums(labels[0], guess[0], len(classes), spacing, tolerance)
+            sums, counts = sums + case[0], counts + case[1]
+    whole = [pixels_KK.flatten(), torch.from_numpy(objects).flatten().to(device)]
+    whole += [torch.from_numpy(counts).flatten().to(device)]
+    summed = distributed.sum_over_workers(torch.cat(whole), context).cpu().numpy()
+    pixels, objects_, counts_ = np.split(summed, np.cumsum([pixels_KK.numel(), objects.size]))
+    scores = overlap_scores(pixels.reshape(pixels_KK.shape), classes)
+    scores |= object_scores(objects_.reshape(objects.shape))
+    if dataset.volumes is None:
+        return scores
+    total = distributed.sum_over_workers(torch.from_numpy(sums).to(device), context).cpu().numpy()
+    return scores | surfaces.case_scores(total, counts_.reshape(counts.shape), classes)
+
+
+def predictions(
+    model: UNETR,
+    settings: SegmentConfig,
+    dataset: Dataset,
+    split: Literal["val", "test"],
+    context: Context,
+) -> Iterator[tuple[Tensor, Tensor, tuple[float, ...]]]:
+    """This worker's share of a split: (labels (B, *S), predicted classes (B, *S), mm per voxel).
+
+    Batches of images (whose pixels are the unit), or one whole volume after the other.
+    """
+    rank, world_size, device = context.rank, context.world_size, context.device
+    if dataset.volumes is not None:
+        for volume in dataset.volumes_of(split)[rank::world_size].tolist():
+            truth = torch.from_numpy(dataset.mask_of(volume))[None]
+            spacing = tuple(dataset.volumes.spacings[volume].tolist())
+            yield truth, predict_volume(model, dataset, volume, settings, device), spacing
+        return
+    rows = dataset.rows(split)[rank::world_size]
+    images = to_device(dataset, rows, device)
+    for places_B in torch.split(torch.arange(len(rows), device=device), settings.batch):
+        pixels, labels = images.batch(places_B)
+        assert labels is not None
+        yield labels, predict(model, pixels, settings, device), (1.0,) * len(dataset.size)
+
+
+@torch.no_grad()
+def predict_volume(
+    model: UNETR, dataset: Dataset, volume: int, settings: SegmentConfig, device: torch.device
+) -> Tensor:
+    """The likeliest class of every voxel of a whole volume, uint8 (1, *shape) on the host.
+
+    Windows of the crop's size, `segment.batch` at a time, overlap and are weighed with a Gaussian
+    (MONAI). On a GPU the scores of all classes are put together there if they take little of it.
+    """
+    assert dataset.volumes is not None
+    shape = dataset.volumes.shapes[volume].tolist()
+    num_bytes = math.prod(shape) * 4 * (dataset.channels + len(dataset.classes) + 2)
+    place = device
+    if device.type == "cuda" and num_bytes > STITCHING_SHARE * torch.cuda.mem_get_info(device)[0]:
+        place = torch.device("cpu")
+
+    def scores_of(window: Tensor) -> Tensor:
+        with distributed.autocast(settings.precision, device):
+            scores: Tensor = model(window)
+        return scores.float()
+
+    model.eval()
+    scores = sliding_window_inference(
+        whole_volume(dataset, volume, place),
+        dataset.size,
+        settings.batch,
+        scores_of,
+        overlap=dataset.volumes.overlap,
+        mode="gaussian",
+        sw_device=device,
+        device=place,
+    )
+    model.train()
+    assert isinstance(scores, Tensor)
+    labels = scores[0].argmax(dim=0).to(torch.uint8).cpu()
+    return labels[tuple(slice(edge) for edge in shape)][None]
 
 
 @torch.no_grad()

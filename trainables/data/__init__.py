@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainables.data import images, smears, volumes
-from trainables.data.store import (
-    Dataset,
-    Resident,
-    Source,
-    default_cache,
-    open_dataset,
-    to_device,
-    write,
-)
+from trainables.data.batches import Resident, to_device, whole_volume
+from trainables.data.store import Dataset, Source, default_cache, open_dataset, write
 from trainables.named import Choice, named
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -47,4 +40,5 @@ __all__ = [
     "open_dataset",
     "prepare",
     "to_device",
+    "whole_volume",
 ]

@@ -42,11 +42,10 @@ from trainables.data.rows import (
     in_parallel,
     lay_out,
     naming,
-    tile_corners,
     times,
     usable,
 )
-from trainables.data.store import NOT_LABELLED, Decoded, Source, refuse
+from trainables.data.store import NOT_LABELLED, Decoded, Source, refuse, tile_corners
 from trainables.errors import UserError
 
 Array = npt.NDArray[Any]

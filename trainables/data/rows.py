@@ -5,7 +5,6 @@ Letters: C channels, *S pixels along every axis, n tiles.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.data.entries import Entry
-from trainables.data.store import NOT_LABELLED, Decoded
+from trainables.data.store import NOT_LABELLED, Decoded, tile_corners, tile_names
 from trainables.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -80,15 +79,6 @@ class Labels:
         return labels
 
 
-def tile_corners(size: Sequence[int], tile: Sequence[int]) -> list[tuple[int, ...]]:
-    """First corners of as few tiles as cover the image, evenly spaced, the last axis fastest."""
-    starts = [
-        np.rint(np.linspace(0, edge - part, -(-edge // part))).astype(int).tolist()
-        for edge, part in zip(size, tile, strict=True)
-    ]
-    return list(itertools.product(*starts))
-
-
 def cut(picture: Array, labels: Array, objects: Array | None, tile: Sequence[int]) -> Decoded:
     """Tiles of an image (C, *S), its labels (*S) and its objects (*S), if there are any.
 
@@ -129,11 +119,7 @@ def lay_out(
     parts = []
     for entry, begins in zip(entries, corners, strict=True):
         parts.append(range(len(names), len(names) + len(begins)))
-        is_cut = len(begins) > 1
-        names += [
-            f"{entry.name}@{','.join(map(str, corner))}" if is_cut else entry.name
-            for corner in begins
-        ]
+        names += tile_names(entry.name, begins)
         groups += [str(entry.group)] * len(begins)
         splits += [str(entry.split)] * len(begins)
     return names, groups, splits, parts

@@ -1,20 +1,26 @@
-"""Images decoded once: a content-addressed folder of memory maps, and batches out of it.
+"""Images decoded once: a content-addressed folder of memory maps.
 
 A source says what the data are (`Source`); `write` decodes them into `cache/<fingerprint>/`, once
-for all processes of a node; `open_dataset` maps that folder; `to_device` makes batches of it.
+for all processes of a node; `open_dataset` maps that folder.
 
     images.npy (N, C, *S) uint8 or uint16    masks.npy (N, *S) uint8    instances.npy uint16
     rows.json   name, group and split of each row
     meta.json   the rest, and the size of each file; written last
 
-Letters: N images, B batch, C channels, *S pixels (any number of axes).
+Volumes are whole, each with a shape of its own: images.npy and masks.npy then are flat, one volume
+behind the other; rows.json has their shapes and spacings, and spots.npy (N, K, M, A) some voxels
+of each class, around which segmentation may look. Their rows are crops that cover them.
+
+Letters: N images, C channels, *S pixels (any number of axes A), K classes, M spots of a class.
 """
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -27,9 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import ndimage
-from torch import Tensor
 
 from trainables.config import canonical_json, digest
 from trainables.errors import StorageError, UserError
@@ -38,11 +42,13 @@ from trainables.metrics import diameter
 Array = npt.NDArray[Any]
 Split = Literal["pretrain", "train", "val", "test"]
 
+SPLITS: tuple[Split, ...] = ("pretrain", "train", "val", "test")
 NOT_LABELLED = 255  # in masks: counts neither in a loss nor in a score
 FORMAT = 1  # raise it when the same source would be decoded to other bytes
 SHOWN_PROBLEMS = 20
 PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
-RESIDENT_SHARE = 0.5  # of the free device memory that images and masks may take
+DECODING_BYTES = 2**31  # that volumes decoded side by side may take
+SPOTS = 256  # voxels of each class and volume that are remembered
 _LOG = logging.getLogger(__name__)
 
 
@@ -53,6 +59,19 @@ class Decoded:
     images: Array  # (n, C, *S)
     masks: Array  # (n, *S) uint8
     instances: Array | None = None  # (n, *S) uint16, 0 = no object
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a source of volumes promises of them beside their voxels."""
+
+    shapes: list[tuple[int, ...]]
+    spacings: list[tuple[float, ...]]  # mm from voxel to voxel
+    overlap: (
+        float  # of neighbouring windows, as a share of their edges, where whole ones are judged
+    )
+    tolerance: float  # mm within which surfaces agree
+    decode_bytes: int  # memory that decoding the largest takes
 
 
 @dataclass(frozen=True)
@@ -75,23 +94,40 @@ class Source:
     parts: list[range]  # the rows that each call of `decode` fills
     decode: Callable[[int], Decoded]
     notes: list[str]  # for people: what was left out, and why
+    whole: Whole | None = None  # of volumes, where `size` is that of a crop
 
     def fingerprint(self) -> str:
         """SHA-256 over the options, the content of the files, and the splits."""
-        return digest(
-            {
-                "format": FORMAT,
-                "source": self.name,
-                "identity": self.identity,
-                "size": self.size,
-                "channels": self.channels,
-                "dtype": self.dtype,
-                "classes": self.classes,
-                "small_classes": self.small_classes,
-                "window": self.window,
-                "rows": [self.names, self.groups, self.splits],
-            }
-        )
+        facts = {
+            "format": FORMAT,
+            "source": self.name,
+            "identity": self.identity,
+            "size": self.size,
+            "channels": self.channels,
+            "dtype": self.dtype,
+            "classes": self.classes,
+            "small_classes": self.small_classes,
+            "window": self.window,
+            "rows": [self.names, self.groups, self.splits],
+        }
+        if self.whole is not None:
+            facts["whole"] = [self.whole.shapes, self.whole.overlap, self.whole.tolerance]
+        return digest(facts)
+
+
+@dataclass(frozen=True, eq=False)
+class Volumes:
+    """Where whole volumes stand in flat arrays, and which crops of them are the data set's rows."""
+
+    shapes: npt.NDArray[np.int64]  # (N, A)
+    spacings: npt.NDArray[np.float64]  # (N, A) mm
+    begins: npt.NDArray[np.int64]  # (N,) the first voxel of each
+    owner: npt.NDArray[np.int64]  # (rows,) the volume of each row
+    corners: npt.NDArray[np.int64]  # (rows, A) where its crop begins
+    spots: npt.NDArray[np.uint16]  # (N, K, M, A) voxels of each class, 0 where it has none
+    has_class: npt.NDArray[np.bool_]  # (N, K); never the background
+    overlap: float
+    tolerance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +145,36 @@ class Dataset:
     std: tuple[float, ...]
     low: float  # the intensity that maps to 0
     high: float  # the intensity that maps to 1
-    object_edges: tuple[float, float]  # diameters in px that part training objects into thirds
+    object_edges: tuple[float, float]  # diameters in px or mm: thirds of the training objects
     is_labelled: bool
-    images: Array  # (N, C, *S) uint8 or uint16
-    masks: Array  # (N, *S) uint8, 255 = not labelled
+    images: Array  # (N, C, *S) uint8 or uint16; of volumes flat
+    masks: Array  # (N, *S) uint8, 255 = not labelled; of volumes flat
     instances: Array | None  # (N, *S) uint16
     names: list[str]
     groups: list[str]
     splits: Array  # (N,) of words
     about: dict[str, Any]
+    volumes: Volumes | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a crop may reach beyond its volume."""
+        return self.volumes is not None and bool((self.volumes.shapes < self.size).any())
+
+    def image_of(self, volume: int) -> Array:
+        """A whole volume (C, *shape) as it is stored."""
+        assert self.volumes is not None
+        return _part_of(self.images, self.volumes, volume, (self.channels,))
+
+    def mask_of(self, volume: int) -> Array:
+        """The labels (*shape) of a whole volume."""
+        assert self.volumes is not None
+        return _part_of(self.masks, self.volumes, volume, ())
+
+    def volumes_of(self, split: Split) -> npt.NDArray[np.int64]:
+        """The volumes whose crops are the rows of a split."""
+        assert self.volumes is not None
+        return np.unique(self.volumes.owner[self.rows(split)])
 
     def rows(self, split: Split) -> npt.NDArray[np.int64]:
         """Indices of a split; `pretrain` is `train` and the unlabelled, never `val` or `test`."""
@@ -128,61 +185,18 @@ class Dataset:
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
-            "images": {s: len(self.rows(s)) for s in ("pretrain", "train", "val", "test")},
+            "images": {s: len(self.rows(s)) for s in SPLITS},
+            **(
+                {"volumes": {s: len(self.volumes_of(s)) for s in SPLITS}}
+                if self.volumes is not None
+                else {}
+            ),
             "size": list(self.size),
             "channels": self.channels,
             "classes": self.classes,
             "small_classes": [self.classes[index] for index in self.small_classes],
             **self.about,
         }
-
-
-class Resident:
-    """Batches of some rows: integers on the device when they fit, standardised on the fly."""
-
-    def __init__(
-        self, dataset: Dataset, rows: npt.NDArray[np.int64], device: torch.device, labels: bool
-    ) -> None:
-        self.device = device
-        images = torch.from_numpy(_signed(dataset.images))
-        masks = torch.from_numpy(dataset.masks) if labels and dataset.is_labelled else None
-        self.rows = torch.as_tensor(np.asarray(rows, np.int64))
-        if device.type != "cpu" and _fits(images, masks, len(rows), device):
-            images = images.index_select(0, self.rows).to(device)
-            masks = masks.index_select(0, self.rows).to(device) if masks is not None else None
-            self.rows = torch.arange(len(rows), device=device)
-        self.images, self.masks = images, masks
-        extent = dataset.high - dataset.low
-        centre_C = [dataset.low + mean * extent for mean in dataset.mean]
-        gain_C = [1 / (std * extent) for std in dataset.std]
-        per_channel = (-1, *[1] * len(dataset.size))
-        self.centre_C = torch.tensor(centre_C, device=device).view(per_channel)
-        self.gain_C = torch.tensor(gain_C, device=device).view(per_channel)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, index_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (x - mean) / std as float32 (B, C, *S), masks as int64 (B, *S)."""
-        places_B = self.rows[index_B.to(self.rows.device)]
-        images = self.images.index_select(0, places_B).to(self.device)
-        if images.dtype == torch.int16:
-            images = images.int().bitwise_and_(0xFFFF)
-        images = images.float().sub_(self.centre_C).mul_(self.gain_C)
-        if self.masks is None:
-            return images, None
-        return images, self.masks.index_select(0, places_B).to(self.device).long()
-
-
-def to_device(
-    dataset: Dataset,
-    rows: npt.NDArray[np.int64],
-    device: torch.device | str,
-    *,
-    labels: bool = True,
-) -> Resident:
-    """A source of batches; indices count within `rows`."""
-    return Resident(dataset, rows, torch.device(device), labels)
 
 
 def default_cache() -> Path:
@@ -248,6 +262,12 @@ def open_dataset(folder: Path) -> Dataset:
         raise StorageError(f"prepared data in {folder} are damaged: {reason}; prepare them again")
     meta = json.loads((folder / "meta.json").read_text())
     rows = json.loads((folder / "rows.json").read_text())
+    names, groups, splits = rows["names"], rows["groups"], rows["splits"]
+    volumes = None
+    if "shapes" in rows:
+        volumes = _open_volumes(folder, tuple(meta["size"]), rows)
+        names = _row_names(names, volumes)
+        groups, splits = ([words[i] for i in volumes.owner] for words in (groups, splits))
     return Dataset(
         folder=folder,
         fingerprint=meta["fingerprint"],
@@ -265,11 +285,31 @@ def open_dataset(folder: Path) -> Dataset:
         images=_map(folder / "images.npy"),
         masks=_map(folder / "masks.npy"),
         instances=_map(folder / "instances.npy") if meta["has_instances"] else None,
-        names=rows["names"],
-        groups=rows["groups"],
-        splits=np.array(rows["splits"]),
+        names=names,
+        groups=groups,
+        splits=np.array(splits),
         about=meta["about"],
+        volumes=volumes,
     )
+
+
+def tile_corners(size: Sequence[int], tile: Sequence[int]) -> list[tuple[int, ...]]:
+    """First corners of as few tiles as cover the image, evenly spaced, the last axis fastest.
+
+    An image that is smaller than a tile has one, at its own corner.
+    """
+    starts = [
+        np.rint(np.linspace(0, max(0, edge - part), -(-edge // part))).astype(int).tolist()
+        for edge, part in zip(size, tile, strict=True)
+    ]
+    return list(itertools.product(*starts))
+
+
+def tile_names(name: str, corners: Sequence[Sequence[int]]) -> list[str]:
+    """What the tiles of an image are called: like it, with their corners if they are several."""
+    return [f"{name}@{','.join(map(str, corner))}" for corner in corners if len(corners) > 1] or [
+        name
+    ]
 
 
 def damage(folder: Path) -> str | None:
@@ -287,13 +327,53 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def _open_volumes(folder: Path, size: tuple[int, ...], rows: dict[str, Any]) -> Volumes:
+    shapes = np.array(rows["shapes"], np.int64)
+    corners = [tile_corners(shape, size) for shape in shapes.tolist()]
+    spots = _map(folder / "spots.npy")
+    return Volumes(
+        shapes=shapes,
+        spacings=np.array(rows["spacings"], np.float64),
+        begins=_begins(shapes)[:-1],
+        owner=np.repeat(np.arange(len(shapes)), [len(found) for found in corners]),
+        corners=np.array(list(itertools.chain(*corners)), np.int64),
+        spots=spots,
+        has_class=np.array(rows["has_class"], bool),
+        overlap=rows["overlap"],
+        tolerance=rows["tolerance"],
+    )
+
+
+def _row_names(names: Sequence[str], volumes: Volumes) -> list[str]:
+    corners = [volumes.corners[volumes.owner == i].tolist() for i in range(len(names))]
+    return [
+        word for name, found in zip(names, corners, strict=True) for word in tile_names(name, found)
+    ]
+
+
+def _begins(shapes: Sequence[Sequence[int]] | Array) -> npt.NDArray[np.int64]:
+    """The first voxel of each volume when one stands behind the other, and the end of the last."""
+    return np.concatenate([[0], np.cumsum([math.prod(map(int, shape)) for shape in shapes])])
+
+
+def _part_of(flat: Array, volumes: Volumes, volume: int, channels: tuple[int, ...]) -> Array:
+    shape, begin = volumes.shapes[volume].tolist(), int(volumes.begins[volume])
+    each = math.prod(channels)
+    return flat[begin * each : (begin + math.prod(shape)) * each].reshape(*channels, *shape)
+
+
 def _decode_into(source: Source, folder: Path, fingerprint: str) -> None:
     started = time.monotonic()
-    num_images, pixels = len(source.names), source.size
-    images = _create(
-        folder / "images.npy", (num_images, source.channels, *pixels), np.dtype(source.dtype)
-    )
-    masks = _create(folder / "masks.npy", (num_images, *pixels), np.dtype(np.uint8))
+    num_images, pixels, channels = len(source.names), source.size, source.channels
+    of_images: tuple[int, ...] = (num_images, channels, *pixels)
+    of_masks: tuple[int, ...] = (num_images, *pixels)
+    begins = np.zeros(0, np.int64)
+    if source.whole is not None:
+        begins = _begins(source.whole.shapes)
+        tail = pixels[-1]  # the last line of a padded crop goes on behind the last voxel
+        of_images, of_masks = (int(begins[-1]) * channels + tail,), (int(begins[-1]) + tail,)
+    images = _create(folder / "images.npy", of_images, np.dtype(source.dtype))
+    masks = _create(folder / "masks.npy", of_masks, np.dtype(np.uint8))
     instances = (
         _create(folder / "instances.npy", (num_images, *pixels), np.dtype(np.uint16))
         if source.has_instances
@@ -306,19 +386,41 @@ def _decode_into(source: Source, folder: Path, fingerprint: str) -> None:
             decoded = source.decode(part)
         except UserError as error:
             return str(error)
+        if source.whole is not None:
+            first, end = int(begins[rows.start]), int(begins[rows.stop])
+            images[first * channels : end * channels] = decoded.images.reshape(-1)
+            masks[first:end] = decoded.masks.reshape(-1)
+            return None
         images[rows], masks[rows] = decoded.images, decoded.masks
         if instances is not None:
             instances[rows] = decoded.instances
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    at_once = min(8, os.cpu_count() or 1)
+    if source.whole is not None:
+        at_once = max(1, min(at_once, DECODING_BYTES // source.whole.decode_bytes))
+    with ThreadPoolExecutor(at_once) as pool:
         refuse([problem for problem in pool.map(fill, range(len(source.parts))) if problem])
 
     meta = _measure(source, images, masks)
+    rows: dict[str, Any] = {
+        "names": source.names,
+        "groups": source.groups,
+        "splits": source.splits,
+    }
+    if source.whole is not None:
+        spots, has_class = _spots(source.whole, masks, len(meta["classes"]))
+        np.save(folder / "spots.npy", spots)
+        rows |= {
+            "shapes": source.whole.shapes,
+            "spacings": source.whole.spacings,
+            "has_class": has_class.tolist(),
+            "overlap": source.whole.overlap,
+            "tolerance": source.whole.tolerance,
+        }
     for array in (images, masks, instances):
         if isinstance(array, np.memmap):
             array.flush()
-    rows = {"names": source.names, "groups": source.groups, "splits": source.splits}
     (folder / "rows.json").write_text(canonical_json(rows))
     files = sorted(path for path in folder.iterdir())
     for path in files:
@@ -335,7 +437,7 @@ def _measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
     """Everything in meta.json that has to be counted; windows the images in place."""
     splits = np.array(source.splits)
     training, labelled = rows_of(splits, "pretrain"), rows_of(splits, "train")
-    counts = _histogram(images, training)
+    counts = _histogram(source, images, training, source.channels)
     seen = np.flatnonzero(counts.sum(axis=0))
     observed = [int(seen[0]), int(seen[-1])]
     is_default = source.window is None and source.dtype == "uint8"
@@ -344,21 +446,24 @@ def _measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
         raise UserError(
             f"data: every pixel of the training images is {observed[0]}; expected pictures"
         )
-    if not is_default:
-        for part in _portions(images, len(images)):  # so that val and test stay in [0, 1] as well
-            np.clip(images[part], low, high, out=images[part])
+    if not is_default and (low, high) != (0, np.iinfo(images.dtype).max):
+        every = images.reshape(-1)  # of val and test as well, so that they stay in [0, 1]
+        for start in range(0, every.size, PIXELS_AT_ONCE):
+            part = every[start : start + PIXELS_AT_ONCE]
+            np.clip(part, low, high, out=part)
     levels = (np.clip(np.arange(counts.shape[1]), low, high) - low) / (high - low)
     total = counts.sum(axis=1)
     mean = counts @ levels / total
     std = np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0))
     std[std < 1e-6] = 1  # an empty channel stays 0
 
-    largest = int(np.max(masks, where=masks != NOT_LABELLED, initial=0))
+    shares = _histogram(source, masks, np.arange(len(splits)), 1)[0]
+    largest = int(np.flatnonzero(shares[:NOT_LABELLED]).max(initial=0))
     classes = source.classes or ["background", *(f"class {i}" for i in range(1, largest + 1))]
-    share = _histogram(masks[:, None], labelled)[0, : len(classes)]
-    diameters = [_diameters(masks, labelled, label) for label in range(1, len(classes))]
-    every = np.concatenate([*diameters, np.zeros(0)])
-    edges = np.quantile(every, [1 / 3, 2 / 3]) if len(every) else np.zeros(2)
+    share = _histogram(source, masks, labelled, 1)[0, : len(classes)]
+    diameters = _diameters(source, masks, labelled, len(classes))
+    every_diameter = np.concatenate([*diameters, np.zeros(0)])
+    edges = np.quantile(every_diameter, [1 / 3, 2 / 3]) if len(every_diameter) else np.zeros(2)
     return {
         "name": source.name,
         "size": list(source.size),
@@ -402,35 +507,85 @@ def _measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
     }
 
 
-def _histogram(images: Array, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _histogram(
+    source: Source, array: Array, rows: npt.NDArray[np.int64], channels: int
+) -> npt.NDArray[np.int64]:
     """How often each value occurs in each channel (C, 256 or 65536) of the rows."""
-    levels = 2 ** (8 * images.dtype.itemsize)
-    counts = np.zeros((images.shape[1], levels), np.int64)
-    for part in _portions(images, len(rows)):
-        chunk = images[rows[part]]
-        for channel in range(len(counts)):
-            counts[channel] += np.bincount(chunk[:, channel].ravel(), minlength=levels)
+    levels = 2 ** (8 * array.dtype.itemsize)
+    counts = np.zeros((channels, levels), np.int64)
+    for chunk in _chunks(source, array, rows, channels):
+        for channel in range(channels):
+            counts[channel] += np.bincount(chunk[channel].ravel(), minlength=levels)
     return counts
 
 
-def _portions(images: Array, num_rows: int) -> Iterator[slice]:
-    """Slices of rows that together take little memory, however large a row is."""
-    step = max(1, PIXELS_AT_ONCE // max(1, images[0].size))
-    for start in range(0, num_rows, step):
-        yield slice(start, start + step)
-
-
-def _diameters(masks: Array, rows: npt.NDArray[np.int64], label: int) -> npt.NDArray[np.float64]:
-    """Diameters of discs (or balls) as large as the objects: pixels of a class that touch.
-
-    Corners count as touching, as where objects are scored.
-    """
-    axes = masks.ndim - 1
-    areas: list[Array] = [np.zeros(0, np.int64)]
+def _chunks(
+    source: Source, array: Array, rows: npt.NDArray[np.int64], channels: int
+) -> Iterator[Array]:
+    """What stands in some rows, channels first, in parts that take little memory."""
+    if source.whole is None:
+        step = max(1, PIXELS_AT_ONCE // max(1, array[0].size))
+        for start in range(0, len(rows), step):
+            chunk = array[rows[start : start + step]]
+            yield chunk.reshape(len(chunk), channels, -1).swapaxes(0, 1)
+        return
     for row in rows:
-        objects, _ = ndimage.label(masks[row] == label, structure=np.ones((3,) * axes))
-        areas.append(np.bincount(objects.ravel())[1:])
-    return diameter(np.concatenate(areas), axes)
+        voxels = _row(source, array, row, channels).reshape(channels, -1)
+        for start in range(0, voxels.shape[1], PIXELS_AT_ONCE):
+            yield voxels[:, start : start + PIXELS_AT_ONCE]
+
+
+def _row(source: Source, array: Array, row: int, channels: int = 1) -> Array:
+    """One row of the arrays, (C, *S), or (*S) where there is one channel."""
+    if source.whole is None:
+        pixels: Array = array[row]
+        return pixels
+    begins, shape = _begins(source.whole.shapes), source.whole.shapes[row]
+    part = array[int(begins[row]) * channels : int(begins[row + 1]) * channels]
+    return part.reshape((channels, *shape) if channels > 1 else shape)
+
+
+def _diameters(
+    source: Source, masks: Array, rows: npt.NDArray[np.int64], num_classes: int
+) -> list[npt.NDArray[np.float64]]:
+    """Diameters of discs (or balls) as large as each class's objects: pixels that touch.
+
+    In pixels, of volumes in mm. Corners count as touching, as where objects are scored.
+    """
+    sizes: list[list[Array]] = [[np.zeros(0)] for _ in range(1, num_classes)]
+    for row in rows:
+        labels = _row(source, masks, row)
+        voxel = math.prod(source.whole.spacings[row]) if source.whole else 1.0
+        present = np.unique(labels)
+        for label in range(1, num_classes):
+            if label in present:
+                touching = np.ones((3,) * labels.ndim)
+                objects, _ = ndimage.label(labels == label, structure=touching)
+                sizes[label - 1].append(np.bincount(objects.ravel())[1:] * voxel)
+    return [diameter(np.concatenate(found), len(source.size)) for found in sizes]
+
+
+def _spots(
+    whole: Whole, masks: Array, num_classes: int
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
+    """(spots (N, K, M, A), has_class (N, K)): some voxels of each class but the background.
+
+    All voxels of a class are alike probable; of few each is there several times.
+    """
+    axes = len(whole.shapes[0])
+    spots = np.zeros((len(whole.shapes), num_classes, SPOTS, axes), np.uint16)
+    has_class = np.zeros((len(whole.shapes), num_classes), bool)
+    begins = _begins(whole.shapes)
+    for volume, shape in enumerate(whole.shapes):
+        labels = masks[int(begins[volume]) : int(begins[volume + 1])]
+        for label in range(1, num_classes):
+            places = np.flatnonzero(labels == label)
+            if len(places):
+                chosen = np.random.default_rng([volume, label]).random(SPOTS) * len(places)
+                found = np.unravel_index(places[chosen.astype(np.int64)], shape)
+                spots[volume, label] = np.stack(found, axis=1)
+                has_class[volume, label] = True
+    return spots, has_class
 
 
 def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -445,18 +600,6 @@ def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 def _map(path: Path) -> Array:
     # Copy on write, since torch warns of arrays that it may not write to; nobody writes.
     return np.asarray(np.load(path, mmap_mode="c"))
-
-
-def _signed(images: Array) -> Array:
-    """The same bytes as a type that torch can gather on every device."""
-    return images.view(np.int16) if images.dtype == np.uint16 else images
-
-
-def _fits(images: Tensor, masks: Tensor | None, num_rows: int, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return True  # it shares the memory of the host
-    per_row = sum(t[0].numel() * t.element_size() for t in (images, masks) if t is not None)
-    return per_row * num_rows <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 @contextmanager

@@ -1,15 +1,14 @@
-"""Volumes (NIfTI) with class masks, from a manifest (CSV) or from a folder, in tiles.
+"""Volumes (NIfTI) with class masks, from a manifest (CSV) or from a folder.
 
-Rows are (C, *S), S from the patient's left to right, from back to front, and upwards ("RAS"),
-however a file stores them; `size` and `spacing` have the same order. An oblique volume is turned to
-the nearest axes and not resampled.
+Each is kept whole, (C, *S), S from the patient's left to right, from back to front, and upwards
+("RAS"), however a file stores it; `size` and `spacing` have the same order. An oblique volume is
+turned to the nearest axes and not resampled. Models see crops of `size`.
 
 Intensities become 16-bit levels per volume and channel, so that volumes whose numbers have no
 common unit are alike: by `percentiles` of the voxels that are not 0, which leaves out the empty
 surroundings, or, where numbers have a unit (CT), by `window` in that unit.
 
-A volume smaller than a tile is refused unless `pad` is true: padding has the label 255, but
-pretraining knows no such label. It hides padding, reconstructs it and learns from it.
+A volume that is smaller than a crop is padded at its end; padding counts nowhere.
 
 Letters: C channels, *S voxels along every axis.
 """
@@ -46,17 +45,14 @@ from trainables.data.entries import (
 from trainables.data.rows import (
     Labels,
     check_not_empty,
-    cut,
     duplicates,
     in_parallel,
-    lay_out,
     naming,
     some,
-    tile_corners,
     times,
     usable,
 )
-from trainables.data.store import NOT_LABELLED, Decoded, Source, refuse
+from trainables.data.store import NOT_LABELLED, Decoded, Source, Whole, refuse
 from trainables.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -71,6 +67,7 @@ DEFAULT_PERCENTILES = (0.5, 99.5)
 SEPARATOR = ";"
 HIGHEST = 65535  # the level of what lies at or above the window
 SAME_SPACING = 1e-3  # relative difference that is not worth resampling
+COPIES = 3  # of the values of a channel while it is decoded
 APART = 0.1  # voxels between the corners of volumes that lie in the same place
 
 
@@ -80,7 +77,8 @@ class Inspected:
 
     images: tuple[nifti.Inspected, ...]  # a channel each
     mask: nifti.Inspected | None
-    shape: Shape  # of the rows' axes, resampled, not padded
+    shape: Shape  # of the rows' axes, resampled
+    spacing: tuple[float, ...]  # likewise
 
     @property
     def content(self) -> str:
@@ -92,11 +90,9 @@ class Inspected:
 class Reading:
     """How files become rows: the part of the settings that decoding needs."""
 
-    size: tuple[int, int, int]
     spacing: tuple[float, float, float] | None
     window: tuple[float, float] | None
     percentiles: tuple[float, float]
-    pad: bool
     labels: Labels
     inside: Path | None
     most_bytes: int
@@ -115,7 +111,7 @@ def volumes(
     folder: Folder = None,
     size: Annotated[
         tuple[Edge, Edge, Edge],
-        Field(description="of a tile in voxels: to the right, to the front, upwards"),
+        Field(description="of a crop in voxels: to the right, to the front, upwards"),
     ],
     spacing: Annotated[
         tuple[Millimetres, Millimetres, Millimetres] | Literal["none"],
@@ -129,7 +125,13 @@ def volumes(
         tuple[Percent, Percent] | None,
         Field(description="of each volume's voxels that are not 0; null: 0.5 and 99.5"),
     ] = None,
-    pad: Annotated[bool, Field(description="fill up volumes that are smaller than a tile")] = False,
+    overlap: Annotated[
+        float,
+        Field(ge=0, lt=1, description="of the windows in which whole volumes are segmented"),
+    ] = 0.5,
+    tolerance: Annotated[
+        float, Field(gt=0, le=1000, description="mm within which surfaces agree (nsd)")
+    ] = 1.0,
     classes: list[str] | None = None,
     small_classes: list[str] | None = None,
     where: Where = None,
@@ -143,7 +145,7 @@ def volumes(
         int, Field(ge=1, description="refuse volumes that take more memory, at 4 bytes a voxel")
     ] = 2048,
 ) -> Source:
-    """NIfTI files named in a manifest (image, mask, split, group), or in a folder, in 3-D tiles."""
+    """NIfTI files named in a manifest (image, mask, split, group), or in a folder, in 3-D crops."""
     _check_intensities(window, percentiles)
     name, base, entries = read_entries(
         root, manifest, folder, where or {}, columns or {}, nifti.SUFFIXES, SEPARATOR
@@ -159,11 +161,9 @@ def volumes(
         classes, found_small = named_classes(entries, base)
         small_classes = found_small if small_classes is None else small_classes
     reading = Reading(
-        size=size,
         spacing=None if spacing == "none" else spacing,
         window=window,
         percentiles=percentiles or DEFAULT_PERCENTILES,
-        pad=pad,
         labels=Labels(mask_encoding, ignore, classes),
         inside=None if allow_outside else base,
         most_bytes=max_mib * 2**20,
@@ -187,9 +187,7 @@ def volumes(
         notes.append(f"{len(entries) - len(kept)} volumes of val or test have no mask: left out")
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
-    notes += _notes(entries, reads, reading)
-    corners = [tile_corners(_padded(read.shape, size), size) for read in reads]
-    names, groups, splits, parts = lay_out(entries, corners)
+    notes += _notes(entries, reads, reading, size)
     return Source(
         name=name,
         identity={
@@ -210,12 +208,19 @@ def volumes(
         window=(0, HIGHEST),
         is_labelled=is_labelled,
         has_instances=False,
-        names=names,
-        groups=groups,
-        splits=splits,
-        parts=parts,
+        names=[entry.name for entry in entries],
+        groups=[str(entry.group) for entry in entries],
+        splits=[str(entry.split) for entry in entries],
+        parts=[range(i, i + 1) for i in range(len(entries))],
         decode=lambda part: decode_entry(entries[part], reads[part], reading),
         notes=notes,
+        whole=Whole(
+            shapes=[read.shape for read in reads],
+            spacings=[read.spacing for read in reads],
+            overlap=overlap,
+            tolerance=tolerance,
+            decode_bytes=max(_decode_bytes(read) for read in reads),
+        ),
     )
 
 
@@ -224,20 +229,12 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
     with naming(entry.image, entry):
         first = nifti.inspect(entry.image, reading.inside, reading.most_bytes)
         shape = _resampled(first.header, reading.spacing)
-        needed = math.prod(_padded(shape, reading.size)) * 4
+        needed = math.prod(shape) * 4
         if needed > reading.most_bytes:
             raise UserError(
                 f"becomes {times(shape)} voxels at spacing {_listed(reading.spacing or ())}, "
                 f"{needed / 2**20:,.0f} MiB in memory; expected at most "
                 f"{reading.most_bytes / 2**20:,.0f}: take a wider spacing, or raise max_mib"
-            )
-        is_smaller = any(e < part for e, part in zip(shape, reading.size, strict=True))
-        if is_smaller and not reading.pad:
-            turned = f" at spacing {_listed(reading.spacing)}" if reading.spacing else ""
-            raise UserError(
-                f"is {times(shape)}{turned} (right, front, up), smaller than a tile of "
-                f"{times(reading.size)}; choose a smaller size, or pad: true, though padding then "
-                f"counts in pretraining"
             )
     others = []
     for path in entry.more:
@@ -249,11 +246,15 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
         with naming(entry.mask, entry):
             mask = nifti.inspect(entry.mask, reading.inside, reading.most_bytes)
             _check_place(mask.header, first.header, entry)
-    return Inspected((first, *others), mask, shape)
+    spacing = tuple(
+        old * step
+        for old, step in zip(_in_ras(first.header)[1], _steps(first.header, reading), strict=True)
+    )
+    return Inspected((first, *others), mask, shape, spacing)
 
 
 def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decoded:
-    """The tiles of an entry."""
+    """The whole volume of an entry."""
     picture = np.empty((len(inspected.images), *inspected.shape), np.uint16)
     paths = (entry.image, *entry.more)
     for channel, path, before in zip(picture, paths, inspected.images, strict=True):
@@ -271,14 +272,7 @@ def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decode
             labels = to_ras(labels, inspected.mask.header.affine)
             steps = _steps(inspected.images[0].header, reading)
             labels = resampled(labels, inspected.shape, steps, is_nearest=True)
-    missing = [
-        full - edge
-        for full, edge in zip(_padded(inspected.shape, reading.size), inspected.shape, strict=True)
-    ]
-    around = [(count // 2, count - count // 2) for count in missing]
-    picture = np.pad(picture, [(0, 0), *around])
-    labels = np.pad(labels, around, constant_values=NOT_LABELLED)
-    return cut(picture, labels, None, reading.size)
+    return Decoded(picture[None], labels[None])
 
 
 def to_ras(stored: Array, affine: Array) -> Array:
@@ -320,7 +314,7 @@ def levels_between(intensities: Array, reading: Reading) -> tuple[float, float]:
     if foreground.size == 0:
         raise UserError("is empty: every voxel is 0; expected a picture: leave it out")
     with np.errstate(over="ignore", invalid="ignore"):
-        low, high = np.percentile(foreground.astype(np.float64), reading.percentiles).tolist()
+        low, high = np.percentile(foreground, reading.percentiles, overwrite_input=True).tolist()
     if not 0 < high - low < math.inf:
         raise UserError(
             f"has no contrast: of its voxels that are not 0 the percentiles "
@@ -332,8 +326,11 @@ def levels_between(intensities: Array, reading: Reading) -> tuple[float, float]:
 
 def to_levels(intensities: Array, low: float, high: float) -> npt.NDArray[np.uint16]:
     """Intensities as levels from 0 (low and less) to HIGHEST (high and more)."""
-    share = (np.clip(intensities.astype(np.float64), low, high) - low) / (high - low)
-    return np.rint(share * HIGHEST).astype(np.uint16)
+    levels = np.empty(intensities.shape, np.uint16)
+    for level, slab in zip(levels, intensities, strict=True):  # few float64 at a time
+        share = (np.clip(slab.astype(np.float64), low, high) - low) / (high - low)
+        level[...] = np.rint(share * HIGHEST)
+    return levels
 
 
 def _whole(numbers: Array) -> npt.NDArray[np.uint16]:
@@ -380,8 +377,11 @@ def _resampled(header: nifti.Header, spacing: tuple[float, ...] | None) -> Shape
     )
 
 
-def _padded(shape: Sequence[int], size: Sequence[int]) -> Shape:
-    return tuple(max(pair) for pair in zip(shape, size, strict=True))
+def _decode_bytes(inspected: Inspected) -> int:
+    """About what decoding takes: all levels, the labels, and a channel as stored and as values."""
+    voxels = max(math.prod(inspected.shape), math.prod(inspected.images[0].header.shape))
+    stored = max(image.header.dtype.itemsize for image in inspected.images)
+    return voxels * (2 * len(inspected.images) + 1 + stored + COPIES * max(4, stored))
 
 
 def _check_place(header: nifti.Header, image: nifti.Header, entry: Entry) -> None:
@@ -423,7 +423,9 @@ def _disagreements(entries: Sequence[Entry], found: dict[int, Inspected]) -> lis
     ]
 
 
-def _notes(entries: Sequence[Entry], reads: Sequence[Inspected], reading: Reading) -> list[str]:
+def _notes(
+    entries: Sequence[Entry], reads: Sequence[Inspected], reading: Reading, size: Sequence[int]
+) -> list[str]:
     """What a person has to know of how these volumes became rows."""
     what = (
         f"{_listed(reading.window)} of the files"
@@ -448,11 +450,11 @@ def _notes(entries: Sequence[Entry], reads: Sequence[Inspected], reading: Readin
             )
     if any(entry.instances for entry in entries):
         notes.append("instances are not read of volumes")
-    added = [math.prod(_padded(read.shape, reading.size)) - math.prod(read.shape) for read in reads]
-    if any(added):
+    is_smaller = [any(np.less(read.shape, size)) for read in reads]
+    if any(is_smaller):
         notes.append(
-            f"{sum(added):,} voxels of {sum(map(bool, added))} volumes are padding: not labelled, "
-            f"but pretraining hides, reconstructs and counts them like others"
+            f"{sum(is_smaller)} of {len(reads)} volumes are smaller than a crop of {times(size)}, "
+            f"and padded at their ends; padding counts nowhere"
         )
     return notes
 
