@@ -18,12 +18,14 @@ from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_errors
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
 from trainables.metrics import METRICS
+from trainables.surfaces import NAMES as CASE_NAMES
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
 
 PHASES = ("pretrain", "segment")
-WITH_CLASS = ("iou", "dice", "object_f1")  # also measured per class or size: iou/platelet
+PER_CLASS = ("iou", "dice", *CASE_NAMES)  # also measured per class: iou/platelet
+WITH_CLASS = (*PER_CLASS, "object_f1")  # or by size
 WITH_RATIO = ("probe_psnr", "probe_ssim")  # also measured per ratio: probe_psnr@0.25
 MOST_COMBINATIONS = 2_000  # that are looked at one by one
 MOST_ARMS = 10_000  # of a grid
@@ -94,7 +96,7 @@ def _objective_names() -> list[str]:
     for key, metric in METRICS.items():
         if metric.goal == "none" or key in ("loss", "iou") or key.startswith("test_"):
             continue
-        is_segment = key.startswith(("miou", "iou", "dice", "object_"))
+        is_segment = key.startswith(("miou", *WITH_CLASS))
         phases = PHASES if key in shared else PHASES[1:] if is_segment else PHASES[:1]
         names += [f"{phase}/{key}" for phase in phases]
     return sorted(names)

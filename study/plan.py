@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from study import space
-from study.checks import geometry_problems
+from study.checks import PER_CLASS, geometry_problems
 from trainables import cost
 from trainables.config import TrialConfig, arm_id
 from trainables.edges import Edges, grid_of, in_words
 from trainables.mae import MAE
 from trainables.masking import has_teacher, hidden_units
 from trainables.schedules import MIDPOINTS, value_at
+from trainables.surfaces import NAMES as CASE_NAMES
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -116,10 +117,17 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
                 f"objectives: given {objective.metric!r}, but the data have no labels; expected a "
                 f"pretrain metric such as pretrain/probe_psnr, or data with masks"
             )
-        elif phase == "segment" and key in ("iou", "dice") and name and name not in data.classes:
+            continue
+        if key in CASE_NAMES and len(data.size) == 2:
+            problems.append(
+                f"objectives: given {objective.metric!r}, which is measured of volumes, but the "
+                f"images have 2 axes; expected another metric such as segment/miou"
+            )
+        scored = data.classes[1:] if key in CASE_NAMES else data.classes
+        if key in PER_CLASS and name and name not in scored:
             problems.append(
                 f"objectives: given {objective.metric!r}; expected a class of the data: "
-                f"{', '.join(data.classes)}"
+                f"{', '.join(scored)}"
             )
     return problems
 

@@ -147,6 +147,22 @@ def test_objects_of_a_volume_are_measured_as_balls():
     assert object_counts(cube, cube, 2, (4.0, 6.0))[1].tolist() == [1, 0, 0]
 
 
+def test_objects_are_as_large_as_their_voxels_make_them():
+    cube = np.zeros((1, 6, 6, 6), int)
+    cube[0, 1:5, 1:5, 1:5] = 1  # 64 voxels of 2 x 1 x 4 mm: 512 mm^3, a ball of 9.93 mm
+    seen = np.zeros_like(cube)
+    seen[0, 0, 0, 0] = 1  # 8 mm^3: 2.48 mm
+    for edges, place, false in [((4.0, 9.9), 2, 0), ((2.4, 10.0), 1, 1), ((10.0, 11.0), 0, 0)]:
+        counts = object_counts(cube, cube, 2, edges, voxel=8.0)
+        assert np.argwhere(counts).tolist() == [[place, 0]]
+        assert object_counts(cube, seen, 2, edges, voxel=8.0)[:, 1].argmax() == false
+    sheet = np.ones((1, 3, 3), int)  # 9 pixels of 0.25 mm^2: a disc of 1.69 mm
+    assert np.argwhere(object_counts(sheet, sheet, 2, (1.6, 1.7), voxel=0.25)).tolist() == [[1, 0]]
+    assert object_counts(cube, seen, 2, (2, 5)).tolist() == (
+        object_counts(cube, seen, 2, (2, 5), voxel=1.0).tolist()
+    )
+
+
 def test_psnr_by_hand():
     truth = torch.full((2, 1, 2, 2), 0.5)
     predicted = truth.clone()
@@ -196,3 +212,5 @@ def test_names_with_a_class_or_a_ratio_belong_to_their_metric():
     assert metric_of("iou/red/cell") is METRICS["iou"]
     assert metric_of("probe_psnr@0.25") is METRICS["probe_psnr"]
     assert metric_of("test_object_f1/small").goal == "maximize"
+    assert metric_of("test_hd95/organ")[:2] == ("minimize", "mm")
+    assert metric_of("case_dice/organ")[:2] == metric_of("nsd/organ")[:2] == ("maximize", "")

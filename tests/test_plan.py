@@ -135,6 +135,14 @@ def test_what_only_the_data_can_tell_is_told():
     of_class = segment.model_copy(update={"metric": "segment/iou/cel"})
     spec = study().model_copy(update={"objectives": [of_class]})
     assert "expected a class of the data: background, cell" in data_problems(spec, LABELLED)[0]
+    case = segment.model_copy(update={"metric": "segment/hd95/cell", "goal": "minimize"})
+    spec = study().model_copy(update={"objectives": [case]})
+    volumes = DataSize((64, 64, 64), 1, 100, 50, ("background", "cell"))
+    assert data_problems(spec, volumes) == []
+    assert "measured of volumes, but the images have 2 axes" in data_problems(spec, LABELLED)[0]
+    outside = case.model_copy(update={"metric": "segment/hd95/background"})
+    spec = study().model_copy(update={"objectives": [outside]})
+    assert data_problems(spec, volumes)[0].endswith("expected a class of the data: cell")
     odd = DataSize((60, 60), 3, 100, 50, ())
     assert any("does not divide the image size 60x60" in one for one in data_problems(study(), odd))
 

@@ -11,6 +11,7 @@ Conventions of segmentation:
 - an object is a set of touching pixels (corners count) of one class. Objects of truth and
   prediction are matched one to one at IoU >= 0.5 and counted over all images. Found and missed
   objects count in the size bin of the true object, false alarms in the bin of their own size.
+- scores of whole volumes (case_dice, hd95, nsd) are those of surfaces.py.
 
 Letters of shapes: B images, *S pixels (any number of axes), K classes.
 """
@@ -112,13 +113,13 @@ def overlap_scores(confusion_KK: Counts, classes: Sequence[str]) -> dict[str, fl
         iou = hits / (true + predicted - hits)
         dice = 2 * hits / (true + predicted)
     scores = {
-        "miou": _mean_of_present(iou[1:]),
-        "miou_with_background": _mean_of_present(iou),
-        "dice": _mean_of_present(dice[1:]),
+        "miou": mean_of_present(iou[1:]),
+        "miou_with_background": mean_of_present(iou),
+        "dice": mean_of_present(dice[1:]),
     }
     scores |= {f"iou/{name}": float(value) for name, value in zip(classes, iou, strict=True)}
     scores |= {f"dice/{name}": float(value) for name, value in zip(classes, dice, strict=True)}
-    return _present(scores)
+    return present(scores)
 
 
 def object_counts(
@@ -126,15 +127,18 @@ def object_counts(
     predicted: npt.NDArray[Any],
     num_classes: int,
     edges: tuple[float, float],
+    voxel: float = 1.0,
 ) -> Counts:
     """Found, falsely seen and missed objects per size bin (3, 3) over a stack of labels (B, *S).
 
-    `edges` are the two diameters in pixels that separate small, medium and large objects.
+    `edges` are the two diameters that separate small, medium and large objects, in the unit of
+    length of `voxel`, the volume (or area) of one voxel: mm with mm^3, pixels with 1.
     """
     counts = np.zeros((len(SIZE_BINS), 3), np.int64)
     is_labelled = truth != IGNORED
     for label in range(1, num_classes):
-        counts += _object_counts_of_class(truth == label, (predicted == label) & is_labelled, edges)
+        seen = (predicted == label) & is_labelled
+        counts += _object_counts_of_class(truth == label, seen, edges, voxel)
     return counts
 
 
@@ -142,19 +146,33 @@ def object_scores(counts: Counts) -> dict[str, float]:
     """F1 of objects, over all and by size bin, from `object_counts`."""
     scores = {"object_f1": _f1(counts.sum(axis=0))}
     scores |= {f"object_f1/{name}": _f1(line) for name, line in zip(SIZE_BINS, counts, strict=True)}
-    return _present(scores)
+    return present(scores)
 
 
-def diameter(area: Counts, axes: int) -> npt.NDArray[np.float64]:
-    """Diameter in pixels of the disc (or ball) with as many pixels."""
+def diameter(area: Counts, axes: int, voxel: float = 1.0) -> npt.NDArray[np.float64]:
+    """Diameter of the disc (or ball) as large as so many pixels, each of the size `voxel`."""
     if axes == 2:
-        return np.sqrt(area * 4 / np.pi)
+        return np.asarray(np.sqrt(area * voxel * 4 / np.pi))
     ball = math.pi ** (axes / 2) / math.gamma(axes / 2 + 1)  # volume at radius 1
-    return np.asarray(2 * (area / ball) ** (1 / axes))
+    return np.asarray(2 * (area * voxel / ball) ** (1 / axes))
+
+
+def mean_of_present(values: npt.NDArray[np.float64]) -> float:
+    """Mean of what is not NaN; NaN if nothing is."""
+    found = values[~np.isnan(values)]
+    return float(found.mean()) if len(found) else math.nan
+
+
+def present(scores: dict[str, float]) -> dict[str, float]:
+    """The scores that exist, that is, are not NaN."""
+    return {name: value for name, value in scores.items() if not math.isnan(value)}
 
 
 def _object_counts_of_class(
-    truth: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_], edges: tuple[float, float]
+    truth: npt.NDArray[np.bool_],
+    predicted: npt.NDArray[np.bool_],
+    edges: tuple[float, float],
+    voxel: float,
 ) -> Counts:
     true_label, true_area = _components(truth)
     seen_label, seen_area = _components(predicted)
@@ -169,8 +187,8 @@ def _object_counts_of_class(
     is_match = shared >= MATCH_IOU * union
     true_index, seen_index = true_index[is_match], seen_index[is_match]
 
-    true_bin = np.digitize(diameter(true_area, truth.ndim - 1), edges)
-    seen_bin = np.digitize(diameter(seen_area, truth.ndim - 1), edges)
+    true_bin = np.digitize(diameter(true_area, truth.ndim - 1, voxel), edges)
+    seen_bin = np.digitize(diameter(seen_area, truth.ndim - 1, voxel), edges)
     found = np.bincount(true_bin[true_index], minlength=len(SIZE_BINS))
     missed = np.bincount(np.delete(true_bin, true_index), minlength=len(SIZE_BINS))
     false = np.bincount(np.delete(seen_bin, seen_index), minlength=len(SIZE_BINS))
@@ -191,21 +209,30 @@ def _f1(counts: Counts) -> float:
     return 2 * found / objects if objects else math.nan
 
 
-def _mean_of_present(values: npt.NDArray[np.float64]) -> float:
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if len(present) else math.nan
-
-
-def _present(scores: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in scores.items() if not math.isnan(value)}
-
-
 _SEGMENTATION = {
     "miou": Metric("maximize", "", "mean IoU of the classes without background"),
     "miou_with_background": Metric("maximize", "", "mean IoU of all classes"),
     "iou": Metric("maximize", "", "intersection over union of one class, pooled over pixels"),
     "dice": Metric("maximize", "", "Dice, mean of the classes without background, or of one class"),
     "object_f1": Metric("maximize", "", "F1 of objects matched at IoU 0.5, over all or by size"),
+    "case_dice": Metric(
+        "maximize",
+        "",
+        "Dice of a volume, mean over the volumes that truly have or are predicted to have a class; "
+        "mean of the classes without background, or of one class",
+    ),
+    "hd95": Metric(
+        "minimize",
+        "mm",
+        "95th percentile of the distances between true and predicted surface, means as of "
+        "case_dice; the volume's diagonal where only one of them has the class",
+    ),
+    "nsd": Metric(
+        "maximize",
+        "",
+        "share of the true and predicted surface within a tolerance of the other, means as of "
+        "case_dice; 0 where only one of them has the class",
+    ),
 }
 
 METRICS: dict[str, Metric] = {
