@@ -254,7 +254,7 @@ def test_a_window_has_the_unit_of_the_file(study):
     levels = whole(study, 0, window=[-100, 100])[0][0]
     expected = to_levels(noise(3, 8, 10, 12) - 500, -100, 100)
     np.testing.assert_array_equal(levels, expected)
-    assert to_levels(np.array([-101, -100, 0, 100, 300]), -100, 100).tolist() == [
+    assert to_levels(np.array([[-101, -100, 0, 100, 300]]), -100, 100)[0].tolist() == [
         0,
         0,
         32768,

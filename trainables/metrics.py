@@ -98,8 +98,8 @@ def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """Pixel counts (K, K), rows the true class, columns the predicted one. Labels of any shape."""
     unlabelled = num_classes * num_classes
     counted = torch.zeros(unlabelled + 1, dtype=torch.int64, device=truth.device)
-    parts = zip(*(labels.flatten().split(AT_ONCE) for labels in (truth, predicted)), strict=True)
-    for true, guess in parts:
+    parts = (torch.split(labels.flatten(), AT_ONCE) for labels in (truth, predicted))
+    for true, guess in zip(*parts, strict=True):
         cell = torch.where(true == IGNORED, unlabelled, true.long() * num_classes + guess.long())
         counted += torch.bincount(cell, minlength=unlabelled + 1)
     return counted[:unlabelled].view(num_classes, num_classes)

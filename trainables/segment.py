@@ -241,7 +241,8 @@ def evaluate(
     classes, device = dataset.classes, context.device
     pixels_KK = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     objects = np.zeros((3, 3), np.int64)
-    sums, counts = surfaces.no_cases(len(classes))
+    sums = np.zeros((len(classes), len(surfaces.NAMES)))
+    counts = np.zeros(sums.shape, np.int64)
     for truth, predicted, spacing in predictions(model, settings, dataset, split, context):
         pixels_KK += confusion(truth, predicted, len(classes)).to(device)
         labels, guess = truth.cpu().numpy(), predicted.cpu().numpy()
