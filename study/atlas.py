@@ -186,6 +186,7 @@ def _draw(
             dataset.std,
             labels=subjects.labels,
             classes=dataset.classes,
+            is_padded=dataset.is_padded,
         )
 
     try:
@@ -223,7 +224,9 @@ def _train(
     plan = make_plan(config, dataset.size, dataset.channels, num_images, context.rungs, seed)
     plan = replace(plan, num_images=num_pretrain(dataset))
     images = to_device(dataset, dataset.rows("pretrain"), device, labels=False)
-    learner = make_learner(config, dataset.size, dataset.channels, seed, context)
+    learner = make_learner(
+        config, dataset.size, dataset.channels, seed, context, is_padded=dataset.is_padded
+    )
     samples_B = torch.arange(plan.batch, device=device)
     places_B = samples_B.to(images.rows.device)
     loss = torch.zeros((), device=device)

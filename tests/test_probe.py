@@ -175,7 +175,7 @@ def test_measures_by_hand():
         guess = torch.where(pixels_hidden(is_hidden, (8, 8), (8, 8))[:, None], truth + 0.1, 0.0)
         return (guess - 0.5) / 0.2
 
-    found = measure(reconstruct, None, (truth - 0.5) / 0.2, ROWS, config, PROBE, mean, std)
+    found, _ = measure(reconstruct, None, (truth - 0.5) / 0.2, ROWS, config, PROBE, mean, std)
     assert calls == [(48, 16), (32, 32), (16, 48), (16, 48)]
     for name in ("probe_psnr@0.25", "probe_psnr@0.75", "probe_psnr", "native_psnr_hidden"):
         torch.testing.assert_close(found[name], torch.full((3,), 20.0), atol=1e-3, rtol=0)

@@ -44,7 +44,7 @@ def test_ratios_are_those_of_neighbours_by_hand():
 def test_all_take_turns_and_nobody_always_comes_first(monkeypatch):
     turns: list[tuple[str, int]] = []
 
-    def fake_step(config, images):
+    def fake_step(config, images, is_padded):
         return config.masking.strategy.name
 
     def fake_seconds(step, repeats, device):
@@ -87,7 +87,7 @@ def test_the_whole_step_of_training_is_what_is_timed(monkeypatch):
 def test_the_trials_own_strategy_keeps_its_options(monkeypatch):
     guides = {}
 
-    def keep(config, images):
+    def keep(config, images, is_padded):
         guides[config.masking.strategy.name] = config.masking.strategy
         return lambda: None
 

@@ -10,13 +10,14 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainables import distributed
+from trainables import distributed, padding
 from trainables.config import TrialConfig
 from trainables.edges import grid_of
 from trainables.mae import MAE, patchify
@@ -48,6 +49,7 @@ def draw_masks(
     labels: Tensor | None = None,
     classes: Sequence[str] = (),
     draws: int = DRAWS,
+    is_padded: bool = False,
 ) -> dict[str, Any]:
     """Draw the trial's masks of these images, and write their numbers into NUMBERS beside it.
 
@@ -66,33 +68,44 @@ def draw_masks(
         stance or contextlib.nullcontext(),
         distributed.autocast(config.pretrain.precision, images.device),
     ):
+        request = request_at(
+            config, progress, images, rows_B, model, seed=seed, step=-1, is_padded=is_padded
+        )
         for draw in range(draws):
-            request = request_at(config, progress, images, rows_B, model, seed=seed, step=-1 - draw)
+            request = replace(request, step=-1 - draw)
             drawn.append(request.to_patches(hide(config, request)))
     often_BP = torch.stack(drawn).float().mean(dim=0)
+    hidden, real_share_BP = often_BP.mean(), None
+    is_hidden, how_often = (pixels_hidden(each, grid, patch) for each in (drawn[0], often_BP))
+    if is_padded:  # it is black in pictures, and counts nowhere
+        is_real = ~images[:, 0].isnan()
+        is_hidden, how_often = is_hidden & is_real, how_often * is_real
+        real_share_BP = padding.real_share(images, patch)
+        hidden = (often_BP * real_share_BP).sum() / real_share_BP.sum()
 
-    columns = save_masks(
-        path,
-        to_intensity(images, mean, std),
-        pixels_hidden(drawn[0], grid, patch),
-        pixels_hidden(often_BP, grid, patch),
-        labels,
-    )
+    columns = save_masks(path, to_intensity(images, mean, std), is_hidden, how_often, labels)
+    by_class = {}
+    if labels is not None:
+        by_class = class_numbers(often_BP, labels, classes, patch, real_share_BP)
     numbers = {
         "progress": progress,
         "columns": columns,
         "draws": draws,
         "ratio": value_at(config.masking.ratio, progress),
         "units": request.num_units,
-        "hidden": often_BP.mean().item(),
-        "classes": {} if labels is None else class_numbers(often_BP, labels, classes, patch),
+        "hidden": hidden.item(),
+        "classes": by_class,
     }
     _remember(path, numbers)
     return numbers
 
 
 def class_numbers(
-    often_BP: Tensor, labels: Tensor, classes: Sequence[str], patch: Sequence[int]
+    often_BP: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    patch: Sequence[int],
+    real_share_BP: Tensor | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """How often pixels of each class were hidden, against all pixels.
 
@@ -100,6 +113,7 @@ def class_numbers(
     deviations of the same difference when each image's map of `often_BP` is shifted against its
     classes by a random number of patches along every axis, around the edges; so a map with few
     large regions, or one that never changes, has to find more to stand out. Exact, by correlation.
+    `real_share_BP`: how much of each patch is no padding, which is no pixel; None: all.
     """
     grid = grid_of(labels.shape[1:], patch)
     axes = list(range(2, 2 + len(grid)))
@@ -112,7 +126,13 @@ def class_numbers(
     often_BP = often_BP.double()
     pixels_K = count_KBP.sum(dim=(1, 2))
     share_K = (count_KBP * often_BP).sum(dim=(1, 2)) / pixels_K
-    enrichment_K = share_K - often_BP.mean()
+    if real_share_BP is None:
+        enrichment_K = share_K - often_BP.mean()
+    else:
+        weight_BP = real_share_BP.double() / real_share_BP.double().sum()
+        enrichment_K = share_K - (weight_BP * often_BP).sum()
+        # A shifted map meets more or less of what is real; without padding always all of it
+        count_KBP = count_KBP - pixels_K[:, None, None] * weight_BP
 
     waves_KB = torch.fft.fftn(count_KBP.reshape(*count_KBP.shape[:2], *grid), dim=axes)
     waves_B = torch.fft.fftn(often_BP.reshape(-1, *grid), dim=[axis - 1 for axis in axes])

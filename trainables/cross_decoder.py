@@ -43,11 +43,13 @@ class CrossBlock(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, tokens_BXE: Tensor, source_BND: Tensor) -> Tensor:
+    def forward(
+        self, tokens_BXE: Tensor, source_BND: Tensor, is_key: Tensor | None = None
+    ) -> Tensor:
         """Questions and the mixture that answers them -> tokens_BXE."""
         query_BHX = _heads(self.question(self.question_norm(tokens_BXE)))
         key, value = self.key_value(self.source_norm(source_BND)).chunk(2, dim=-1)
-        found_BHX = scaled_dot_product_attention(query_BHX, _heads(key), _heads(value))
+        found_BHX = scaled_dot_product_attention(query_BHX, _heads(key), _heads(value), is_key)
         tokens_BXE = tokens_BXE + self.project(found_BHX.transpose(1, 2).flatten(2))
         tokens_BXE = tokens_BXE + self.mlp(self.mlp_norm(tokens_BXE))
         return tokens_BXE
@@ -76,13 +78,18 @@ class CrossDecoder(nn.Module):
         self.norm = _norm(width)
         self.head = nn.Linear(width, values)
 
-    def forward(self, layers: Sequence[Tensor], hidden_BX: Tensor) -> Tensor:
-        """The embedding and each block's output (B, N, D), un-normed -> predictions_BXQ."""
+    def forward(
+        self, layers: Sequence[Tensor], hidden_BX: Tensor, is_key: Tensor | None = None
+    ) -> Tensor:
+        """The embedding and each block's output (B, N, D), un-normed -> predictions_BXQ.
+
+        `is_key` (B, 1, 1, N): which tokens are attended to; None: all.
+        """
         # One product reads every layer once; a weighted sum for each block would do so M times
         sources_MBND = torch.einsum("ml,lbnd->mbnd", self.layer_mix, torch.stack(list(layers)))
         tokens_BXE = self.mask_token + self.positions[hidden_BX]
         for block, source_BND in zip(self.blocks, sources_MBND, strict=True):
-            tokens_BXE = block(tokens_BXE, source_BND)
+            tokens_BXE = block(tokens_BXE, source_BND, is_key)
         predictions_BXQ: Tensor = self.head(self.norm(tokens_BXE))
         return predictions_BXQ
 

@@ -1,7 +1,8 @@
 """How the errors of an image's hidden patches become its loss, and the losses of side tasks.
 
-To add a loss, write a function (errors_BX, truth_BXQ, *, options) -> loss_B and add it to LOSSES.
-`errors_BX` are mean squared errors that carry a graph, `truth_BXQ` is what was to be predicted.
+To add a loss, write a function (errors_BX, truth_BXQ, weight_BX, *, options) -> loss_B and add it
+to LOSSES. `errors_BX` are mean squared errors that carry a graph, `truth_BXQ` is what was to be
+predicted. A patch counts as much as `weight_BX` says, its share of real voxels; None: all the same.
 
 B batch · X hidden patches of an image · N next patches · Q values of one patch
 """
@@ -22,16 +23,19 @@ Positive = Annotated[float, Field(gt=0)]
 RANKING_EPSILON = 1e-6
 # Of a variance of errors, so that equal ones are all 0 when standardised
 VARIANCE_FLOOR = 1e-6
+# Instead of dividing by a weight of 0
+_TINY = torch.finfo(torch.float32).tiny
 
 
-def mean(errors_BX: Tensor, truth_BXQ: Tensor) -> Tensor:
+def mean(errors_BX: Tensor, truth_BXQ: Tensor, weight_BX: Tensor | None = None) -> Tensor:
     """Every hidden patch counts the same (MAE, He et al. 2022)."""
-    return errors_BX.float().mean(dim=1)
+    return _mean(errors_BX.float(), weight_BX)
 
 
 def arl(
     errors_BX: Tensor,
     truth_BXQ: Tensor,
+    weight_BX: Tensor | None = None,
     *,
     gamma: Annotated[float, Field(ge=0)] = 1.0,
     low: Annotated[float, Field(gt=0, le=1)] = 0.1,
@@ -48,15 +52,27 @@ def arl(
     errors_BX = errors_BX.float()
     fixed_BX = errors_BX.detach()
     if temperature is None:
-        tiny = torch.finfo(torch.float32).tiny
-        weights_BX = (fixed_BX / fixed_BX.mean(dim=1, keepdim=True).clamp(min=tiny)) ** gamma
+        mean_B1 = _mean(fixed_BX, weight_BX)[:, None]
+        focus_BX = (fixed_BX / mean_B1.clamp(min=_TINY)) ** gamma
+    elif weight_BX is None:
+        focus_BX = (fixed_BX / temperature).softmax(dim=1) * fixed_BX.shape[1]
     else:
-        weights_BX = (fixed_BX / temperature).softmax(dim=1) * fixed_BX.shape[1]
-    weights_BX = weights_BX.clamp(low, high)
-    return (weights_BX * errors_BX).sum(dim=1) / weights_BX.sum(dim=1)
+        power_BX = fixed_BX / temperature
+        total_B1 = (power_BX + _log(weight_BX)).logsumexp(dim=1, keepdim=True)
+        focus_BX = (power_BX - total_B1).exp() * weight_BX.sum(dim=1, keepdim=True)
+    focus_BX = focus_BX.clamp(low, high)
+    if weight_BX is not None:
+        focus_BX = focus_BX * weight_BX
+    return (focus_BX * errors_BX).sum(dim=1) / focus_BX.sum(dim=1).clamp(min=_TINY)
 
 
-def rrl(errors_BX: Tensor, truth_BXQ: Tensor, *, epsilon: Positive = 0.1) -> Tensor:
+def rrl(
+    errors_BX: Tensor,
+    truth_BXQ: Tensor,
+    weight_BX: Tensor | None = None,
+    *,
+    epsilon: Positive = 0.1,
+) -> Tensor:
     """Errors relative to the patch's own power: AMLP's relative reconstruction loss (v2).
 
     Stated in its abstract: the name, and the focus on patches that are hard to reconstruct. All
@@ -65,16 +81,21 @@ def rrl(errors_BX: Tensor, truth_BXQ: Tensor, *, epsilon: Positive = 0.1) -> Ten
     counts more than ten times. On targets normalised per patch it is almost `mean`.
     """
     power_BX = truth_BXQ.detach().float().square().mean(dim=2)
-    return (errors_BX.float() / (power_BX + epsilon)).mean(dim=1)
+    if weight_BX is not None:  # padding is 0 in the truth
+        power_BX = power_BX / weight_BX.clamp(min=_TINY)
+    return _mean(errors_BX.float() / (power_BX + epsilon), weight_BX)
 
 
-def ranking_loss(predicted_BX: Tensor, errors_BX: Tensor) -> Tensor:
+def ranking_loss(
+    predicted_BX: Tensor, errors_BX: Tensor, weight_BX: Tensor | None = None
+) -> Tensor:
     """Whether predictions are in the order of the errors (Hard Patches Mining, Wang et al. 2023).
 
     The mean over ordered pairs of an image with t_i != t_j of
     -[t_i > t_j] log(s(p_i - p_j) + 1e-6) - [t_i < t_j] log(1 - s(p_i - p_j) + 1e-6), s the sigmoid.
     A pair has the same term in both orders, as 1 - s(x) = s(-x), so each is computed once. The
-    authors' code takes the mean over the batch's pairs; here each image's own counts (ours).
+    authors' code takes the mean over the batch's pairs; here each image's own counts (ours), and a
+    pair counts as the product of its patches' weights.
     """
     predicted_BX, errors_BX = predicted_BX.float(), errors_BX.detach().float()
     count = predicted_BX.shape[1]
@@ -84,21 +105,33 @@ def ranking_loss(predicted_BX: Tensor, errors_BX: Tensor) -> Tensor:
         order_BXN[:, count // 2 :, -1] = 0
     loss_BXN = -((order_BXN * difference_BXN).sigmoid() + RANKING_EPSILON).log()
     is_pair_BXN = order_BXN != 0
-    num_pairs_B = is_pair_BXN.sum(dim=(1, 2))
-    return (loss_BXN * is_pair_BXN).sum(dim=(1, 2)) / num_pairs_B.clamp(min=1)
+    if weight_BX is None:
+        num_pairs_B = is_pair_BXN.sum(dim=(1, 2))
+        return (loss_BXN * is_pair_BXN).sum(dim=(1, 2)) / num_pairs_B.clamp(min=1)
+    weight_BXN = is_pair_BXN * weight_BX[..., None] * _next_half(weight_BX)
+    return (loss_BXN * weight_BXN).sum(dim=(1, 2)) / weight_BXN.sum(dim=(1, 2)).clamp(min=_TINY)
 
 
-def absolute_loss(predicted_BX: Tensor, errors_BX: Tensor) -> Tensor:
+def absolute_loss(
+    predicted_BX: Tensor, errors_BX: Tensor, weight_BX: Tensor | None = None
+) -> Tensor:
     """Squared distance to the errors standardised over the image (HPM's absolute variant)."""
     errors_BX = errors_BX.detach().float()
-    variance_B1 = errors_BX.var(dim=1, correction=0, keepdim=True)
-    standardised_BX = errors_BX - errors_BX.mean(dim=1, keepdim=True)
+    standardised_BX = errors_BX - _mean(errors_BX, weight_BX)[:, None]
+    if weight_BX is None:
+        variance_B1 = errors_BX.var(dim=1, correction=0, keepdim=True)
+    else:
+        variance_B1 = _mean(standardised_BX.square(), weight_BX)[:, None]
     standardised_BX = standardised_BX / (variance_B1 + VARIANCE_FLOOR).sqrt()
-    return (predicted_BX.float() - standardised_BX).square().mean(dim=1)
+    return _mean((predicted_BX.float() - standardised_BX).square(), weight_BX)
 
 
 def category_loss(
-    logits_BX: Tensor, errors_BX: Tensor, *, reading: Literal["median", "order", "margin"]
+    logits_BX: Tensor,
+    errors_BX: Tensor,
+    weight_BX: Tensor | None = None,
+    *,
+    reading: Literal["median", "order", "margin"],
 ) -> Tensor:
     """Whether a head tells lesion from background as errors do: AMLP's category consistency loss.
 
@@ -113,17 +146,44 @@ def category_loss(
     """
     logits_BX, errors_BX = logits_BX.float(), errors_BX.detach().float()
     if reading == "order":
-        return ranking_loss(logits_BX, errors_BX)
+        return ranking_loss(logits_BX, errors_BX, weight_BX)
     if reading == "median":
-        median_B = errors_BX.sort(dim=1).values[:, (errors_BX.shape[1] - 1) // 2]
-        is_hard_BX = (errors_BX > median_B[:, None]).float()
-        return functional.binary_cross_entropy_with_logits(
+        is_hard_BX = (errors_BX > _median(errors_BX, weight_BX)).float()
+        entropy_BX = functional.binary_cross_entropy_with_logits(
             logits_BX, is_hard_BX, reduction="none"
-        ).mean(dim=1)
+        )
+        return _mean(entropy_BX, weight_BX)
     # A softmax of log-probabilities is a share of the probability, and cannot be 0 / 0
-    lesion_B = (functional.logsigmoid(logits_BX).softmax(dim=1) * errors_BX).sum(dim=1)
-    background_B = (functional.logsigmoid(-logits_BX).softmax(dim=1) * errors_BX).sum(dim=1)
-    return (errors_BX.mean(dim=1) + background_B - lesion_B).relu()
+    lesion_BX, background_BX = functional.logsigmoid(logits_BX), functional.logsigmoid(-logits_BX)
+    if weight_BX is not None:
+        lesion_BX, background_BX = lesion_BX + _log(weight_BX), background_BX + _log(weight_BX)
+    lesion_B = (lesion_BX.softmax(dim=1) * errors_BX).sum(dim=1)
+    background_B = (background_BX.softmax(dim=1) * errors_BX).sum(dim=1)
+    return (_mean(errors_BX, weight_BX) + background_B - lesion_B).relu()
+
+
+def _mean(values_BX: Tensor, weight_BX: Tensor | None) -> Tensor:
+    """Over the patches of each image (B,); 0 where no patch has any weight."""
+    if weight_BX is None:
+        return values_BX.mean(dim=1)
+    return (values_BX * weight_BX).sum(dim=1) / weight_BX.sum(dim=1).clamp(min=_TINY)
+
+
+def _median(values_BX: Tensor, weight_BX: Tensor | None) -> Tensor:
+    """Of each image (B, 1): the first value up to which there is half of the weight."""
+    values_BX, order_BX = values_BX.sort(dim=1)
+    if weight_BX is None:
+        middle = (values_BX.shape[1] - 1) // 2
+        return values_BX[:, middle : middle + 1]
+    # in float64 these sums are exact, so that halves are halves
+    up_to_BX = weight_BX.gather(1, order_BX).double().cumsum(dim=1)
+    is_before_BX = up_to_BX < up_to_BX[:, -1:] / 2
+    return values_BX.gather(1, is_before_BX.sum(dim=1, keepdim=True))
+
+
+def _log(weight_BX: Tensor) -> Tensor:
+    """Of weights, of which some are 0: the lowest number, which a softmax knows how to handle."""
+    return weight_BX.log().clamp(min=torch.finfo(torch.float32).min)
 
 
 def _next_half(values_BX: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ The encoder sees visible patches only: patches are cut first, the visible ones g
 only those embedded. The decoder sees them and a mask token for each hidden one. Which patches are
 hidden is an argument, so that a new masking strategy never touches this file.
 
+Where there is padding (see padding.py), values of it are 0 to the encoder and in no error; a patch
+that is nothing else is attended to by nobody, though it keeps its place, as shapes are static.
+
 B batch · C channels · *S spatial axes · P patches of the grid, row-major · V visible · X hidden
 Q values of one patch, inner order (pixels..., C) · D encoder width · E decoder width · U mask units
 """
@@ -13,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trainables import losses
+from trainables import losses, padding
 from trainables.config import SIZES, TrialConfig
 from trainables.cross_decoder import HEAD_WIDTH, CrossDecoder
 from trainables.edges import grid_of
@@ -85,9 +88,16 @@ class Encoder(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, size_name: str, patch: Sequence[int], image_size: Sequence[int], channels: int
+        self,
+        size_name: str,
+        patch: Sequence[int],
+        image_size: Sequence[int],
+        channels: int,
+        *,
+        is_padded: bool = False,
     ) -> None:
         super().__init__()
+        self.is_padded = is_padded
         size = SIZES[size_name]
         self.width, self.depth, self.heads = size["width"], size["depth"], size["heads"]
         self.patch, self.channels = tuple(patch), channels
@@ -119,9 +129,10 @@ class Encoder(nn.Module):
         stand_in: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
         """The embedded tokens (B, 1 + V, D), then those after each block, none normed."""
-        layers = [self._embed(patches_BPQ, visible_BV, stand_in)]
+        tokens, is_key = self._embed(patches_BPQ, visible_BV, stand_in)
+        layers = [tokens]
         for block in self.blocks:
-            layers.append(block(layers[-1]))
+            layers.append(block(layers[-1], is_key))
         return layers
 
     def class_attention(self, patches_BPQ: Tensor) -> Tensor:
@@ -131,15 +142,17 @@ class Encoder(nn.Module):
         """
         blocks: list[Any] = list(self.blocks)
         *others, last = blocks
-        tokens = self._embed(patches_BPQ, None, None)
+        tokens, is_key = self._embed(patches_BPQ, None, None)
         for block in others:
-            tokens = block(tokens)
+            tokens = block(tokens, is_key)
         tokens = last.norm1(tokens)
         batch, count = tokens.shape[:2]
         attention = last.attn
         query, key, _ = attention.qkv(tokens).reshape(batch, count, 3, self.heads, -1).unbind(2)
         query, key = attention.q_norm(query[:, 0]), attention.k_norm(key)
         scores = torch.einsum("bhd,bnhd->bhn", query.float(), key.float()) * attention.scale
+        if is_key is not None:
+            scores = scores.masked_fill(~is_key[:, 0], -math.inf)
         shares: Tensor = scores.softmax(dim=-1).mean(dim=1)
         return shares[:, 1:]
 
@@ -154,18 +167,23 @@ class Encoder(nn.Module):
         patches_BPQ: Tensor,
         visible_BV: Tensor | None,
         stand_in: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """(tokens (B, 1 + V, D), which of them are attended to; None: all)."""
         if visible_BV is None:
             seen_BVQ, places = patches_BPQ, self.positions
         else:
             seen_BVQ, places = _pick(patches_BPQ, visible_BV), self.positions[visible_BV]
+        is_key = None
+        if self.is_padded:
+            is_key = padding.keys(seen_BVQ.isnan().all(dim=-1))
+            seen_BVQ = padding.filled(seen_BVQ)
         tokens_BVD = self.embed(seen_BVQ)
         if stand_in is not None:
             is_replaced_BV, token = stand_in
             tokens_BVD = torch.where(is_replaced_BV[..., None], token.to(tokens_BVD), tokens_BVD)
         tokens_BVD = tokens_BVD + places
         class_token = self.class_token.expand(len(tokens_BVD), -1, -1)
-        return torch.cat([class_token, tokens_BVD], dim=1)
+        return torch.cat([class_token, tokens_BVD], dim=1), is_key
 
 
 class Decoder(nn.Module):
@@ -194,19 +212,40 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, values)
 
     def forward(
-        self, tokens: Tensor, visible_BV: Tensor, hidden_BX: Tensor, *, with_visible: bool
+        self,
+        tokens: Tensor,
+        visible_BV: Tensor,
+        hidden_BX: Tensor,
+        is_key: Tensor | None = None,
+        *,
+        with_visible: bool,
     ) -> Tensor:
-        """Tokens (B, 1 + V, D) -> predictions: visible patches, if asked for, then hidden ones."""
+        """Tokens (B, 1 + V, D) -> predictions: visible patches, if asked for, then hidden ones.
+
+        `is_key`: which of class token, visible and hidden patches are attended to; None: all.
+        """
         tokens = self.embed(tokens)
         class_token, visible = tokens[:, :1], tokens[:, 1:] + self.positions[visible_BV]
         hidden = self.mask_token + self.positions[hidden_BX]
         # Attention does not mind the order, so nobody sorts the patches back
         tokens = torch.cat([class_token, visible, hidden], dim=1)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, is_key)
         first = 1 if with_visible else 1 + visible_BV.shape[1]
         predictions: Tensor = self.head(self.norm(tokens[:, first:]))
         return predictions
+
+
+class Truth(NamedTuple):
+    """What is to be predicted of some patches, and what of it is real."""
+
+    values_BNQ: Tensor  # float32, 0 in place of padding
+    is_real_BNQ: Tensor | None  # None: all
+
+    @property
+    def weight_BN(self) -> Tensor | None:
+        """How much each patch counts: the share of it that is real; None: all the same."""
+        return None if self.is_real_BNQ is None else self.is_real_BNQ.float().mean(dim=-1)
 
 
 class MAE(nn.Module):
@@ -216,12 +255,19 @@ class MAE(nn.Module):
     unit's descriptors whether it is hard; `stand_in` (UM-MAE) is seen in place of some patches.
     """
 
-    def __init__(self, config: TrialConfig, image_size: Sequence[int], channels: int) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        image_size: Sequence[int],
+        channels: int,
+        *,
+        is_padded: bool = False,
+    ) -> None:
         super().__init__()
-        model, self.settings = config.model, config.pretrain
+        model, self.settings, self.is_padded = config.model, config.pretrain, is_padded
         axes = len(image_size)
         patch = config.patch_edges(axes)
-        self.encoder = Encoder(model.size, patch, image_size, channels)
+        self.encoder = Encoder(model.size, patch, image_size, channels, is_padded=is_padded)
         self.patches_per_unit = config.patches_per_unit(axes)
         self.unit_grid = grid_of(image_size, config.unit_edges(axes))
         grid, width, values = self.encoder.grid, self.encoder.width, math.prod(patch) * channels
@@ -274,25 +320,30 @@ class MAE(nn.Module):
         tokens, predicted = self._predict(
             patches_BPQ, visible_BV, hidden_BX, stand_in, with_visible=weight > 0
         )
-        truth_BXQ = self._truth(_pick(patches_BPQ, hidden_BX))
-        error_BX = _error(predicted[:, -hidden_BX.shape[1] :], truth_BXQ)
-        loss_B: Tensor = self.loss(error_BX, truth_BXQ)
+        hidden = self._truth(_pick(patches_BPQ, hidden_BX))
+        weight_BX = hidden.weight_BN
+        error_BX = _error(predicted[:, -hidden_BX.shape[1] :], hidden)
+        loss_B: Tensor = self.loss(error_BX, hidden.values_BNQ, weight_BX)
         if weight > 0:
-            num_visible, num_hidden = visible_BV.shape[1], hidden_BX.shape[1]
-            truth_BVQ = self._truth(_pick(patches_BPQ, visible_BV))
-            visible_B = _error(predicted[:, :num_visible], truth_BVQ).mean(dim=1)
-            share = num_hidden / (num_visible + num_hidden)
+            num_visible = visible_BV.shape[1]
+            visible = self._truth(_pick(patches_BPQ, visible_BV))
+            weight_BV = visible.weight_BN
+            error_BV = _error(predicted[:, :num_visible], visible)
+            visible_B = losses.mean(error_BV, visible.values_BNQ, weight_BV)
             if self.settings.visible_mean == "all_patches":
+                share = _share_hidden(error_BX, weight_BX, error_BV, weight_BV)
                 loss_B = share * loss_B + (1 - share) * weight * visible_B
             else:
                 loss_B = loss_B + weight * visible_B
         if self.predictor is not None:
-            difficulty = self.predictor(tokens, visible_BV, hidden_BX, with_visible=False)
-            difficulty_B = self.difficulty_loss(difficulty[..., 0].float(), error_BX)
+            is_key = self._keys(patches_BPQ, visible_BV, hidden_BX)
+            difficulty = self.predictor(tokens, visible_BV, hidden_BX, is_key, with_visible=False)
+            difficulty_B = self.difficulty_loss(difficulty[..., 0].float(), error_BX, weight_BX)
             loss_B = loss_B + self.difficulty_weight * difficulty_B
         if self.categories is not None:
             logits_BX = self._category_of_patches(images).gather(1, hidden_BX)
-            loss_B = loss_B + self.category_weight * self.category_loss(logits_BX, error_BX)
+            category_B = self.category_loss(logits_BX, error_BX, weight_BX)
+            loss_B = loss_B + self.category_weight * category_B
         return loss_B.mean()
 
     def reconstruct(self, images: Tensor, visible_BV: Tensor, hidden_BX: Tensor) -> Tensor:
@@ -305,12 +356,12 @@ class MAE(nn.Module):
         _, predicted = self._predict(patches_BPQ, visible_BV, hidden_BX, None, with_visible=True)
         predicted = predicted.float()
         if predicted.shape[1] == hidden_BX.shape[1]:
-            truth_BVQ = self._truth(_pick(patches_BPQ, visible_BV))
-            predicted = torch.cat([truth_BVQ, predicted], dim=1)
+            truth = self._truth(_pick(patches_BPQ, visible_BV))
+            predicted = torch.cat([truth.values_BNQ, predicted], dim=1)
         order_BP = torch.cat([visible_BV, hidden_BX], dim=1)
         predicted_BPQ = _pick(predicted, order_BP.argsort(dim=1))
         if self.settings.target == "normalised":
-            mean, deviation = _moments(patches_BPQ.float())
+            mean, deviation = _moments(self._pixels(patches_BPQ))
             predicted_BPQ = predicted_BPQ * deviation + mean
         return unpatchify(
             predicted_BPQ, self.encoder.grid, self.encoder.patch, self.encoder.channels
@@ -326,13 +377,13 @@ class MAE(nn.Module):
         """
         patches_BPQ = patchify(images, self.encoder.patch)
         _, predicted = self._predict(patches_BPQ, visible_BV, hidden_BX, None, with_visible=False)
-        truth_BXQ = _pick(patches_BPQ, hidden_BX).float()
+        truth = self._pixels(_pick(patches_BPQ, hidden_BX))
         if not normalised:
-            return _error(predicted, truth_BXQ)
-        mean, deviation = _moments(truth_BXQ)
+            return _error(predicted, truth)
+        mean, deviation = _moments(truth)
         if self.settings.target == "pixels":
             predicted = (predicted.float() - mean) / deviation
-        return _error(predicted, (truth_BXQ - mean) / deviation)
+        return _error(predicted, _normalised(truth))
 
     def class_attention(self, images: Tensor) -> Tensor:
         """How much the encoder's class token attends to each patch of the whole image: (B, P)."""
@@ -345,7 +396,9 @@ class MAE(nn.Module):
         batch, count = patches_BPQ.shape[:2]
         all_BP = torch.arange(count, device=images.device).expand(batch, -1)
         tokens = self.encoder(patches_BPQ)
-        difficulty: Tensor = self.predictor(tokens, all_BP, all_BP[:, :0], with_visible=True)
+        is_key = self._keys(patches_BPQ, all_BP)
+        nothing_BX = all_BP[:, :0]
+        difficulty: Tensor = self.predictor(tokens, all_BP, nothing_BX, is_key, with_visible=True)
         return difficulty[..., 0].float()
 
     def category(self, descriptors_BUF: Tensor) -> Tensor:
@@ -367,26 +420,47 @@ class MAE(nn.Module):
         layers = self.encoder.layers(patches_BPQ, visible_BV, stand_in)
         tokens: Tensor = self.encoder.norm(layers[-1])
         if isinstance(self.decoder, CrossDecoder):
-            return tokens, self.decoder(layers, hidden_BX)
-        return tokens, self.decoder(tokens, visible_BV, hidden_BX, with_visible=with_visible)
+            return tokens, self.decoder(layers, hidden_BX, self._keys(patches_BPQ, visible_BV))
+        is_key = self._keys(patches_BPQ, visible_BV, hidden_BX)
+        return tokens, self.decoder(
+            tokens, visible_BV, hidden_BX, is_key, with_visible=with_visible
+        )
 
-    def _truth(self, patches: Tensor) -> Tensor:
-        """What is to be predicted, in float32, whatever the forward pass runs in."""
-        truth = patches.float()
-        if self.settings.target == "normalised":
-            mean, deviation = _moments(truth)
-            truth = (truth - mean) / deviation
-        return truth
+    def _keys(self, patches_BPQ: Tensor, *numbers_BN: Tensor) -> Tensor | None:
+        """Which of the class token and those patches are attended to; None: all."""
+        if not self.is_padded:
+            return None
+        is_padding_BP = patches_BPQ.isnan().all(dim=-1)
+        return padding.keys(is_padding_BP.gather(1, torch.cat(numbers_BN, dim=1)))
+
+    def _pixels(self, patches_BNQ: Tensor) -> Truth:
+        """Patches in float32, whatever the forward pass runs in."""
+        if not self.is_padded:
+            return Truth(patches_BNQ.float(), None)
+        return Truth(padding.filled(patches_BNQ.float()), ~patches_BNQ.isnan())
+
+    def _truth(self, patches_BNQ: Tensor) -> Truth:
+        """What is to be predicted of patches."""
+        truth = self._pixels(patches_BNQ)
+        return _normalised(truth) if self.settings.target == "normalised" else truth
 
     def _category_of_patches(self, images: Tensor) -> Tensor:
-        logits_BU = self.category(descriptors(images, self.unit_grid))
+        found_BUF = descriptors(images, self.unit_grid, is_padded=self.is_padded)
+        logits_BU = self.category(found_BUF)
         return unit_to_patch(logits_BU, self.unit_grid, self.patches_per_unit)
 
 
-def build_mae(config: TrialConfig, image_size: Sequence[int], channels: int, seed: int) -> MAE:
+def build_mae(
+    config: TrialConfig,
+    image_size: Sequence[int],
+    channels: int,
+    seed: int,
+    *,
+    is_padded: bool = False,
+) -> MAE:
     """A model whose weights follow from `seed` alone: the same for every rank and device."""
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation, which is replaced
-        model = MAE(config, image_size, channels)
+        model = MAE(config, image_size, channels, is_padded=is_padded)
     initialise(model, seed)
     return model
 
@@ -427,13 +501,45 @@ def _pick(patches_BPQ: Tensor, numbers_BN: Tensor) -> Tensor:
     return patches_BPQ.gather(1, numbers_BN[..., None].expand(-1, -1, patches_BPQ.shape[-1]))
 
 
-def _error(predicted: Tensor, truth: Tensor) -> Tensor:
+def _error(predicted: Tensor, truth: Truth) -> Tensor:
     """Mean squared error of each patch in float32: (B, N, Q) twice -> (B, N)."""
-    return (predicted.float() - truth).square().mean(dim=-1)
+    squared_BNQ = (predicted.float() - truth.values_BNQ).square()
+    return _mean_of_real(squared_BNQ, truth.is_real_BNQ)[..., 0]
 
 
-def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+def _normalised(truth: Truth) -> Truth:
+    """Each patch with its own mean and deviation taken out."""
+    mean, deviation = _moments(truth)
+    values_BNQ = (truth.values_BNQ - mean) / deviation
+    if truth.is_real_BNQ is not None:
+        values_BNQ = values_BNQ.masked_fill(~truth.is_real_BNQ, 0.0)
+    return Truth(values_BNQ, truth.is_real_BNQ)
+
+
+def _moments(truth: Truth) -> tuple[Tensor, Tensor]:
     """Mean and floored deviation of each patch over its values, which may be a single one."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, correction=0, keepdim=True)
+    values_BNQ, is_real_BNQ = truth
+    mean = _mean_of_real(values_BNQ, is_real_BNQ)
+    if is_real_BNQ is None:
+        variance = values_BNQ.var(dim=-1, correction=0, keepdim=True)
+    else:
+        variance = _mean_of_real((values_BNQ - mean).square(), is_real_BNQ)
     return mean, (variance + DEVIATION_FLOOR**2).sqrt()
+
+
+def _mean_of_real(values_BNQ: Tensor, is_real_BNQ: Tensor | None) -> Tensor:
+    """Of each patch (B, N, 1); 0 where nothing is real."""
+    if is_real_BNQ is None:
+        return values_BNQ.mean(dim=-1, keepdim=True)
+    total_BN1 = values_BNQ.masked_fill(~is_real_BNQ, 0.0).sum(dim=-1, keepdim=True)
+    return total_BN1 / is_real_BNQ.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _share_hidden(
+    error_BX: Tensor, weight_BX: Tensor | None, error_BV: Tensor, weight_BV: Tensor | None
+) -> Tensor | float:
+    """How much of an image is hidden: a number for all, or one for each where there is padding."""
+    if weight_BX is None or weight_BV is None:
+        return error_BX.shape[1] / (error_BX.shape[1] + error_BV.shape[1])
+    hidden_B, visible_B = weight_BX.sum(dim=1), weight_BV.sum(dim=1)
+    return hidden_B / (hidden_B + visible_B).clamp(min=torch.finfo(torch.float32).tiny)

@@ -94,11 +94,11 @@ def middle_slice(volumes: Tensor) -> Tensor:
 
 
 def to_intensity(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Standardised (B, C, *S) -> intensities in [0, 1], what is outside clipped."""
+    """Standardised (B, C, *S) -> intensities in [0, 1], what is outside clipped, no number 0."""
     per_channel = (1, -1, *[1] * (images.ndim - 2))
     scale = torch.tensor(std, device=images.device).reshape(per_channel)
     shift = torch.tensor(mean, device=images.device).reshape(per_channel)
-    return (images.float() * scale + shift).clamp(0, 1)
+    return (images.float() * scale + shift).clamp(0, 1).nan_to_num(nan=0.0)
 
 
 def class_colour(label: int) -> tuple[int, int, int]:

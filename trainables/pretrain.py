@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from trainables import checkpoint, counter, distributed
+from trainables import checkpoint, counter, distributed, padding
 from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
 from trainables.config import ProbeConfig, TrialConfig
@@ -111,7 +111,9 @@ def pretrain(
     places_B = samples_B.to(images.rows.device)
     judge = probing.Judge(config, dataset, probe, context)
 
-    learner = make_learner(config, dataset.size, dataset.channels, seed, context)
+    learner = make_learner(
+        config, dataset.size, dataset.channels, seed, context, is_padded=dataset.is_padded
+    )
     model, teacher = learner.model, learner.teacher
     counters = Counters()
     if resume is not None:
@@ -258,10 +260,16 @@ def batches(
 
 
 def make_learner(
-    config: TrialConfig, size: Sequence[int], channels: int, seed: int, context: Context
+    config: TrialConfig,
+    size: Sequence[int],
+    channels: int,
+    seed: int,
+    context: Context,
+    *,
+    is_padded: bool = False,
 ) -> Learner:
     """Model, optimiser and, for a strategy that has one, the teacher, all at their start."""
-    model = build_mae(config, size, channels, seed).to(context.device)
+    model = build_mae(config, size, channels, seed, is_padded=is_padded).to(context.device)
     settings = config.pretrain
     optimizer = OPTIMIZERS[settings.optimizer.name](
         parameter_groups(model, None), settings.batch, **settings.optimizer.options()
@@ -311,12 +319,15 @@ def batch_loss(
     """Augment, hide, fill in: the mean loss of these images, whose places in the batch are given.
 
     Every image hides the same number of patches, so the mean over equal shares of a batch is the
-    mean over the batch, and so are the gradients.
+    mean over the batch, and so are the gradients. Every image counts the same, padded or not.
     """
     settings = config.pretrain
     images, _ = AUGMENTATIONS[settings.augment.name](
         images, None, seed, step, samples_B, **settings.augment.options()
     )
+    is_padding_BU = None
+    if learner.model.is_padded:
+        is_padding_BU = padding.is_padding(images, config.unit_edges(images.ndim - 2))
     request = MaskRequest(
         grid=plan.unit_grid,
         hidden=plan.hidden_units[step],
@@ -327,6 +338,7 @@ def batch_loss(
         images=images,
         model=learner.teacher or learner.model,
         patches_per_unit=learner.model.patches_per_unit,
+        is_padding_BU=is_padding_BU,
     )
     # In a context of its own: the next one would find weights in its cache that ask for no gradient
     with torch.no_grad(), distributed.autocast(settings.precision, images.device):
@@ -339,19 +351,30 @@ def batch_loss(
 def choose_patches(
     config: TrialConfig, request: MaskRequest
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(visible_BV, hidden_BX to predict, is_replaced_BV): what a step hides, shows and replaces."""
+    """(visible_BV, hidden_BX to predict, is_replaced_BV): what a step hides, shows and replaces.
+
+    Where there is padding, the share that is replaced is one of real units, and patches that are
+    padding alone are predicted only when nothing else is left.
+    """
     is_hidden_BU, num_hidden = hide(config, request), request.hidden_patches
     visible_BV, hidden_BX = split_indices(request.to_patches(is_hidden_BU), num_hidden)
     is_replaced_BV = None
     if config.masking.secondary > 0:
-        num_replaced = round(config.masking.secondary * (request.num_units - request.hidden))
+        secondary, num_shown = config.masking.secondary, request.num_units - request.hidden
+        num_replaced: int | Tensor = round(secondary * num_shown)
         order_BU = request.noise("secondary").masked_fill(is_hidden_BU, 2.0)
+        if request.is_padding_BU is not None:
+            shown_B1 = request.num_real_B1 - request.hidden_real_B1
+            num_replaced = (secondary * shown_B1.double()).round()
+            order_BU = order_BU.masked_fill(request.is_padding_BU, 2.0)
         is_replaced_BU = hide_smallest(order_BU, num_replaced)
         is_replaced_BV = request.to_patches(is_replaced_BU).gather(1, visible_BV)
     if config.model.decoder.predicted < 1:
         num_predicted = max(1, round(config.model.decoder.predicted * num_hidden))
-        order_BX = request.noise("predicted", num_hidden).argsort(dim=1)
-        hidden_BX = hidden_BX.gather(1, order_BX[:, :num_predicted])
+        order_BX = request.noise("predicted", num_hidden)
+        if request.is_padding_BU is not None:
+            order_BX = order_BX + (request.real_share() == 0).gather(1, hidden_BX)
+        hidden_BX = hidden_BX.gather(1, order_BX.argsort(dim=1)[:, :num_predicted])
     return visible_BV, hidden_BX, is_replaced_BV
 
 

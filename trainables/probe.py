@@ -10,6 +10,8 @@ on each of them the same hidden regions in *pixels*, for every trial of a study.
     native_psnr_*  dB at the trial's own unit, strategy and final ratio, as papers plot them
 
 Intensities are in [0, 1], 1 is the data range; PSNR is taken per image, then averaged over images.
+Padding is neither hidden nor visible. An image of which nothing is hidden, or nothing visible, is
+left out of that number's mean; which images these are of the probe is alike for every trial.
 
 B batch · C channels · S pixels along every axis · U mask units · P patches
 """
@@ -73,9 +75,11 @@ class Judge:
         """Each metric's mean over the images; a collective, every worker measures its share."""
         rank, world_size = self.context.rank, self.context.world_size
         mine = torch.arange(rank, len(self.rows), world_size, device=self.context.device)
-        sums: dict[str, Tensor] = {}
+        names = metric_names(self.probe, self.config)
+        zero = torch.zeros((), dtype=torch.float64, device=self.context.device)
+        sums, counts = dict.fromkeys(names, zero), dict.fromkeys(names, zero)
         for places_B in torch.split(mine, self.chunk):
-            values = measure(
+            values, is_counted = measure(
                 self._reconstruct(model),
                 teacher or model,
                 self.images.batch(places_B)[0],
@@ -84,14 +88,19 @@ class Judge:
                 self.probe,
                 self.dataset.mean,
                 self.dataset.std,
+                is_padded=self.dataset.is_padded,
             )
             for name, values_B in values.items():
-                sums[name] = sums.get(name, 0) + values_B.double().sum()
-        names = metric_names(self.probe, self.config)
-        zero = torch.zeros((), dtype=torch.float64, device=self.context.device)
-        total = torch.stack([sums.get(name, zero) for name in names])
-        means = distributed.sum_over_workers(total, self.context) / len(self.rows)
-        return dict(zip(names, means.tolist(), strict=True))
+                sums[name] = sums[name] + values_B.double().sum()
+                counts[name] = counts[name] + is_counted[name].double().sum()
+        both = torch.stack([*sums.values(), *counts.values()])
+        totals, counted = distributed.sum_over_workers(both, self.context).chunk(2)
+        means = (totals / counted).tolist()
+        return {
+            name: mean
+            for name, mean, count in zip(names, means, counted.tolist(), strict=True)
+            if count > 0
+        }
 
     @torch.no_grad()
     def draw(self, model: MAE, path: Path) -> None:
@@ -106,11 +115,11 @@ class Judge:
         visible_BV, hidden_BX = split_indices(is_hidden_BP, hidden)
         predicted = self._reconstruct(model)(images, visible_BV, hidden_BX)
         mean, std = self.dataset.mean, self.dataset.std
+        is_hidden_BS = pixels_hidden(is_hidden_BP, grid_of(size, patch), patch)
+        if self.dataset.is_padded:
+            is_hidden_BS &= ~images[:, 0].isnan()
         save_reconstruction(
-            path,
-            to_intensity(images, mean, std),
-            pixels_hidden(is_hidden_BP, grid_of(size, patch), patch),
-            to_intensity(predicted, mean, std),
+            path, to_intensity(images, mean, std), is_hidden_BS, to_intensity(predicted, mean, std)
         )
 
     def draw_masks(self, model: MAE, teacher: MAE | None, progress: float) -> None:
@@ -136,6 +145,7 @@ class Judge:
             self.dataset.std,
             labels=labels,
             classes=self.dataset.classes,
+            is_padded=self.dataset.is_padded,
         )
 
     def _reconstruct(self, model: MAE) -> Reconstruct:
@@ -181,10 +191,16 @@ def probe_mask(
 
 
 def native_mask(
-    config: TrialConfig, seed: int, images: Tensor, rows_B: Tensor, model: MAE | None
+    config: TrialConfig,
+    seed: int,
+    images: Tensor,
+    rows_B: Tensor,
+    model: MAE | None,
+    *,
+    is_padded: bool = False,
 ) -> tuple[Tensor, int]:
     """(is_hidden_BP, number hidden) as the trial itself hides at the end of its schedule."""
-    request = request_at(config, 1.0, images, rows_B, model, seed=seed, step=0)
+    request = request_at(config, 1.0, images, rows_B, model, seed=seed, step=0, is_padded=is_padded)
     return request.to_patches(hide(config, request)), request.hidden_patches
 
 
@@ -207,38 +223,52 @@ def measure(
     probe: ProbeConfig,
     mean: Sequence[float],
     std: Sequence[float],
-) -> dict[str, Tensor]:
-    """Every metric of these images: name -> (B,). `images` are standardised (B, C, *S).
+    *,
+    is_padded: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every metric of these images, name -> (B,), 0 where it does not count; and whether it does.
 
-    `asked`: whom the trial's strategy asks where to hide.
+    `images` are standardised (B, C, *S). `asked`: whom the trial's strategy asks where to hide.
     """
     size = images.shape[2:]
     patch = config.patch_edges(len(size))
     grid = grid_of(size, patch)
     truth = to_intensity(images, mean, std)
+    is_real_BS = ~images[:, 0].isnan() if is_padded else None
 
     values: dict[str, Tensor] = {}
+    is_counted: dict[str, Tensor] = {}
+
+    def note(name: str, values_B: Tensor, is_counted_B: Tensor) -> None:
+        values[name], is_counted[name] = torch.where(is_counted_B, values_B, 0.0), is_counted_B
+
     gains = []
     for ratio in probe.ratios:
         is_hidden_BP, hidden = probe_mask(probe, ratio, size, patch, rows_B)
-        is_hidden_BS = pixels_hidden(is_hidden_BP, grid, patch)
+        is_hidden_BS, is_visible_BS = _both(pixels_hidden(is_hidden_BP, grid, patch), is_real_BS)
+        is_counted_B = _counts(is_hidden_BS, is_visible_BS)
         predicted = _predict(reconstruct, images, is_hidden_BP, hidden, mean, std)
-        values[f"probe_psnr@{ratio:g}"] = psnr(predicted, truth, is_hidden_BS)
-        values[f"probe_ssim@{ratio:g}"] = ssim(predicted, truth, is_hidden_BS)
-        trivial = psnr(mean_of_visible(truth, is_hidden_BS), truth, is_hidden_BS)
-        gains.append(values[f"probe_psnr@{ratio:g}"] - trivial)
+        psnr_B = psnr(predicted, truth, is_hidden_BS)
+        note(f"probe_psnr@{ratio:g}", psnr_B, is_counted_B)
+        note(f"probe_ssim@{ratio:g}", ssim(predicted, truth, is_hidden_BS), is_counted_B)
+        gains.append(psnr_B - psnr(mean_of_visible(truth, ~is_visible_BS), truth, is_hidden_BS))
+    at_every_B = torch.stack([is_counted[f"probe_psnr@{r:g}"] for r in probe.ratios]).all(dim=0)
     for metric in ("probe_psnr", "probe_ssim"):
-        values[metric] = torch.stack([values[f"{metric}@{r:g}"] for r in probe.ratios]).mean(0)
-    values["probe_gain"] = torch.stack(gains).mean(0)
+        found = torch.stack([values[f"{metric}@{r:g}"] for r in probe.ratios])
+        note(metric, found.mean(0), at_every_B)
+    note("probe_gain", torch.stack(gains).mean(0), at_every_B)
 
     with distributed.autocast(config.pretrain.precision, images.device):
-        is_hidden_BP, hidden = native_mask(config, probe.seed, images, rows_B, asked)
-    is_hidden_BS = pixels_hidden(is_hidden_BP, grid, patch)
+        is_hidden_BP, hidden = native_mask(
+            config, probe.seed, images, rows_B, asked, is_padded=is_padded
+        )
+    is_hidden_BS, is_visible_BS = _both(pixels_hidden(is_hidden_BP, grid, patch), is_real_BS)
+    is_counted_B = _counts(is_hidden_BS, is_visible_BS)
     predicted = _predict(reconstruct, images, is_hidden_BP, hidden, mean, std)
-    values["native_psnr_hidden"] = psnr(predicted, truth, is_hidden_BS)
+    note("native_psnr_hidden", psnr(predicted, truth, is_hidden_BS), is_counted_B)
     if "native_psnr_all" in metric_names(probe, config):
-        values["native_psnr_all"] = psnr(predicted, truth, torch.ones_like(is_hidden_BS))
-    return values
+        note("native_psnr_all", psnr(predicted, truth, is_hidden_BS | is_visible_BS), is_counted_B)
+    return values, is_counted
 
 
 def ssim(predicted: Tensor, truth: Tensor, where_BS: Tensor) -> Tensor:
@@ -270,6 +300,18 @@ def mean_of_visible(truth: Tensor, is_hidden_BS: Tensor) -> Tensor:
     return level_BC.reshape(*level_BC.shape, *[1] * (truth.ndim - 2)).expand_as(truth)
 
 
+def _both(is_hidden_BS: Tensor, is_real_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(hidden pixels, visible pixels) without padding."""
+    if is_real_BS is None:
+        return is_hidden_BS, ~is_hidden_BS
+    return is_hidden_BS & is_real_BS, ~is_hidden_BS & is_real_BS
+
+
+def _counts(is_hidden_BS: Tensor, is_visible_BS: Tensor) -> Tensor:
+    """Whether an image has something to fill in, and something to see: bool (B,)."""
+    return is_hidden_BS.flatten(1).any(dim=1) & is_visible_BS.flatten(1).any(dim=1)
+
+
 def _predict(
     reconstruct: Reconstruct,
     images: Tensor,
@@ -278,7 +320,9 @@ def _predict(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    return to_intensity(reconstruct(images, *split_indices(is_hidden_BP, hidden)), mean, std)
+    predicted = reconstruct(images, *split_indices(is_hidden_BP, hidden))
+    # What is no number is black in pictures, but must not be scored as if it were
+    return to_intensity(predicted, mean, std).masked_fill(predicted.isnan(), math.nan)
 
 
 def _mean_where(values_BS: Tensor, where_BS: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def step_times(
     resident = to_device(dataset, dataset.rows("pretrain"), device, labels=False)
     images = resident.batch(torch.arange(batch) % len(resident))[0]
     with _threads(threads):
-        steps = {name: _step(_under(config, name), images) for name in names}
+        steps = {name: _step(_under(config, name), images, dataset.is_padded) for name in names}
         for step in steps.values():
             _seconds(step, WARM_UP, device)
         once = _seconds(steps[REFERENCE], 1, device)
@@ -115,7 +115,7 @@ def _under(config: TrialConfig, strategy: str) -> TrialConfig:
     return TrialConfig.model_validate(settings)
 
 
-def _step(config: TrialConfig, images: Tensor) -> Callable[[], Tensor]:
+def _step(config: TrialConfig, images: Tensor, is_padded: bool) -> Callable[[], Tensor]:
     """The second of two steps, half-way in every schedule, to be done over and over."""
     batch, channels, *size = images.shape
     context = Context(
@@ -127,7 +127,7 @@ def _step(config: TrialConfig, images: Tensor) -> Callable[[], Tensor]:
         heartbeat=lambda *_: None,
     )
     plan = make_plan(config, size, channels, config.pretrain.batch, context.rungs, seed=0)
-    learner = make_learner(config, size, channels, 0, context)
+    learner = make_learner(config, size, channels, 0, context, is_padded=is_padded)
     samples_B = torch.arange(batch, device=images.device)
     return partial(train_step, learner, images, config, 0, plan, 1, samples_B)
 
@@ -154,7 +154,8 @@ def _threads(count: int) -> Iterator[None]:
 
 def _measure(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
     config = _under(config, REFERENCE)
-    model = build_mae(config, dataset.size, dataset.channels, seed=0).to(device)
+    is_padded, channels = dataset.is_padded, dataset.channels
+    model = build_mae(config, dataset.size, channels, seed=0, is_padded=is_padded).to(device)
     units = math.prod(model.unit_grid)
     batch = min(config.pretrain.batch, 64)
     images = torch.randn(batch, dataset.channels, *dataset.size, device=device)

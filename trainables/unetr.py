@@ -30,6 +30,7 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainables import padding
 from trainables.config import TrialConfig
 from trainables.mae import Encoder, initialise, patchify, unpatchify
 
@@ -86,9 +87,9 @@ class UNETR(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Standardised images (B, C, *S) -> class scores (B, K, *S)."""
+        """Standardised images (B, C, *S) -> class scores (B, K, *S), without meaning in padding."""
         tokens = self.encoder.features(patchify(images, self.encoder.patch), self.after)
-        skips = [self.image_skip(images)]
+        skips = [self.image_skip(padding.filled(images) if self.encoder.is_padded else images)]
         skips += [skip(found) for skip, found in zip(self.token_skips, tokens, strict=True)]
 
         features = skips[-1]
@@ -123,12 +124,14 @@ def build_unetr(
     channels: int,
     num_classes: int,
     seed: int = 0,
+    *,
+    is_padded: bool = False,
 ) -> UNETR:
     """A model whose weights follow from `seed` alone; load pretrained ones into `.encoder`."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         patch = config.patch_edges(len(image_size))
-        encoder = Encoder(config.model.size, patch, image_size, channels)
+        encoder = Encoder(config.model.size, patch, image_size, channels, is_padded=is_padded)
         model = UNETR(
             encoder,
             image_size,

@@ -1,7 +1,8 @@
 """Which mask units the encoder does not see.
 
 To add a strategy, write a function of a `MaskRequest` that returns `is_hidden_BU` with exactly
-`request.hidden` True in each row, give it keyword-only options, and add it to MASKING. One with an
+`request.hidden` True in each row, give it keyword-only options, and add it to MASKING; how many of
+them are padding, `hide` sees to, if the strategy does not (`hide_first` does). One with an
 option `momentum` (a schedule) is given a teacher in `request.model`: the exponential moving average
 of the model, with that momentum.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from trainables import padding
 from trainables.edges import grid_of
 from trainables.masking.guided import anatomask, attmask, hpm
 from trainables.masking.lesions import amlp
@@ -21,6 +23,7 @@ from trainables.masking.plain import block, color, grid, multiblock, random, uni
 from trainables.masking.request import (
     MaskRequest,
     hidden_units,
+    hide_first,
     hide_smallest,
     pixels_hidden,
     plan_hidden,
@@ -40,6 +43,7 @@ __all__ = [
     "has_teacher",
     "hidden_units",
     "hide",
+    "hide_first",
     "hide_smallest",
     "pixels_hidden",
     "plan_hidden",
@@ -72,6 +76,7 @@ def request_at(
     *,
     seed: int,
     step: int,
+    is_padded: bool = False,
 ) -> MaskRequest:
     """What the trial would be asked at this point of its schedule; of a random ratio the median.
 
@@ -79,7 +84,8 @@ def request_at(
     strategy asks: its teacher if it has one.
     """
     size = images.shape[2:]
-    unit_grid = grid_of(size, config.unit_edges(len(size)))
+    unit = config.unit_edges(len(size))
+    unit_grid = grid_of(size, unit)
     ratio = value_at(config.masking.ratio, progress)
     return MaskRequest(
         grid=unit_grid,
@@ -91,13 +97,20 @@ def request_at(
         images=images,
         model=model,
         patches_per_unit=config.patches_per_unit(len(size)),
+        is_padding_BU=padding.is_padding(images, unit) if is_padded else None,
     )
 
 
 def hide(config: TrialConfig, request: MaskRequest) -> Tensor:
-    """What the trial's strategy hides: is_hidden_BU."""
+    """What the trial's strategy hides: is_hidden_BU, of real units and of padding what is due.
+
+    Where the strategy hid too few or too many of either, chance decides which.
+    """
     strategy = config.masking.strategy
-    return MASKING[strategy.name](request, **strategy.options())
+    is_hidden_BU = MASKING[strategy.name](request, **strategy.options())
+    if request.is_padding_BU is None:
+        return is_hidden_BU
+    return hide_first(request, request.noise("padding") - is_hidden_BU.float())
 
 
 def has_teacher(config: TrialConfig) -> bool:

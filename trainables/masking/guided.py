@@ -2,18 +2,27 @@
 
 The teacher (`request.model`) is the exponential moving average of the model, with the strategy's
 `momentum`. A share `guided` of what is hidden follows the teacher, the rest is drawn by chance, so
-the count is exact. Nobody asks for gradients here: the caller says so.
+the count is exact. Nobody asks for gradients here: the caller says so. Counts are those of an image
+that is not padded; of a padded one as large a part of what it hides is guided (`of_real`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from trainables.masking.plain import random
-from trainables.masking.request import MaskRequest, errors_under, hide_smallest, to_units
+from trainables.masking.request import (
+    MaskRequest,
+    errors_under,
+    hide_first,
+    hide_highest,
+    hide_smallest,
+    mean_of_real,
+)
 from trainables.schedules import Schedule, parse, value_at
 
 Part = Annotated[float, Field(ge=0, le=1)]
@@ -51,12 +60,12 @@ def anatomask(
     noise_BU, normalised = request.noise("teacher"), score_target == "normalised"
     if complementary:
         half = request.num_units // 2
-        is_first_BU = hide_smallest(noise_BU, half)
+        is_first_BU = hide_first(replace(request, hidden=half), noise_BU)
         scores_BU = errors_under(request, is_first_BU, half, normalised=normalised)
         others = request.num_units - half
         scores_BU += errors_under(request, ~is_first_BU, others, normalised=normalised)
     else:
-        is_hidden_BU = hide_smallest(noise_BU, request.hidden)
+        is_hidden_BU = hide_first(request, noise_BU)
         scores_BU = errors_under(request, is_hidden_BU, request.hidden, normalised=normalised)
     return hide_hardest(request, scores_BU, num_guided)
 
@@ -79,8 +88,7 @@ def hpm(
         return random(request)
     assert request.model is not None and request.images is not None
     difficulty_BP = request.model.predicted_difficulty(request.images)
-    scores_BU = to_units(difficulty_BP, request.grid, request.patches_per_unit)
-    return hide_hardest(request, scores_BU, num_guided)
+    return hide_hardest(request, mean_of_real(request, difficulty_BP), num_guided)
 
 
 def attmask(
@@ -106,23 +114,23 @@ def attmask(
         return random(request)
     assert request.model is not None and request.images is not None
     attention_BP = request.model.class_attention(request.images)
-    attention_BU = to_units(attention_BP, request.grid, request.patches_per_unit)
+    attention_BU = mean_of_real(request, attention_BP)
     if kind == "low":
-        return _fill_up(request, hide_smallest(attention_BU, num_guided))
+        return _fill_up(request, hide_highest(request, -attention_BU, num_guided))
     if kind == "high":
-        return _fill_up(request, hide_smallest(-attention_BU, num_guided))
+        return _fill_up(request, hide_highest(request, attention_BU, num_guided))
     num_shown = min(int(shown * request.hidden), request.num_units - num_guided)
     drawn_from = min(max(num_shown, int(shown_from * request.num_units)), num_guided + num_shown)
-    is_hint_source_BU = hide_smallest(-attention_BU, drawn_from)
+    is_hint_source_BU = hide_highest(request, attention_BU, drawn_from)
     draw_BU = request.noise("hint").masked_fill(~is_hint_source_BU, 2.0)
-    is_shown_BU = hide_smallest(draw_BU, num_shown)
-    is_guided_BU = hide_smallest(-attention_BU, num_guided + num_shown)
+    is_shown_BU = hide_smallest(draw_BU, request.of_real(num_shown))
+    is_guided_BU = hide_highest(request, attention_BU, num_guided + num_shown)
     return _fill_up(request, is_guided_BU, is_shown_BU)
 
 
 def hide_hardest(request: MaskRequest, scores_BU: Tensor, num_guided: int) -> Tensor:
     """The `num_guided` highest scores; the others by chance."""
-    return _fill_up(request, hide_smallest(-scores_BU, num_guided))
+    return _fill_up(request, hide_highest(request, scores_BU, num_guided))
 
 
 def _num_guided(request: MaskRequest, guided: Schedule) -> int:
@@ -135,4 +143,4 @@ def _fill_up(request: MaskRequest, is_first_BU: Tensor, is_last_BU: Tensor | Non
     order_BU = request.noise().masked_fill(is_first_BU, -1.0)
     if is_last_BU is not None:
         order_BU = order_BU.masked_fill(is_last_BU, 2.0)
-    return hide_smallest(order_BU, request.hidden)
+    return hide_first(request, order_BU)

@@ -6,6 +6,8 @@ consistency loss corrects the clustering by reconstruction difficulty. All else 
 distances, which cluster is the lesion, how units are drawn) is interpretation; equations not
 verified against the paper. Its growing ratio is the schedule `amr`, its losses are in losses.py.
 
+Units that are padding alone are in no cluster; what they are given for features is the mean.
+
 B batch · C channels · *S pixels per axis · U mask units · N pixels of a unit · P patches
 F features · K clusters
 """
@@ -20,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainables.masking.request import MaskRequest, errors_under, hide_smallest, to_units
+from trainables.masking.request import MaskRequest, errors_under, hide_first, mean_of_real
 
 Part = Annotated[float, Field(ge=0, le=1)]
 
@@ -59,7 +61,8 @@ def amlp(
     and the score is the head's opinion for a share `category_trust`.
     """
     assert request.images is not None
-    descriptors_BUF = descriptors(request.images, request.grid)
+    is_padded = request.is_padding_BU is not None
+    descriptors_BUF = descriptors(request.images, request.grid, is_padded=is_padded)
     features_BUF = descriptors_BUF if features == "raw" else encoder_features(request)
     assignment_BU, distances_BUK = kmeans(features_BUF, clusters, iterations, request)
     is_member_BUK = assignment_BU[..., None] == torch.arange(clusters, device=assignment_BU.device)
@@ -73,20 +76,30 @@ def amlp(
     return hide_lesions(request, assignment_BU == lesion_B[:, None], scores_BU, share, min_visible)
 
 
-def descriptors(images: Tensor, unit_grid: Sequence[int]) -> Tensor:
+def descriptors(images: Tensor, unit_grid: Sequence[int], *, is_padded: bool = False) -> Tensor:
     """(B, U, 3): each unit's mean, standard deviation and mean gradient magnitude, over channels.
 
-    Standardised over the units of each image. Interpretation: the abstract names no features.
+    Standardised over the units of each image. Interpretation: the abstract names no features. With
+    `is_padded` of real voxels only, 0 for units without any.
     """
     images = images.float()
     pixels_BUCN = _by_unit(images, unit_grid)
-    steepness_BUCN = _by_unit(_gradient_magnitude(images), unit_grid)
-    described = [
-        pixels_BUCN.mean(dim=3),
-        pixels_BUCN.std(dim=3, correction=0),
-        steepness_BUCN.mean(dim=3),
-    ]
-    return _standardise(torch.stack([values_BUC.mean(dim=2) for values_BUC in described], dim=2))
+    if is_padded:
+        steepness_BUCN = _by_unit(_gradient_magnitude_of_real(images), unit_grid)
+        mean_BUC = pixels_BUCN.nanmean(dim=3)
+        spread_BUC = (pixels_BUCN - mean_BUC[..., None]).square().nanmean(dim=3).sqrt()
+        described = [mean_BUC, spread_BUC, steepness_BUCN.nanmean(dim=3)]
+        is_padding_BU = pixels_BUCN[:, :, 0].isnan().all(dim=2)
+    else:
+        steepness_BUCN = _by_unit(_gradient_magnitude(images), unit_grid)
+        described = [
+            pixels_BUCN.mean(dim=3),
+            pixels_BUCN.std(dim=3, correction=0),
+            steepness_BUCN.mean(dim=3),
+        ]
+        is_padding_BU = None
+    values_BUF = torch.stack([values_BUC.mean(dim=2) for values_BUC in described], dim=2)
+    return _standardise(values_BUF, is_padding_BU)
 
 
 def encoder_features(request: MaskRequest) -> Tensor:
@@ -99,10 +112,8 @@ def encoder_features(request: MaskRequest) -> Tensor:
     assert request.model is not None and request.images is not None
     encoder = request.model.encoder
     tokens_BPF = encoder(patchify(request.images, encoder.patch), None)[:, 1:].float()
-    batch, patches, width = tokens_BPF.shape
-    values = tokens_BPF.transpose(1, 2).reshape(batch * width, patches)
-    averaged = to_units(values, request.grid, request.patches_per_unit)
-    return _standardise(averaged.reshape(batch, width, -1).transpose(1, 2))
+    averaged_BFU = mean_of_real(request, tokens_BPF.transpose(1, 2))
+    return _standardise(averaged_BFU.transpose(1, 2), request.is_padding_BU)
 
 
 def kmeans(
@@ -112,11 +123,18 @@ def kmeans(
 
     First centres by k-means++, then `iterations` rounds of Lloyd's algorithm, in which a centre
     that no unit is nearest to stays. Distances are Euclidean.
-    Interpretation: the abstract says "unsupervised clustering".
+    Interpretation: the abstract says "unsupervised clustering". Padding is assigned to -1.
     """
+
+    def nearest(distances_BUK: Tensor) -> Tensor:
+        assignment_BU = distances_BUK.argmin(dim=2)
+        if request.is_padding_BU is not None:
+            assignment_BU = assignment_BU.masked_fill(request.is_padding_BU, -1)
+        return assignment_BU
+
     centres_BKF = first_centres(features_BUF, clusters, request)
     for _ in range(iterations):
-        assignment_BU = _distances(features_BUF, centres_BKF).argmin(dim=2)
+        assignment_BU = nearest(_distances(features_BUF, centres_BKF))
         centres_BKF = torch.stack(
             [
                 _mean_of(features_BUF, assignment_BU == number, centres_BKF[:, number])
@@ -125,7 +143,7 @@ def kmeans(
             dim=1,
         )
     distances_BUK = _distances(features_BUF, centres_BKF)
-    return distances_BUK.argmin(dim=2), distances_BUK
+    return nearest(distances_BUK), distances_BUK
 
 
 def first_centres(features_BUF: Tensor, clusters: int, request: MaskRequest) -> Tensor:
@@ -133,12 +151,18 @@ def first_centres(features_BUF: Tensor, clusters: int, request: MaskRequest) -> 
 
     The rule of k-means++ (Arthur & Vassilvitskii 2007); the first is drawn by chance alone.
     """
-    centres_BKF = _pick(features_BUF, request.noise("kmeans-0").argmax(dim=1))
+
+    def drawn(chances_BU: Tensor) -> Tensor:
+        if request.is_padding_BU is not None:
+            chances_BU = chances_BU.masked_fill(request.is_padding_BU, -math.inf)
+        return _pick(features_BUF, chances_BU.argmax(dim=1))
+
+    centres_BKF = drawn(request.noise("kmeans-0"))
     for number in range(1, clusters):
         nearest_BU = _distances(features_BUF, centres_BKF).amin(dim=2)
         # Where all units are centres already, all logarithms are minus infinity: the first again
-        drawn_BU = 2 * nearest_BU.log() + gumbel(request.noise(f"kmeans-{number}"))
-        centres_BKF = torch.cat([centres_BKF, _pick(features_BUF, drawn_BU.argmax(dim=1))], dim=1)
+        chances_BU = 2 * nearest_BU.log() + gumbel(request.noise(f"kmeans-{number}"))
+        centres_BKF = torch.cat([centres_BKF, drawn(chances_BU)], dim=1)
     return centres_BKF
 
 
@@ -159,9 +183,13 @@ def highest_contrast(
     Interpretation: lesions are brighter or darker than most of the image.
     """
     intensity_BU = descriptors_BUF[..., 0]
-    median_B = intensity_BU.sort(dim=1).values[:, (request.num_units - 1) // 2]
+    if request.is_padding_BU is None:
+        median_B1 = intensity_BU.sort(dim=1).values[:, (request.num_units - 1) // 2, None]
+    else:
+        sorted_BU = intensity_BU.masked_fill(request.is_padding_BU, math.inf).sort(dim=1).values
+        median_B1 = sorted_BU.gather(1, (request.num_real_B1 - 1).clamp(min=0) // 2)
     mean_BK = _mean_per_cluster(intensity_BU, is_member_BUK)
-    contrast_BK = (mean_BK - median_B[:, None]).abs()
+    contrast_BK = (mean_BK - median_B1).abs()
     return contrast_BK.nan_to_num(nan=-1.0).argmax(dim=1)
 
 
@@ -171,7 +199,7 @@ def highest_loss(request: MaskRequest, is_member_BUK: Tensor, descriptors_BUF: T
     Stated in AMLP's abstract: lesions are likely among the patches that are hard to reconstruct.
     Interpretation: that this chooses the cluster. Only hidden units count.
     """
-    is_hidden_BU = hide_smallest(request.noise("lesion-probe"), request.hidden)
+    is_hidden_BU = hide_first(request, request.noise("lesion-probe"))
     errors_BU = errors_under(request, is_hidden_BU, request.hidden, normalised=False)
     mean_BK = _mean_per_cluster(errors_BU, is_member_BUK & is_hidden_BU[..., None])
     return mean_BK.nan_to_num(nan=-1.0).argmax(dim=1)
@@ -205,11 +233,12 @@ def hide_lesions(
     drawn_BU = scores_BU.clamp(min=SCORE_FLOOR).log() + gumbel(request.noise("lesion"))
     place_BU = _places(drawn_BU.masked_fill(~is_lesion_BU, -math.inf))
     num_lesions_B1 = is_lesion_BU.sum(dim=1, keepdim=True)
-    num_drawn_B1 = (num_lesions_B1 - min_visible).clamp(0, int(share * request.hidden))
+    num_drawn_B1 = (num_lesions_B1 - min_visible).clamp(min=0)
+    num_drawn_B1 = num_drawn_B1.clamp(max=request.of_real(int(share * request.hidden)))
     is_drawn_BU = place_BU < num_drawn_B1
     is_kept_BU = is_lesion_BU & ~is_drawn_BU & (place_BU < num_drawn_B1 + min_visible)
     # Noise is in [0, 1): drawn units come before all others, kept ones after
-    return hide_smallest(request.noise() - 2.0 * is_drawn_BU + 2.0 * is_kept_BU, request.hidden)
+    return hide_first(request, request.noise() - 2.0 * is_drawn_BU + 2.0 * is_kept_BU)
 
 
 def gumbel(noise: Tensor) -> Tensor:
@@ -238,9 +267,29 @@ def _gradient_magnitude(images: Tensor) -> Tensor:
     return sum(squares, torch.zeros_like(images)).sqrt()
 
 
-def _standardise(values_BUF: Tensor) -> Tensor:
-    deviation_B1F = values_BUF.std(dim=1, correction=0, keepdim=True).clamp(min=DEVIATION_FLOOR)
-    return (values_BUF - values_BUF.mean(dim=1, keepdim=True)) / deviation_B1F
+def _gradient_magnitude_of_real(images: Tensor) -> Tensor:
+    """The same where padding (NaN) begins beyond the border; padding stays what it is."""
+    squares = []
+    for axis in range(2, images.ndim):
+        step = images.diff(dim=axis)
+        nothing = torch.full_like(images.narrow(axis, 0, 1), math.nan)
+        sides = [torch.cat(pair, dim=axis) for pair in ((step, nothing), (nothing, step))]
+        # Central differences are the mean of both sides; of an edge of one voxel there is no side
+        squares.append(torch.stack(sides).nanmean(dim=0).nan_to_num(nan=0.0).square())
+    return torch.stack(squares).sum(dim=0).sqrt().masked_fill(images.isnan(), math.nan)
+
+
+def _standardise(values_BUF: Tensor, is_padding_BU: Tensor | None = None) -> Tensor:
+    """Over the units of each image that are not padding; 0 for those that are."""
+    if is_padding_BU is None:
+        deviation_B1F = values_BUF.std(dim=1, correction=0, keepdim=True)
+        mean_B1F = values_BUF.mean(dim=1, keepdim=True)
+        return (values_BUF - mean_B1F) / deviation_B1F.clamp(min=DEVIATION_FLOOR)
+    values_BUF = values_BUF.masked_fill(is_padding_BU[..., None], math.nan)
+    values_BUF = values_BUF - values_BUF.nanmean(dim=1, keepdim=True)
+    deviation_B1F = values_BUF.square().nanmean(dim=1, keepdim=True).sqrt()
+    standard_BUF = values_BUF / deviation_B1F.clamp(min=DEVIATION_FLOOR)
+    return standard_BUF.masked_fill(is_padding_BU[..., None], 0.0)
 
 
 def _distances(features_BUF: Tensor, centres_BKF: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trainables import counter
-from trainables.masking.request import MaskRequest, hide_smallest
+from trainables.masking.request import MaskRequest, hide_first
 
 
 def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -47,7 +47,7 @@ PROPOSALS = 4  # blocks tried in a round; changes how much a round costs, not wh
 
 def random(request: MaskRequest) -> Tensor:
     """Units hidden independently of each other (MAE, He et al. 2022)."""
-    return hide_smallest(request.noise(), request.hidden)
+    return hide_first(request, request.noise())
 
 
 def uniform(request: MaskRequest, *, cell: Edge = 2) -> Tensor:
@@ -112,7 +112,8 @@ def block(
         taken_BNS = (is_first_BK[:, :, None, None] * inside_BKNS).sum(1)
         is_free_BU = torch.addcmul(is_free_BU, is_free_BU, _box(taken_BNS, edges), value=-1)
         missing_B1 = missing_B1 - (new_BK * is_first_BK).sum(1, keepdim=True)
-    return hide_smallest(request.noise().masked_fill(is_free_BU == 0, -1), request.hidden)
+    # Blocks come first; of a padded image only a part of them, by chance
+    return hide_first(request, request.noise() - 2.0 * (is_free_BU == 0))
 
 
 def color(
@@ -132,13 +133,13 @@ def color(
     narrow, wide = widths
     red_BU = _blur(white_BU, request.grid, wide)
     if colour == "red":
-        return hide_smallest(red_BU, request.hidden)
+        return hide_first(request, red_BU)
     fine_BU = _blur(white_BU, request.grid, narrow)
     if colour == "blue":
-        return hide_smallest(white_BU - fine_BU, request.hidden)
+        return hide_first(request, white_BU - fine_BU)
     green_BU = fine_BU - red_BU
     values_BU = green_BU if colour == "green" else white_BU - green_BU
-    return hide_smallest(values_BU, request.hidden)
+    return hide_first(request, values_BU)
 
 
 def multiblock(
@@ -174,14 +175,14 @@ def multiblock(
     turn_BU = targets + _box(inside_BKNS[:, targets], edges).double()
     for number in reversed(range(targets)):
         turn_BU = turn_BU.masked_fill(_box(inside_BKNS[:, number], edges), number)
-    return hide_smallest(turn_BU + request.noise(), request.hidden)
+    return hide_first(request, turn_BU + request.noise())
 
 
 def _show_first(request: MaskRequest, order_BGL: Tensor, cell: int) -> Tensor:
     """Visible: the units that come first in their cells; chance decides between cells."""
     num_cells = math.prod(math.ceil(edge / cell) for edge in request.grid)
     turn_BGL = order_BGL + request.noise("mask-cells", num_cells).double()[:, :, None]
-    return hide_smallest(-_from_cells(turn_BGL, request.grid, cell), request.hidden)
+    return hide_first(request, -_from_cells(turn_BGL, request.grid, cell))
 
 
 def _to_cells(values_BU: Tensor, grid: Sequence[int], cell: int, beyond: float) -> Tensor:
