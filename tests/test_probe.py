@@ -26,6 +26,10 @@ from trainables.probe import (
     ssim,
 )
 
+# isort: split
+# after trainables, which mends a torchvision that torchmetrics could not import
+from torchmetrics.functional.image import structural_similarity_index_measure
+
 torch.set_num_threads(1)
 
 PROBE = ProbeConfig(unit=16, seed=3)
@@ -158,6 +162,26 @@ def test_ssim_agrees_with_a_plain_version():
     guess_BCS, truth_BCS = (torch.tensor(image[None, None]).float() for image in (guess, truth))
     found = ssim(guess_BCS, truth_BCS, torch.tensor(is_hidden[None]))
     assert found.item() == pytest.approx(map_HW[is_hidden].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [(24, 32), (12, 16, 14), (6, 20, 9)])
+def test_ssim_agrees_with_torchmetrics(size):
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.rand(2, 3, *size, generator=generator)
+    guess = (truth + 0.3 * torch.randn(truth.shape, generator=generator)).clamp(0, 1)
+    where = torch.rand(2, *size, generator=generator) < 0.4
+    sigma = 1.5 * min(1, min(size) / 11)
+    _, map_BCS = structural_similarity_index_measure(
+        torch.where(where[:, None], guess, truth),
+        truth,
+        data_range=1.0,
+        sigma=sigma,
+        kernel_size=2 * int(3.5 * sigma + 0.5) + 1,
+        return_full_image=True,
+        reduction="none",
+    )
+    expected = torch.stack([m.mean(0)[w].mean() for m, w in zip(map_BCS, where, strict=True)])
+    torch.testing.assert_close(ssim(guess, truth, where), expected, rtol=0, atol=1e-5)
 
 
 def test_measures_by_hand():

@@ -74,7 +74,14 @@ def segment(
     images = to_device(dataset, dataset.rows("train"), device)
     places_B = samples_B.to(images.rows.device)
 
-    model = build_unetr(config, dataset.size, dataset.channels, len(dataset.classes), seed)
+    model = build_unetr(
+        config,
+        dataset.size,
+        dataset.channels,
+        len(dataset.classes),
+        seed,
+        is_padded=dataset.is_padded,
+    )
     if encoder_state is not None:
         model.encoder.load_state_dict(encoder_state)
     model = model.to(device)
