@@ -26,6 +26,13 @@ GROUP_TITLES = {
     "random-init": "random-init",
     "frozen": "frozen",
 }
+PER_ITEM = {  # prefix of metrics: title of the figure, what its axis shows
+    "segment/iou/": ("IoU of each class", "IoU"),
+    "segment/object_f1/": ("Object F1 by size of the object", "object F1"),
+    "segment/case_dice/": ("Dice per volume of each class", "Dice per volume"),
+    "segment/hd95/": ("Distance between true and predicted surface of each class", "HD95"),
+    "segment/nsd/": ("Surface of each class within the tolerance", "surface Dice"),
+}
 
 
 class Drawn(NamedTuple):
@@ -82,6 +89,8 @@ def ranking(tables: StudyTables) -> Drawn:
         )
     traces = _rows_of_points(shown, shown["group"], heads)
     says = f"Large mark: mean of an arm. {_interval_words(numbers)}"
+    if not goal.maximize:
+        says += " Lower is better."
     if numbers["confirmed"].any():
         says += " Arms confirmed with fresh seeds stand first."
     if len(numbers) > len(shown):
@@ -715,16 +724,13 @@ def reported(tables: StudyTables, prefix: str) -> list[str]:
 
 def classes(tables: StudyTables, prefix: str) -> Drawn:
     numbers = classes_numbers(tables, prefix)
-    per_class = prefix == "segment/iou/"
-    title = "IoU of each class" if per_class else "Object F1 by size of the object"
+    title, what = PER_ITEM[prefix]
     if numbers.empty:
-        return Drawn(
-            numbers,
-            None,
-            title,
-            f"No complete trial recorded {'per-class IoU' if per_class else 'object F1 by size'}.",
-        )
+        part = "by size" if prefix == "segment/object_f1/" else "per class"
+        return Drawn(numbers, None, title, f"No complete trial recorded {what} {part}.")
     items = list(dict.fromkeys(numbers["item"]))
+    measure = tables.measure(prefix + items[0])
+    unit = f" {measure.unit}" if measure.unit else ""
     groups = list(dict.fromkeys(numbers["group"]))
     traces = []
     for index, group in enumerate(groups):
@@ -742,7 +748,7 @@ def classes(tables: StudyTables, prefix: str) -> Drawn:
                 error_x=_error_bars(part, hue),
                 hovertext=[
                     f"{text(line.item)}<br>{text(line.label)}<br>{line.mean:.3f}"
-                    f"{_interval_text(line)}"
+                    f"{_interval_text(line)}{unit}"
                     for line in lines_of(part)
                 ],
                 hoverinfo="text",
@@ -757,14 +763,15 @@ def classes(tables: StudyTables, prefix: str) -> Drawn:
             if group in values
         ]
         heads.append(f"<b>{text(item)}</b>  ·  {' / '.join(shown)}")
-    drawn = _row_figure(
-        traces, heads, "IoU (validation)" if per_class else "object F1 (validation)", 74
-    )
+    about = ", ".join(["validation", *filter(None, [measure.unit])])
+    drawn = _row_figure(traces, heads, f"{what} ({about})", 74)
     drawn.update_layout(showlegend=True, margin_t=44)
     drawn.update_xaxes(rangemode="nonnegative")
     most = int(numbers["n"].max())
     how = "95 % t intervals over seeds" if most > 1 else "one seed: no intervals"
     says = f"Best arm against the controls; {how}. Numbers in the order of the legend."
+    if not measure.maximize:
+        says += " Lower is better."
     if "random-init" in groups:
         says += " The distance from random-init is the effect of pretraining."
     return Drawn(numbers, drawn, title, says)
@@ -984,4 +991,7 @@ FIGURES: dict[str, Callable[[StudyTables], Drawn]] = {
     "differences": differences,
     "class_iou": partial(classes, prefix="segment/iou/"),
     "object_f1": partial(classes, prefix="segment/object_f1/"),
+    "class_case_dice": partial(classes, prefix="segment/case_dice/"),
+    "class_hd95": partial(classes, prefix="segment/hd95/"),
+    "class_nsd": partial(classes, prefix="segment/nsd/"),
 }

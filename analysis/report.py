@@ -54,6 +54,8 @@ MOST_LINES = 200  # of a table in the page; the CSV has all trials
 LONGEST_ERROR = 2000
 SETTINGS = ("seed", "sampler", "stopping", "probe", "budget")  # of the study file, told in words
 
+OF_VOLUMES = ("class_case_dice", "class_hd95", "class_nsd")  # left out where images are flat
+
 # anchor, word in the menu, title, lead, figures
 SECTIONS: list[tuple[str, str, str, str, list[str]]] = [
     ("ranking", "Arms", "The arms, ranked", "", ["ranking"]),
@@ -75,7 +77,13 @@ SECTIONS: list[tuple[str, str, str, str, list[str]]] = [
         ["cost_flops", "cost_seconds", "cost_memory", "cost_speed"],
     ),
     ("control", "Control", "Against the control", "", ["differences"]),
-    ("segmentation", "Segmentation", "Segmentation in detail", "", ["class_iou", "object_f1"]),
+    (
+        "segmentation",
+        "Segmentation",
+        "Segmentation in detail",
+        "",
+        ["class_iou", "object_f1", *OF_VOLUMES],
+    ),
 ]
 
 
@@ -110,6 +118,7 @@ def build_report(folder: Path | StudyFolder, output: Path | None = None) -> Path
 def render(tables: StudyTables) -> str:
     """The page as text."""
     drawn = {name: draw(tables) for name, draw in FIGURES.items()}
+    drawn = {name: item for name, item in drawn.items() if item.figure or name not in OF_VOLUMES}
     content = {
         "template": theme.TEMPLATE,
         "figures": {name: _plain(item.figure) for name, item in drawn.items() if item.figure},
@@ -185,7 +194,8 @@ def answer(tables: StudyTables) -> Answer:
             headline = f"Only controls are complete so far ({line['label']}; {score})."
         is_shown = False
     elif control.empty:
-        headline = f"Highest {goal.title} so far: {line['label']} ({goal.show(line['mean'])})."
+        bound = "Highest" if goal.maximize else "Lowest"
+        headline = f"{bound} {goal.title} so far: {line['label']} ({goal.show(line['mean'])})."
         sentences.append("The control is not complete, so there is nothing to compare it with yet.")
         is_shown = False
     else:
@@ -346,6 +356,15 @@ def methods(tables: StudyTables) -> list[str]:
     ratios = probe.get("ratios") if isinstance(probe, dict) else None
     named = reported(tables, "pretrain/probe_psnr@") or ratios or []
     shares = " and ".join(plain(ratio, 8) for ratio in named) or "several"
+    of_volumes = [
+        "Whole volumes. Dice per volume, HD95 and surface Dice are taken for each class in each "
+        "volume and averaged over volumes, then over classes without background. HD95 is the 95th "
+        "percentile of the distances between the true and the predicted surface, the worse of both "
+        "directions; lower is better. Surface Dice is the share of both surfaces within a "
+        "tolerance of the other. A class that a volume has neither truly nor by prediction is left "
+        "out there; one that only one of them has scores Dice 0, surface Dice 0, and as HD95 the "
+        "length of the volume's diagonal."
+    ]
     return [
         f"Probe PSNR. Each trial reconstructs the same validation images with the same regions "
         f"hidden. The regions are fixed in pixels and do not depend on the trial's own ratio, "
@@ -362,6 +381,7 @@ def methods(tables: StudyTables) -> list[str]:
         "mean over classes without background; objects are matched one to one at an IoU of 0.5, "
         "and their F1 is split by size. The controls are the study file's own trial (control), "
         "the same network from random weights (random-init), and with the encoder fixed (frozen).",
+        *(of_volumes if reported(tables, "segment/hd95") else []),
         "Intervals are 95 % Student t intervals over seeds; differences are paired by seed where "
         "two or more seeds are common, else Welch's. p values are Holm-adjusted over all arms "
         f"compared with the control. A difference is called shown with {FEWEST_SEEDS} or more "
@@ -418,7 +438,7 @@ def _sections(drawn: dict[str, Drawn]) -> list[dict[str, Any]]:
             "short": short,
             "title": title,
             "lead": lead,
-            "figures": [_item(name, drawn[name]) for name in names],
+            "figures": [_item(name, drawn[name]) for name in names if name in drawn],
         }
         for anchor, short, title, lead, names in SECTIONS + more
     ]

@@ -44,6 +44,9 @@ TITLES = {
     "miou_with_background": "mIoU with background",
     "dice": "Dice",
     "object_f1": "object F1",
+    "case_dice": "Dice per volume",
+    "hd95": "HD95",
+    "nsd": "surface Dice",
     "test_miou": "test mIoU",
     "planned_flops": "planned FLOPs",
     "device_seconds": "device time",
@@ -62,13 +65,15 @@ class Measure(NamedTuple):
 
     @property
     def axis(self) -> str:
-        return f"{self.title} ({self.unit})" if self.unit else self.title
+        about = [self.unit] if self.unit else []
+        about += [] if self.maximize else ["lower is better"]
+        return f"{self.title} ({', '.join(about)})" if about else self.title
 
     def show(self, value: float | None, signed: bool = False) -> str:
         """The value with as many digits as mean something."""
         if value is None or not np.isfinite(value):
             return "–"
-        digits = 2 if self.unit == "dB" else 3 if abs(value) < 10 else 1
+        digits = 2 if self.unit in ("dB", "mm") else 3 if abs(value) < 10 else 1
         number = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
         number = number.replace("-", "\N{MINUS SIGN}")
         return f"{number} {self.unit}" if self.unit else number
@@ -105,7 +110,8 @@ class StudyTables:
         if len(named):
             unit, goal = str(named["unit"].iloc[0] or ""), str(named["goal"].iloc[0])
         unit = "" if unit in ("1", "none", "None", "nan") else unit
-        title = TITLES.get(metric, metric.replace("_", " "))
+        name, _, item = metric.partition("/")
+        title = TITLES.get(name, name.replace("_", " ")) + (f", {item}" if item else "")
         return Measure(key, title, unit, goal != "minimize")
 
     @cached_property

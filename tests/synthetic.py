@@ -383,6 +383,10 @@ def _segment_values(
     values |= {"dice": miou + 0.1, "object_f1": miou + 0.05}
     for size, shift in (("small", -0.15), ("medium", 0.06), ("large", 0.14)):
         values[f"object_f1/{size}"] = miou + shift
+    for name, value in [("", miou), *((f"/{name}", value) for name, value in ious.items())]:
+        values[f"case_dice{name}"] = value + 0.05
+        values[f"hd95{name}"] = 20 * (1 - value)
+        values[f"nsd{name}"] = value + 0.1
     values |= {
         "images_per_second": 5e3 / tokens**0.6,
         "device_seconds": rung * tokens * 0.4,
@@ -397,9 +401,14 @@ def _segment_values(
 
 def _row(phase: str, rung: float, metric: str, value: float) -> dict[str, Any]:
     word = metric.partition("@")[0].partition("/")[0]
-    units = {"device_seconds": "s", "peak_memory": "bytes", "images_per_second": "images/s"}
+    units = {
+        "device_seconds": "s",
+        "peak_memory": "bytes",
+        "images_per_second": "images/s",
+        "hd95": "mm",
+    }
     unit = "dB" if "psnr" in word else "FLOP" if "flops" in word else units.get(word, "")
-    cheap = word in ("loss", "device_seconds", "flops", "planned_flops", "peak_memory")
+    cheap = word in ("loss", "device_seconds", "flops", "planned_flops", "peak_memory", "hd95")
     return {
         "phase": phase,
         "step": round(400 * rung),

@@ -245,6 +245,23 @@ def test_classes_compare_the_best_arm_with_the_controls(tables: StudyTables) -> 
     assert (best["n"] == 3).all() and best["low"].notna().all()
 
 
+def test_distances_between_surfaces_say_their_unit_and_that_lower_is_better(
+    tables: StudyTables,
+) -> None:
+    drawn = FIGURES["class_hd95"](tables)
+    assert drawn.figure is not None
+    assert list(dict.fromkeys(drawn.numbers["item"])) == ["red cell", "white cell", "platelet"]
+    assert "Lower is better." in drawn.says
+    assert drawn.figure.layout.xaxis.title.text == "HD95 (validation, mm)"
+    hovers = [words for trace in drawn.figure.data for words in trace.hovertext]
+    assert hovers and all(words.endswith(" mm") for words in hovers)
+    assert "Lower is better." not in FIGURES["class_nsd"](tables).says
+    measure = tables.measure("segment/hd95/platelet")
+    assert (measure.title, measure.unit, measure.maximize) == ("HD95, platelet", "mm", False)
+    assert measure.axis == "HD95, platelet (mm, lower is better)"
+    assert measure.show(3.14159) == "3.14 mm"
+
+
 def test_costs_are_means_over_complete_trials(tables: StudyTables) -> None:
     numbers = figures.cost_numbers(tables, "planned_flops").set_index("group")
     rows = tables.rows[tables.rows["metric"] == "planned_flops"]

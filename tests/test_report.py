@@ -9,14 +9,24 @@ import io
 import re
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from analysis.figures import FIGURES
 from analysis.gallery import data_uri
-from analysis.report import answer, as_json, build_report, render, results_csv
+from analysis.report import (
+    OF_VOLUMES,
+    answer,
+    as_json,
+    build_report,
+    methods,
+    render,
+    results_csv,
+)
 from analysis.tables import load
 from study.folder import StudyFolder
 from tests.synthetic import Page, hand_made, hostile_study, study_tables, write_study
@@ -191,6 +201,37 @@ def test_a_smaller_value_wins_where_less_is_better() -> None:
     tables.spec["objectives"] = [{"metric": "pretrain/planned_flops", "goal": "minimize"}]
     found = answer(tables)
     assert "patch 16" in found.headline
+
+
+def test_the_smallest_distance_between_surfaces_leads() -> None:
+    tables = study_tables(Path("s"), confirm_seeds=5)
+    tables.spec["objectives"] = [{"metric": "segment/hd95", "goal": "minimize"}]
+    found = answer(tables)
+    by_overlap = answer(study_tables(Path("s"), confirm_seeds=5)).headline
+    assert found.is_shown
+    assert found.headline.partition(";")[0] == by_overlap.partition(";")[0]
+    assert "; HD95 " in found.headline and " mm of the control." in found.headline
+    assert any(sentence.startswith("Pretraining helps") for sentence in found.sentences)
+    assert "Lower is better." in FIGURES["ranking"](tables).says
+
+
+def test_without_a_control_the_lowest_distance_is_called_lowest() -> None:
+    for metric, goal, word in [("hd95", "minimize", "Lowest"), ("nsd", "maximize", "Highest")]:
+        tables = study_tables(Path("s"))
+        tables.spec["objectives"] = [{"metric": f"segment/{metric}", "goal": goal}]
+        tables.arms.loc[tables.arms["group"] == "control", "group"] = "search"
+        assert answer(tables).headline.startswith(f"{word} ")
+
+
+def test_scores_of_volumes_are_told_only_where_there_are_volumes() -> None:
+    tables = study_tables(Path("s"))
+    flat = replace(tables, rows=tables.rows[~tables.rows["metric"].str.match("hd95|nsd|case_")])
+    for study, is_told in [(tables, True), (flat, False)]:
+        page = render(study)
+        for name in OF_VOLUMES:
+            assert (f'id="{name}"' in page) == is_told
+        assert any("length of the volume" in words for words in methods(study)) == is_told
+        assert 'id="class_iou"' in page
 
 
 def test_a_study_without_any_trial_has_a_report(tmp_path: Path) -> None:
