@@ -30,8 +30,8 @@ PER_ITEM = {  # prefix of metrics: title of the figure, what its axis shows
     "segment/iou/": ("IoU of each class", "IoU"),
     "segment/object_f1/": ("Object F1 by size of the object", "object F1"),
     "segment/case_dice/": ("Dice per volume of each class", "Dice per volume"),
-    "segment/hd95/": ("Distance between true and predicted surface of each class", "HD95"),
-    "segment/nsd/": ("Surface of each class within the tolerance", "surface Dice"),
+    "segment/hd95/": ("Surface distance of each class", "HD95"),
+    "segment/nsd/": ("Surface Dice of each class", "surface Dice"),
 }
 
 
