@@ -1,4 +1,7 @@
-"""Pictures of a few arms: what the best, the control and the worst make of the same images."""
+"""Pictures of a few arms: what the best, the control and the worst make of the same images.
+
+Of volumes there are sheets too: frames of planes below each other, which the page leafs through.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,25 @@ MASKS = re.compile(r"masks-(\d{3})\.png")  # drawn at this per cent of pretraini
 MASKS_NUMBERS = "masks.json"
 CHANGING = 2  # last columns of a picture of masks; the others are the same throughout
 GAP = 4  # pixels between the tiles of a picture
+SLICES = "slices.json"
+MOST_FRAMES, MOST_COLUMNS, MOST_PLANES = 64, 8, 12
+MOST_SHEET_BYTES = 3_000_000  # trials keep to a third of it
+
+
+class Slices(NamedTuple):
+    """Frames below each other as a data URI, or why there is none."""
+
+    uri: str | None
+    says: str
+    columns: list[str]
+    planes: list[tuple[str, float]]  # from top to bottom, with their shares of a frame's height
+    frames: int
+    aspect: float  # width of a frame over its height
+
+    @property
+    def middle(self) -> int:
+        """The frame shown first, from 0."""
+        return self.frames // 2
 
 
 class Picture(NamedTuple):
@@ -49,6 +71,7 @@ class Picture(NamedTuple):
     columns: str
     uri: str | None
     says: str
+    slices: Slices | None = None  # of volumes
 
 
 class Hidden(NamedTuple):
@@ -145,14 +168,26 @@ def data_uri(path: Path, columns: int = 1, shown: slice = slice(None)) -> str:
 
     Of a picture of so many columns those `shown`.
     """
-    pixels = _cut(_decoded(path), columns, shown)
-    height, width = pixels.shape[:2]
-    clean = Image.fromarray(pixels)  # without the metadata
-    if width > WIDEST:
-        clean = clean.resize((WIDEST, max(1, round(height * WIDEST / width))))
-    encoded = io.BytesIO()
-    clean.save(encoded, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+    return _encoded(_cut(_decoded(path), columns, shown))
+
+
+def slices(folder: Path, kind: str) -> Slices | None:
+    """The sheet of a folder that belongs to a kind of picture; None if none was drawn."""
+    path = folder / f"{kind}-slices.png"
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > MOST_SHEET_BYTES:
+            raise ValueError(f"it has more than {MOST_SHEET_BYTES} bytes")
+        about = _numbers(folder / SLICES).get(path.name)
+        columns, planes, frames = _frames(about)
+        pixels = _decoded(path)
+        height, width = pixels.shape[:2]
+        if height % frames:
+            raise ValueError(f"its {height} lines are not {frames} frames")
+        return Slices(_encoded(pixels), "", columns, planes, frames, width / (height // frames))
+    except UNREADABLE as error:
+        return Slices(None, unreadable(path, error), [], [], 0, 1)
 
 
 def size(path: Path, columns: int, shown: slice) -> tuple[int, int]:
@@ -165,6 +200,18 @@ def unreadable(path: Path, error: Exception) -> str:
     """Why a picture is not shown."""
     why = "it is no PNG" if isinstance(error, UnidentifiedImageError) else str(error)
     return f"{path.name} cannot be shown: {why}."
+
+
+def _encoded(pixels: npt.NDArray[np.uint8]) -> str:
+    """Only pixels; what is grey as grey, which takes less."""
+    height, width = pixels.shape[:2]
+    is_grey = (pixels == pixels[..., :1]).all()
+    clean = Image.fromarray(pixels[..., 0] if is_grey else pixels)
+    if width > WIDEST:
+        clean = clean.resize((WIDEST, max(1, round(height * WIDEST / width))))
+    encoded = io.BytesIO()
+    clean.save(encoded, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
 def _decoded(path: Path) -> npt.NDArray[np.uint8]:
@@ -194,15 +241,17 @@ def _with_pictures(tables: StudyTables, trials: list[str]) -> str:
 
 
 def _picture(tables: StudyTables, trial: str, kind: str, group: str) -> Picture:
-    path = tables.folder.pictures(trial) / f"{kind}.png"
+    folder = tables.folder.pictures(trial)
+    path = folder / f"{kind}.png"
     if kind == "reconstruction" and group == "random-init":
         return Picture(kind, KINDS[kind], None, "Not pretrained, so it reconstructs nothing.")
     if not path.is_file():
-        return Picture(kind, KINDS[kind], None, f"No {kind} was drawn.")
+        return Picture(kind, KINDS[kind], None, f"No {kind} was drawn.", slices(folder, kind))
     try:
-        return Picture(kind, KINDS[kind], data_uri(path), "")
+        return Picture(kind, KINDS[kind], data_uri(path), "", slices(folder, kind))
     except UNREADABLE as error:
-        return Picture(kind, KINDS[kind], None, unreadable(path, error))
+        says = unreadable(path, error)
+        return Picture(kind, KINDS[kind], None, says, slices(folder, kind))
 
 
 def _masks(folder: Path, group: str) -> list[Picture]:
@@ -233,6 +282,26 @@ def _numbers(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _frames(about: Any) -> tuple[list[str], list[tuple[str, float]], int]:
+    """Columns, planes with their shares of the height, and number of frames of a sheet."""
+    known = about if isinstance(about, dict) else {}
+    columns, names = _list(known.get("columns")), _list(known.get("planes"))
+    heights = [_number(height) or 0.0 for height in _list(known.get("heights"))]
+    frames = known.get("frames")
+    is_sound = (
+        0 < len(columns) <= MOST_COLUMNS
+        and 0 < len(names) == len(heights) <= MOST_PLANES
+        and min(heights) > 0
+        and isinstance(frames, int)
+        and 0 < frames <= MOST_FRAMES
+    )
+    if not is_sound:
+        raise ValueError(f"{SLICES} does not say what stands in it")
+    shares = [height / sum(heights) for height in heights]
+    planes = list(zip([plain(name, 20) for name in names], shares, strict=True))
+    return [plain(name, 40) for name in columns], planes, int(known["frames"])
 
 
 def _classes(found: Any) -> dict[str, Hidden]:

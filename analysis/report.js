@@ -1,5 +1,6 @@
 "use strict";
-// Draws the figures in the page's colours, sorts tables, and switches between light and dark.
+// Draws the figures in the page's colours, sorts tables, leafs through the slices of volumes, and
+// switches between light and dark.
 (() => {
   const page = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -110,6 +111,33 @@
       body.append(...rows);
     });
   }
+
+  // a sheet holds frames below each other, of which its window shows one
+  const together = document.getElementById("together");
+  const sheets = [...document.querySelectorAll(".slices")].map((box) => ({
+    kind: box.dataset.kind,
+    slider: box.querySelector("input"),
+    words: box.querySelector(".at"),
+    image: box.querySelector("img"),
+  }));
+  const turn = ({ slider, words, image }, depth) => {
+    const frames = Number(slider.max);
+    const frame = Math.min(frames - 1, Math.floor(depth * frames));
+    slider.value = frame + 1;
+    words.textContent = `slice ${frame + 1} of ${frames}, ${Math.round((100 * (frame + 0.5)) / frames)} %`;
+    slider.setAttribute("aria-valuetext", words.textContent);
+    image.style.transform = `translateY(${(-100 * frame) / frames}%)`;
+  };
+  for (const sheet of sheets) {
+    turn(sheet, 0.5);
+    sheet.slider.addEventListener("input", () => {
+      const depth = (sheet.slider.value - 0.5) / sheet.slider.max;
+      for (const other of sheets) {
+        if (other === sheet || (together.checked && other.kind === sheet.kind)) turn(other, depth);
+      }
+    });
+  }
+  for (const control of document.querySelectorAll(".turn")) control.hidden = false;
 
   show(theme);
 })();

@@ -124,6 +124,7 @@ def render(tables: StudyTables) -> str:
         "figures": {name: _plain(item.figure) for name, item in drawn.items() if item.figure},
     }
     plotly, script = get_plotlyjs(), _resource("report.js")
+    shown = exhibits(tables)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined
     )
@@ -138,7 +139,10 @@ def render(tables: StudyTables) -> str:
         answer=answer(tables),
         tiles=_tiles(tables),
         sections=_sections(drawn),
-        exhibits=exhibits(tables),
+        exhibits=shown,
+        has_slices=any(
+            picture.slices and picture.slices.uri for item in shown for picture in item.pictures
+        ),
         heat=Markup(theme.heat()),
         classes=[
             {"name": plain(name), "colour": colour}

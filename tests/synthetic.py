@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from PIL import Image
 
 from analysis.tables import MIOU, StudyTables, assemble
 from study.folder import StudyFolder
 from study.ledger import COLUMNS, Ledger, Outcome, Result, Suggestion
+from trainables.pictures import save_reconstruction_slices, save_segmentation_slices
 
 RUNGS = (0.25, 0.5, 1.0)
 CLASSES = ("background", "red cell", "white cell", "platelet")
@@ -113,6 +115,41 @@ class Page(HTMLParser):
 
     def attribute(self, tag: str, name: str) -> list[str]:
         return [str(found[name]) for kind, found in self.elements if kind == tag and name in found]
+
+
+def ellipsoid(
+    shape: tuple[int, int, int] = (24, 32, 20), noise: float = 0.05
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A volume (1, X, Y, Z) in [0, 1] with an organ (1) and a lesion (2) at the front right."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, edge) for edge in shape], indexing="ij")
+    radius = np.sqrt((x / 0.75) ** 2 + (y / 0.9) ** 2 + (z / 0.8) ** 2)
+    lesion = np.sqrt((x - 0.3) ** 2 + (y - 0.4) ** 2 + (z - 0.2) ** 2) < 0.2
+    tissue = 0.45 + 0.15 * np.cos(9 * radius) + 0.1 * y + 0.25 * lesion
+    speckle = np.random.default_rng(3).normal(0, noise, shape)
+    volume = np.where(radius < 1, tissue + speckle, 0).clip(0, 1)
+    labels = np.where(lesion, 2, radius < 0.5)
+    return torch.from_numpy(volume[None]).float(), torch.from_numpy(labels.astype(np.uint8))
+
+
+def draw_slices(folder: StudyFolder, shape: tuple[int, int, int] = (24, 32, 20)) -> None:
+    """Sheets of a volume for every trial of a study that has pictures, as a trial leaves them."""
+    volume, labels = ellipsoid(shape)
+    parts = [torch.linspace(0, -(-edge // 8) - 1, edge).round().long() for edge in shape]
+    hidden = torch.rand(6, 6, 6, generator=torch.Generator().manual_seed(2)) < 0.6
+    is_hidden = hidden.repeat(*[-(-edge // 48) for edge in shape])[np.ix_(*parts)]
+    for shift, trial in enumerate(sorted(path.name for path in folder.trials.iterdir())):
+        pictures = folder.pictures(trial)
+        if not pictures.is_dir():
+            continue
+        spacing = (1.0, 1.0, 1.5)
+        if (pictures / "reconstruction.png").is_file():
+            blurred = torch.nn.functional.avg_pool3d(volume, 3 + 2 * (shift % 3), 1, 1 + shift % 3)
+            path = pictures / "reconstruction-slices.png"
+            save_reconstruction_slices(path, volume[None], is_hidden[None], blurred[None], spacing)
+        guess = labels.roll(shift % 4, 1)
+        save_segmentation_slices(
+            pictures / "segmentation-slices.png", volume, labels, guess, spacing
+        )
 
 
 class Run(NamedTuple):

@@ -148,11 +148,11 @@ def test_a_damaged_file_of_numbers_is_begun_anew(tmp_path) -> None:
     assert list(json.loads((tmp_path / "masks.json").read_text())) == ["masks-000.png"]
 
 
-def test_a_volume_shows_its_middle_slice(tmp_path) -> None:
-    images = torch.zeros(1, 1, 8, 16, 16)
-    images[:, :, 4] = 2.0
-    labels = torch.zeros(1, 8, 16, 16, dtype=torch.long)
-    labels[:, 4] = 1
+def test_a_volume_shows_its_middle_axial_plane(tmp_path) -> None:
+    images = torch.zeros(1, 1, 16, 16, 8)
+    images[..., 4] = 2.0
+    labels = torch.zeros(1, 16, 16, 8, dtype=torch.long)
+    labels[..., 4] = 1
     found = draw_masks(
         tmp_path / "m.png",
         images,
@@ -426,7 +426,8 @@ def test_columns_are_cut_at_the_gaps(tmp_path: Path) -> None:
     for shown, expected in ((slice(-2, None), whole[:, 132:]), (slice(0, 1), whole[:, :128])):
         encoded = gallery.data_uri(tmp_path / "m.png", 3, shown).partition("base64,")[2]
         (tmp_path / "cut.png").write_bytes(base64.b64decode(encoded))
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "cut.png")), expected)
+        decoded = Image.open(tmp_path / "cut.png").convert("RGB")
+        assert np.array_equal(np.asarray(decoded), expected)
     assert gallery.data_uri(tmp_path / "m.png", 7) == gallery.data_uri(tmp_path / "m.png")
 
 

@@ -5,7 +5,10 @@ The report in headless Chromium, opened from a file without any network.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import json
 import os
 import re
 import shutil
@@ -16,7 +19,7 @@ import pytest
 
 from analysis.figures import FIGURES
 from analysis.report import build_report
-from tests.synthetic import Page, hostile_study, write_study
+from tests.synthetic import Page, draw_slices, hostile_study, write_study
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -92,3 +95,64 @@ def test_a_phone_and_a_dark_page_draw_too(tmp_path: Path) -> None:
     flags = ("--window-size=390,844", "--force-dark-mode")
     document, logged = open_in_browser(page, tmp_path / "profile", flags)
     assert 'data-drawn="yes"' in document and logged == ""
+
+
+TURN = """
+const sliders = [...document.querySelectorAll(".slices input")];
+const turn = (place, frame) => {
+  sliders[place].value = frame;
+  sliders[place].dispatchEvent(new Event("input"));
+};
+const box = (slider) => slider.closest(".slices");
+const state = () => sliders.map((slider) => [
+  slider.getAttribute("aria-valuetext"),
+  box(slider).querySelector("img").getBoundingClientRect().top
+    - box(slider).querySelector(".window").getBoundingClientRect().top,
+  box(slider).querySelector("img").getBoundingClientRect().height,
+  box(slider).querySelector(".window").getBoundingClientRect().height,
+].map((part) => typeof part === "number" ? part.toFixed(1) : part).join("; "));
+const seen = { before: state() };
+turn(0, 7);
+seen.together = state();
+document.getElementById("together").click();
+turn(1, 24);
+seen.alone = state();
+seen.wide = document.documentElement.scrollWidth - innerWidth;
+seen.shown = [...document.querySelectorAll(".turn")].every((part) => part.offsetHeight > 0);
+document.body.append(Object.assign(document.createElement("pre"),
+  { id: "seen", textContent: JSON.stringify(seen) }));
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--window-size=390,844", "--force-dark-mode")])
+def test_slices_of_all_arms_turn_together_or_alone(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """One more script is allowed by its hash and moves the sliders as a hand would."""
+    folder = write_study(tmp_path / "study", trials=3)
+    draw_slices(folder)
+    page = build_report(folder)
+    digest = base64.b64encode(hashlib.sha256(TURN.encode()).digest()).decode()
+    text = page.read_text().replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    page.write_text(text.replace("</body>", f"<script>{TURN}</script></body>"))
+    document, logged = open_in_browser(page, tmp_path / "profile", flags)
+    assert logged == ""
+    found = re.search(r'<pre id="seen">(.*?)</pre>', document)
+    assert found
+    seen = json.loads(html.unescape(found[1]))
+
+    def frames(state: list[str]) -> list[int]:
+        """The number of the frame that each window shows, by what it says and by where it is."""
+        numbers = []
+        for line in state:
+            words, top, height, window = line.split("; ")
+            said = re.fullmatch(r"slice (\d+) of 24, (\d+) %", words)
+            assert said and int(said[2]) == int(100 * (int(said[1]) - 0.5) / 24 + 0.5)
+            assert float(height) == pytest.approx(24 * float(window), rel=1e-3)
+            assert 1 - float(top) / float(window) == pytest.approx(int(said[1]), abs=0.02)
+            numbers.append(int(said[1]))
+        return numbers
+
+    # reconstruction and segmentation of the control, segmentation, then both of the frozen
+    assert frames(seen["before"]) == [13] * 5
+    assert frames(seen["together"]) == [7, 13, 13, 7, 13]
+    assert frames(seen["alone"]) == [7, 24, 13, 7, 13]
+    assert seen["wide"] <= 0 and seen["shown"]

@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import re
 import struct
 import zlib
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from analysis import gallery
 from analysis.figures import FIGURES
 from analysis.gallery import data_uri
 from analysis.report import (
@@ -29,7 +31,15 @@ from analysis.report import (
 )
 from analysis.tables import load
 from study.folder import StudyFolder
-from tests.synthetic import Page, hand_made, hostile_study, study_tables, write_study
+from tests.synthetic import (
+    HOSTILE,
+    Page,
+    draw_slices,
+    hand_made,
+    hostile_study,
+    study_tables,
+    write_study,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +61,24 @@ def page(report: Path) -> Page:
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
     folder = hostile_study(tmp_path_factory.mktemp("studies") / "hostile")
     return Page(build_report(folder).read_text())
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """Control, random-init and frozen, with sheets of slices that have hostile names."""
+    folder = write_study(tmp_path_factory.mktemp("studies") / "volumes", trials=3)
+    draw_slices(folder)
+    pictures = next(folder.trials.glob("*/pictures/reconstruction-slices.png")).parent
+    about = json.loads((pictures / "slices.json").read_text())
+    about["reconstruction-slices.png"]["columns"][1] = HOSTILE[1]
+    about["reconstruction-slices.png"]["planes"][1] = HOSTILE[4]
+    (pictures / "slices.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def leafed(volumes: StudyFolder) -> Page:
+    return Page(build_report(volumes).read_text())
 
 
 def test_the_report_lies_in_the_study_or_where_asked_with_the_same_bytes(
@@ -93,7 +121,7 @@ def test_it_says_how_it_was_run(page: Page) -> None:
     assert "4.77 dB with no better model" in page.text
 
 
-@pytest.mark.parametrize("name", ["page", "hostile"])
+@pytest.mark.parametrize("name", ["page", "hostile", "leafed"])
 def test_only_the_scripts_named_by_hash_may_run(name: str, request: pytest.FixtureRequest) -> None:
     page: Page = request.getfixturevalue(name)
     policy = next(
@@ -109,7 +137,7 @@ def test_only_the_scripts_named_by_hash_may_run(name: str, request: pytest.Fixtu
     assert len(running) == 2 and len(page.scripts) == 3
 
 
-@pytest.mark.parametrize("name", ["page", "hostile"])
+@pytest.mark.parametrize("name", ["page", "hostile", "leafed"])
 def test_nothing_is_loaded_and_nothing_listens(name: str, request: pytest.FixtureRequest) -> None:
     page: Page = request.getfixturevalue(name)
     for tag, attributes in page.elements:
@@ -305,6 +333,94 @@ def test_a_bomb_a_huge_and_a_broken_picture_are_named_not_shown(tmp_path: Path) 
     assert "reconstruction.png cannot be shown: Image size (3600000000 pixels)" in text
     assert "segmentation.png cannot be shown: 6000 x 5000 pixels, at most 25000000" in text
     assert "segmentation.png cannot be shown: it is no PNG" in text
+
+
+def test_sheets_of_slices_have_a_slider_each_and_show_the_middle_without_script(
+    leafed: Page,
+) -> None:
+    sliders = [found for tag, found in leafed.elements if found.get("type") == "range"]
+    assert [found["aria-label"] for found in sliders] == [
+        f"slice of the {kind}"
+        for kind in (
+            "reconstruction of control: patch 8, ratio 0.75",
+            "segmentation of control: patch 8, ratio 0.75",
+            "segmentation of random-init: patch 8, ratio 0.75",
+            "reconstruction of frozen: patch 8, ratio 0.75",
+            "segmentation of frozen: patch 8, ratio 0.75",
+        )
+    ]
+    assert {(s["min"], s["max"], s["value"]) for s in sliders} == {("1", "24", "13")}
+    hidden = [found for tag, found in leafed.elements if found.get("class") == "turn"]
+    assert len(hidden) == 1 + 5 and all("hidden" in found for found in hidden)
+    styles = [style for style in leafed.attribute("img", "style") if style != "None"]
+    assert styles == ["transform: translateY(-50.0000%)"] * 5  # frame 12 of 24, from 0
+    windows = [found for tag, found in leafed.elements if found.get("class") == "window"]
+    # 24 x 32 x 30 mm at 4 pixels a mm: 96, 128 and 120, with gaps
+    assert [found["style"] for found in windows] == [
+        f"aspect-ratio: {3 * 132 / (124 + 124 + 132):.4f}"
+    ] * 5
+    assert "the patient's right is on the left" in leafed.text
+    assert "<img src=x onerror=alert(1)>" in leafed.text and HOSTILE[4] in leafed.text
+
+
+def test_a_study_of_flat_images_has_no_slider(page: Page) -> None:
+    assert [found for _, found in page.elements if found.get("type") in ("range", "checkbox")] == []
+    assert "radiologists" not in page.text
+
+
+def test_sheets_are_made_anew_pixel_by_pixel(volumes: StudyFolder) -> None:
+    for path in volumes.trials.glob("*/pictures/*-slices.png"):
+        found = gallery.slices(path.parent, path.name.removesuffix("-slices.png"))
+        assert found is not None and found.uri is not None and found.frames == 24
+        decoded = io.BytesIO(base64.b64decode(found.uri.partition("base64,")[2]))
+        with Image.open(decoded) as again, Image.open(path) as drawn:
+            assert again.mode == drawn.mode and not again.info
+            assert np.array_equal(np.asarray(again), np.asarray(drawn))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "why"),
+    [
+        ("{", "slices.json does not say what stands in it"),
+        ("[]", "slices.json does not say"),
+        ({"frames": 0}, "slices.json does not say"),
+        ({"frames": 1e9}, "slices.json does not say"),
+        ({"frames": 65}, "slices.json does not say"),
+        ({"columns": "image"}, "slices.json does not say"),
+        ({"planes": ["axial"]}, "slices.json does not say"),
+        ({"heights": [1, 2, -3]}, "slices.json does not say"),
+        ({"heights": [1, 2, "3"]}, "slices.json does not say"),
+        ({"planes": ["x"] * 13, "heights": [1] * 13}, "slices.json does not say"),
+        ({"frames": 7}, "its 9120 lines are not 7 frames"),
+    ],
+)
+def test_a_sheet_without_sound_numbers_is_named_not_shown(
+    volumes: StudyFolder, tmp_path: Path, numbers: str | dict[str, object], why: str
+) -> None:
+    path = next(volumes.trials.glob("*/pictures/segmentation-slices.png"))
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    if isinstance(numbers, dict):
+        about = json.loads(path.with_name("slices.json").read_text())
+        about[path.name] |= numbers
+        numbers = json.dumps(about)
+    (tmp_path / "slices.json").write_text(numbers)
+    found = gallery.slices(tmp_path, "segmentation")
+    assert found is not None and found.uri is None
+    assert found.says.startswith(f"segmentation-slices.png cannot be shown: {why}")
+
+
+def test_a_broken_a_large_and_no_sheet_are_told_apart(
+    volumes: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = next(volumes.trials.glob("*/pictures/segmentation-slices.png"))
+    assert gallery.slices(tmp_path, "segmentation") is None
+    (tmp_path / path.name).write_bytes(b"no picture")
+    (tmp_path / "slices.json").write_bytes(path.with_name("slices.json").read_bytes())
+    found = gallery.slices(tmp_path, "segmentation")
+    assert found is not None and found.says.endswith("cannot be shown: it is no PNG.")
+    monkeypatch.setattr(gallery, "MOST_SHEET_BYTES", 1000)
+    found = gallery.slices(path.parent, "segmentation")
+    assert found is not None and found.uri is None and "more than 1000 bytes" in found.says
 
 
 def test_json_in_the_page_cannot_end_its_element() -> None:

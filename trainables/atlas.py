@@ -6,9 +6,7 @@ B images · C channels · *S spatial axes · P patches of the grid · K classes
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from trainables.config import TrialConfig
 from trainables.edges import grid_of
 from trainables.mae import MAE, patchify
 from trainables.masking import hide, pixels_hidden, request_at
-from trainables.pictures import save_masks, to_intensity
+from trainables.pictures import remember, save_masks, to_intensity
 from trainables.schedules import value_at
 
 DRAWS = 16
@@ -96,7 +94,7 @@ def draw_masks(
         "hidden": hidden.item(),
         "classes": by_class,
     }
-    _remember(path, numbers)
+    remember(path, numbers, NUMBERS)
     return numbers
 
 
@@ -148,20 +146,3 @@ def class_numbers(
         }
         for name, line in zip(classes, table, strict=True)
     }
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """What NUMBERS of a folder of pictures holds; nothing if it cannot be read."""
-    try:
-        found = json.loads((folder / NUMBERS).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _remember(path: Path, numbers: dict[str, Any]) -> None:
-    """Written aside, then renamed; a picture drawn again after a resumption replaces its own."""
-    known = _read(path.parent) | {path.name: numbers}
-    aside = path.with_name(f".{NUMBERS}.{os.getpid()}")
-    aside.write_text(json.dumps(known, indent=1, sort_keys=True))
-    os.replace(aside, path.with_name(NUMBERS))
