@@ -85,6 +85,7 @@ def render(folder: Path) -> str:
         question=plain(about["question"] or "", 400),
         data=plain(about["data"]["name"]),
         extent=" x ".join(str(edge) for edge in about["data"]["size"]),
+        is_volume=len(about["data"]["size"]) == 3,
         num_images=len(about["images"]),
         images=", ".join(plain(name) for name in about["images"]),
         classes=classes,

@@ -365,6 +365,14 @@ def test_edges_of_each_axis_are_written_with_a_cross(tmp_path: Path) -> None:
     assert "2x4 (unit 8x4)" in text and "2x4 px" in text and "8x4 px" in text
 
 
+def test_of_volumes_the_page_says_which_plane_is_shown_and_how(tmp_path: Path) -> None:
+    sentence = "the middle axial plane is shown, with the patient's right on the left"
+    for size, is_volume in (([16, 16], False), ([16, 16, 8], True)):
+        folder = hand_made(tmp_path, data={"name": "d", "size": size})
+        text = Page(build_atlas(folder, tmp_path / "m.html").read_text()).text
+        assert (sentence in text) == is_volume
+
+
 def test_a_section_that_failed_says_why(tmp_path: Path) -> None:
     folder = hand_made(tmp_path, section={"problem": "needs two axes"})
     shutil.rmtree(folder / "00")

@@ -80,7 +80,7 @@ def save_reconstruction_slices(
 ) -> None:
     """A sheet of what `save_reconstruction` shows; volumes (B, C, X, Y, Z), hidden (B, X, Y, Z).
 
-    `spacing` is mm per voxel along each axis. The volumes of a batch stand below each other.
+    `spacing` is mm per voxel along each axis. The few volumes of a batch stand below each other.
     """
 
     def columns(axis: int, depth: int) -> dict[str, Pixels]:
