@@ -421,6 +421,7 @@ def test_a_trial_runs_on_volumes_from_files_to_an_encoder(study, tmp_path, monke
     assert {"probe_psnr", "probe_ssim", "miou", "flops"} <= names
     pictures = {path.name for path in (tmp_path / "trial/pictures").glob("*.png")}
     assert {"reconstruction.png", "segmentation.png", "masks-100.png"} <= pictures
+    assert {"reconstruction-slices.png", "segmentation-slices.png"} <= pictures
 
     monkeypatch.chdir(tmp_path / "trial/encoder")
     about = json.loads(Path("encoder.json").read_text())

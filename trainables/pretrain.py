@@ -188,7 +188,7 @@ def pretrain(
         started = time.perf_counter()
 
     if context.is_main:
-        judge.draw(model, context.folder / "pictures" / "reconstruction.png")
+        judge.draw(model, context.folder / "pictures")
         results = {row["metric"]: row["value"] for row in counters.rows}
         export_encoder(context.folder / "encoder", model.encoder, config, seed, dataset, results)
     return "complete", model.encoder.state_dict()

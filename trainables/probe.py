@@ -46,7 +46,11 @@ from trainables.masking import (
     unit_to_patch,
 )
 from trainables.metrics import psnr
-from trainables.pictures import save_reconstruction, to_intensity
+from trainables.pictures import (
+    save_reconstruction,
+    save_reconstruction_slices,
+    to_intensity,
+)
 
 PICTURES = 4  # validation images that are drawn
 SSIM_1, SSIM_2 = 0.01**2, 0.03**2  # (Wang et al. 2004) for a data range of 1
@@ -100,8 +104,8 @@ class Judge:
         }
 
     @torch.no_grad()
-    def draw(self, model: MAE, path: Path) -> None:
-        """Picture of a few images at the middle one of the probe's ratios."""
+    def draw(self, model: MAE, folder: Path) -> None:
+        """Picture of a few images at the middle one of the probe's ratios; of volumes a sheet."""
         places = torch.arange(len(self.rows), device=self.context.device)
         places = places[:: max(1, len(places) // PICTURES)][:PICTURES]
         images = self.images.batch(places)[0]
@@ -115,9 +119,18 @@ class Judge:
         is_hidden_BS = pixels_hidden(is_hidden_BP, grid_of(size, patch), patch)
         if self.dataset.is_padded:
             is_hidden_BS &= ~images[:, 0].isnan()
-        save_reconstruction(
-            path, to_intensity(images, mean, std), is_hidden_BS, to_intensity(predicted, mean, std)
-        )
+        truth, predicted = (to_intensity(values, mean, std) for values in (images, predicted))
+        save_reconstruction(folder / "reconstruction.png", truth, is_hidden_BS, predicted)
+        if self.dataset.volumes is not None:
+            one = slice(len(places) // 2, len(places) // 2 + 1)
+            owner = self.dataset.volumes.owner[int(self.rows[places[one]])]
+            save_reconstruction_slices(
+                folder / "reconstruction-slices.png",
+                truth[one],
+                is_hidden_BS[one],
+                predicted[one],
+                self.dataset.volumes.spacings[owner].tolist(),
+            )
 
     def draw_masks(self, model: MAE, teacher: MAE | None, progress: float) -> None:
         """Picture of where the trial hides at this point, on the same few images; on rank 0."""

@@ -41,7 +41,7 @@ from trainables.metrics import (
 )
 from trainables.metrics import rows as metric_rows
 from trainables.optimizers import OPTIMIZERS, learning_rate, parameter_groups, set_learning_rate
-from trainables.pictures import save_segmentation, to_intensity
+from trainables.pictures import save_segmentation, save_segmentation_slices, to_intensity
 from trainables.pretrain import (
     HEARTBEAT_SECONDS,
     Counters,
@@ -178,7 +178,7 @@ def segment(
         started = time.perf_counter()
 
     if context.is_main:
-        draw(model, settings, dataset, context, context.folder / "pictures" / "segmentation.png")
+        draw(model, settings, dataset, context, context.folder / "pictures")
     return "complete"
 
 
@@ -346,15 +346,26 @@ def predict(model: UNETR, images: Tensor, settings: SegmentConfig, device: torch
 
 
 def draw(
-    model: UNETR, settings: SegmentConfig, dataset: Dataset, context: Context, path: Path
+    model: UNETR, settings: SegmentConfig, dataset: Dataset, context: Context, folder: Path
 ) -> None:
-    """Picture of a few validation images, the same for every trial."""
+    """Picture of a few validation images, of volumes a sheet of one: the same for every trial."""
     rows = probe_rows(dataset.rows("val"), PICTURES)
     places_B = torch.arange(len(rows), device=context.device)
     images, truth = to_device(dataset, rows, context.device).batch(places_B)
     assert truth is not None
     predicted = predict(model, images, settings, context.device)
-    save_segmentation(path, to_intensity(images, dataset.mean, dataset.std), truth, predicted)
+    intensity = to_intensity(images, dataset.mean, dataset.std)
+    save_segmentation(folder / "segmentation.png", intensity, truth, predicted)
+    if dataset.volumes is not None:
+        volume = int(dataset.volumes_of("val")[0])
+        levels = dataset.image_of(volume).astype(np.float32)
+        save_segmentation_slices(
+            folder / "segmentation-slices.png",
+            (levels - dataset.low) / (dataset.high - dataset.low),
+            dataset.mask_of(volume),
+            predict_volume(model, dataset, volume, settings, context.device)[0],
+            dataset.volumes.spacings[volume].tolist(),
+        )
 
 
 def progress_values(counters: Counters, plan: Plan, context: Context) -> dict[str, float]:

@@ -502,6 +502,14 @@ def _measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
                 if len(found)
             },
             "object_edges": [round(edge, 1) for edge in edges.tolist()],
+            **(
+                {
+                    "window_overlap": source.whole.overlap,
+                    "surface_tolerance": source.whole.tolerance,
+                }
+                if source.whole is not None
+                else {}
+            ),
             "notes": source.notes,
         },
     }
