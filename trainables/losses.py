@@ -59,7 +59,7 @@ def arl(
     else:
         power_BX = fixed_BX / temperature
         total_B1 = (power_BX + _log(weight_BX)).logsumexp(dim=1, keepdim=True)
-        focus_BX = (power_BX - total_B1).exp() * weight_BX.sum(dim=1, keepdim=True)
+        focus_BX = (power_BX - total_B1 + _log(weight_BX.sum(dim=1, keepdim=True))).exp()
     focus_BX = focus_BX.clamp(low, high)
     if weight_BX is not None:
         focus_BX = focus_BX * weight_BX
