@@ -19,7 +19,14 @@ from trainables.losses import DIFFICULTY, LOSSES, absolute_loss, arl, category_l
 from trainables.mae import MAE, build_mae, patchify
 from trainables.masking import MASKING, MaskRequest, hide, pixels_hidden
 from trainables.masking.guided import hide_hardest
-from trainables.masking.lesions import descriptors, encoder_features, kmeans
+from trainables.masking.lesions import (
+    descriptors,
+    encoder_features,
+    first_centres,
+    highest_contrast,
+    kmeans,
+)
+from trainables.masking.request import mean_of_real
 from trainables.pictures import to_intensity
 from trainables.pretrain import choose_patches, make_learner, make_plan, train_step
 from trainables.probe import Judge, measure, metric_names
@@ -189,6 +196,20 @@ def test_exactly_the_voxels_of_hidden_patches_are_compared(grid, cut):
     values = images[:, 0].numpy()
     by_hand = [np.nanmean(values[n][is_hidden[n]] ** 2) for n in range(3)]
     assert model(images, visible_BV, hidden_BX).item() == pytest.approx(np.mean(by_hand), rel=1e-5)
+
+
+def test_with_visible_patches_every_voxel_that_exists_counts_the_same():
+    """The mean over all patches is that over all voxels, however many of them are hidden."""
+    settings = config_of().model_dump(mode="json")
+    settings["pretrain"] |= {"visible_weight": 1.0, "visible_mean": "all_patches"}
+    images = padded(volumes((7, 5, 3)), SIZE)
+    model = build_mae(TrialConfig.model_validate(settings), SIZE, 2, seed=0, is_padded=True)
+    nn.init.zeros_(model.decoder.head.weight)
+    order_BP = torch.cat(halves(3, 12), dim=1)
+    by_hand = np.nanmean(images.numpy() ** 2)
+    for hidden in (2, 9):
+        loss = model(images, order_BP[:, hidden:], order_BP[:, :hidden]).item()
+        assert loss == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_normalised_targets_have_the_moments_of_real_voxels():
@@ -428,6 +449,20 @@ def test_descriptors_and_features_are_those_of_real_voxels(real):
             torch.testing.assert_close(features[:, kept], expected, atol=1e-4, rtol=1e-3)
         assignment_BU, _ = kmeans(descriptors(crop, units, is_padded=True), 2, 10, request)
         assert (assignment_BU == -1).equal(is_padding_BU)
+
+
+def test_padding_begins_no_cluster_and_is_no_part_of_the_median():
+    """Of 12 units 5 are real: three at 3, two at -1; what is padding stands at 0."""
+    is_padding_BU = (torch.arange(12) >= 5).expand(300, -1)
+    request = MaskRequest((12,), 6, 0, 0, 0, torch.arange(300), is_padding_BU=is_padding_BU)
+    values_BU1 = torch.tensor([3.0, 3, 3, -1, -1] + [0.0] * 7)[None, :, None].expand(300, -1, -1)
+    centres_BK = first_centres(values_BU1, 2, request)[..., 0]
+    assert centres_BK.sort(dim=1).values.equal(torch.tensor([-1.0, 3]).expand(300, -1))
+
+    is_member_BUK = torch.zeros(300, 12, 2, dtype=torch.bool)
+    is_member_BUK[:, :3, 0], is_member_BUK[:, 3:5, 1] = True, True
+    # the median unit is at 3: the others are 4 away; from 0 the first would be 3 away
+    assert highest_contrast(request, is_member_BUK, values_BU1).eq(1).all()
 
 
 def test_descriptors_of_a_volume_without_padding_are_the_usual_ones():
@@ -687,8 +722,8 @@ def test_the_atlas_counts_voxels_that_exist_by_hand():
 
 
 def test_numbers_of_masks_count_voxels_that_exist(tmp_path):
-    config = config_of(ratio=HALF)
-    images = padded(volumes((8, 6, 4), 2, 1), SIZE)  # 3 of 6 real patches are hidden
+    config = config_of(ratio=HALF | {"value": 0.25})
+    images = padded(volumes((8, 6, 4), 2, 1), SIZE)  # 3 of 12 are hidden, of the 6 real ones 2
     numbers = draw_masks(
         tmp_path / "masks-000.png",
         images,
@@ -703,8 +738,19 @@ def test_numbers_of_masks_count_voxels_that_exist(tmp_path):
         is_padded=True,
     )
     assert (
-        numbers["hidden"] == pytest.approx(0.5) and (tmp_path / "masks-000.png").stat().st_size > 0
+        numbers["hidden"] == pytest.approx(1 / 3)
+        and (tmp_path / "masks-000.png").stat().st_size > 0
     )
+
+
+def test_patches_count_in_a_unit_by_their_real_voxels_by_hand():
+    """Two units of two patches of 2 voxels: 3 voxels are real in the first, none in the other."""
+    images = torch.tensor([1.0, 1, 1, *[math.nan] * 5]).reshape(1, 1, 1, 8)
+    is_padding_BU = padding.is_padding(images, (1, 4))
+    request = MaskRequest((1, 2), 1, 0, 0, 0, torch.arange(1), images, None, (1, 2), is_padding_BU)
+    values_BP = torch.tensor([[3.0, 6, 7, 7]])
+    assert mean_of_real(request, values_BP).tolist() == [[4.0, 0.0]]  # (3 + 3 + 6) / 3
+    assert mean_of_real(request, values_BP[:, None]).tolist() == [[[4.0, 0.0]]]
 
 
 def test_shares_of_cells_by_hand():

@@ -1,4 +1,4 @@
-"""Padding, where a volume is smaller than the crop: not a number in standardised images.
+"""Padding, where a volume is smaller than the crop: no number, in any channel, once standardised.
 
 It counts nowhere. Who may meet it is told when built (`is_padded`), so that where no volume needs
 any, nobody looks for it; who forgets it computes NaN, never a number that is quietly wrong.
