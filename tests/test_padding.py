@@ -15,6 +15,7 @@ from trainables import padding, probe
 from trainables.atlas import class_numbers, draw_masks
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context
+from trainables.data.store import Volumes
 from trainables.losses import DIFFICULTY, LOSSES, absolute_loss, arl, category_loss, ranking_loss
 from trainables.mae import MAE, build_mae, patchify
 from trainables.masking import MASKING, MaskRequest, hide, pixels_hidden
@@ -667,7 +668,11 @@ def test_a_volume_with_nothing_to_fill_in_is_left_out_of_the_mean(monkeypatch, b
     settings["pretrain"]["batch"] = batch
     config = TrialConfig.model_validate(settings)
     flat = toy.discs(12)  # 3 for validation
-    data = replace(flat, size=SIZE, mean=tuple(MEAN), std=tuple(STD), is_padded=True)
+    shapes = np.array([(3, 2, 3)])  # of any volume: one that is smaller than a crop
+    none = np.zeros((0, 3), np.int64)
+    smaller = Volumes(shapes, shapes * 1.0, none, none, none, none, none, overlap=0, tolerance=1)
+    data = replace(flat, size=SIZE, mean=tuple(MEAN), std=tuple(STD), volumes=smaller)
+    assert data.is_padded
     model = build_mae(config, SIZE, 1, seed=0, is_padded=True)
     scores = Judge(config, data, PROBE, context()).scores(model, None)
     assert scores.keys() == set(metric_names(PROBE, config))
