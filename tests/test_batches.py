@@ -11,7 +11,8 @@ import torch
 
 from tests.test_store import source_of
 from trainables.data import open_dataset, to_device, whole_volume
-from trainables.data.store import Decoded, Whole, tile_corners, write
+from trainables.data.source import Decoded, Whole, tile_corners
+from trainables.data.store import write
 
 SHAPES = [(9, 17, 8), (5, 12, 10), (8, 8, 8), (20, 9, 11)]
 SIZE = (6, 8, 4)

@@ -20,7 +20,7 @@ from trainables.data import DataConfig, open_dataset, prepare
 from trainables.data.files import MAX_PIXELS
 from trainables.data.images import images
 from trainables.data.rows import tile_corners
-from trainables.data.store import Source
+from trainables.data.source import Source
 from trainables.errors import UserError
 
 EDGE = 16

@@ -20,7 +20,8 @@ import numpy as np, torch
 from trainables.config import TrialConfig
 from trainables.context import Context
 from trainables.data import open_dataset, to_device
-from trainables.data.store import Decoded, Source, Whole, write
+from trainables.data.source import Decoded, Source, Whole
+from trainables.data.store import write
 from trainables.pretrain import batches, make_learner, make_plan, train_step
 from trainables.segment import predict_volume
 from trainables.unetr import build_unetr

@@ -16,7 +16,8 @@ import torch
 from pydantic import TypeAdapter
 
 from trainables.data import DataConfig, default_cache, open_dataset, prepare, to_device
-from trainables.data.store import Decoded, Source, damage, write
+from trainables.data.source import Decoded, Source
+from trainables.data.store import damage, write
 from trainables.errors import StorageError, UserError
 
 SPLITS = ["train", "val", "train", "pretrain", "test"]
@@ -180,7 +181,7 @@ def test_volumes_are_kept_standardised_and_measured_as_balls(tmp_path):
 
 
 def test_large_rows_are_counted_in_small_portions(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainables.data.store.PIXELS_AT_ONCE", 20)  # one image of 16 at a time
+    monkeypatch.setattr("trainables.data.measure.PIXELS_AT_ONCE", 20)  # one image of 16 at a time
     dataset = open_dataset(
         write(source_of(levels(900, 1, 500, dtype=np.uint16), window=(100, 500)), tmp_path)
     )

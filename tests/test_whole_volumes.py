@@ -13,7 +13,8 @@ from tests import toy
 from tests.test_store import source_of
 from trainables.config import ProbeConfig
 from trainables.data import open_dataset, to_device, whole_volume
-from trainables.data.store import Decoded, Whole, write
+from trainables.data.source import Decoded, Whole
+from trainables.data.store import write
 from trainables.losses import LOSSES
 from trainables.masking import MASKING
 from trainables.segment import evaluate, predict, predict_volume

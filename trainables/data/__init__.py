@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from trainables.data import images, smears, volumes
 from trainables.data.batches import Resident, to_device, whole_volume
-from trainables.data.store import Dataset, Source, default_cache, open_dataset, write
+from trainables.data.source import Source
+from trainables.data.store import Dataset, default_cache, open_dataset, write
 from trainables.named import Choice, named
 
 SOURCES: dict[str, Callable[..., Source]] = {

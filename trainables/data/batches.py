@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from trainables import counter
-from trainables.data.store import NOT_LABELLED, Dataset
+from trainables.data.source import NOT_LABELLED
+from trainables.data.store import Dataset
 
 RESIDENT_SHARE = 0.5  # of the free device memory that images and masks may take
 

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainables.config import Strict
-from trainables.data.store import refuse
+from trainables.data.source import refuse
 from trainables.errors import UserError
 
 Word = Literal["image", "mask", "split", "group", "instances"]

@@ -45,7 +45,7 @@ from trainables.data.rows import (
     times,
     usable,
 )
-from trainables.data.store import NOT_LABELLED, Decoded, Source, refuse, tile_corners
+from trainables.data.source import NOT_LABELLED, Decoded, Source, refuse, tile_corners
 from trainables.errors import UserError
 
 Array = npt.NDArray[Any]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.data.entries import Entry
-from trainables.data.store import NOT_LABELLED, Decoded, tile_corners, tile_names
+from trainables.data.source import NOT_LABELLED, Decoded, tile_corners, tile_names
 from trainables.errors import UserError
 
 Array = npt.NDArray[Any]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import Field
 from scipy import ndimage
 
-from trainables.data.store import Decoded, Source
+from trainables.data.source import Decoded, Source
 
 Floats = npt.NDArray[np.float32]
 Placed = tuple[Floats, Floats]  # radii (N,), centres (N, 2)

@@ -52,7 +52,7 @@ from trainables.data.rows import (
     times,
     usable,
 )
-from trainables.data.store import NOT_LABELLED, Decoded, Source, Whole, refuse
+from trainables.data.source import NOT_LABELLED, Decoded, Source, Whole, refuse
 from trainables.errors import UserError
 
 Array = npt.NDArray[Any]

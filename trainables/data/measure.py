@@ -1,0 +1,184 @@
+"""What is counted once of decoded images: intensities, classes, objects, where classes lie.
+
+Letters: N images, C channels, *S pixels (any number of axes A), K classes, M spots of a class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from trainables.data.source import NOT_LABELLED, Array, Source, Whole, begins, rows_of
+from trainables.errors import UserError
+from trainables.metrics import diameter
+
+PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
+SPOTS = 256  # voxels of each class and volume that are remembered
+
+
+def measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
+    """Everything in meta.json that has to be counted; windows the images in place."""
+    splits = np.array(source.splits)
+    training, labelled = rows_of(splits, "pretrain"), rows_of(splits, "train")
+    counts = _histogram(source, images, training, source.channels)
+    seen = np.flatnonzero(counts.sum(axis=0))
+    observed = [int(seen[0]), int(seen[-1])]
+    is_default = source.window is None and source.dtype == "uint8"
+    low, high = (0, 255) if is_default else source.window or observed
+    if observed[0] == observed[1] or low >= high:
+        raise UserError(
+            f"data: every pixel of the training images is {observed[0]}; expected pictures"
+        )
+    if not is_default and (low, high) != (0, np.iinfo(images.dtype).max):
+        every = images.reshape(-1)  # of val and test as well, so that they stay in [0, 1]
+        for start in range(0, every.size, PIXELS_AT_ONCE):
+            part = every[start : start + PIXELS_AT_ONCE]
+            np.clip(part, low, high, out=part)
+    levels = (np.clip(np.arange(counts.shape[1]), low, high) - low) / (high - low)
+    total = counts.sum(axis=1)
+    mean = counts @ levels / total
+    std = np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0))
+    std[std < 1e-6] = 1  # an empty channel stays 0
+
+    shares = _histogram(source, masks, np.arange(len(splits)), 1)[0]
+    largest = int(np.flatnonzero(shares[:NOT_LABELLED]).max(initial=0))
+    classes = source.classes or ["background", *(f"class {i}" for i in range(1, largest + 1))]
+    share = _histogram(source, masks, labelled, 1)[0, : len(classes)]
+    diameters = _diameters(source, masks, labelled, len(classes))
+    every_diameter = np.concatenate([*diameters, np.zeros(0)])
+    edges = np.quantile(every_diameter, [1 / 3, 2 / 3]) if len(every_diameter) else np.zeros(2)
+    return {
+        "name": source.name,
+        "size": list(source.size),
+        "channels": source.channels,
+        "classes": classes,
+        "small_classes": source.small_classes,
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "low": float(low),
+        "high": float(high),
+        "object_edges": edges.tolist(),
+        "is_labelled": source.is_labelled,
+        "has_instances": source.has_instances,
+        "about": {
+            "groups": len(set(source.groups)),
+            "intensities": {
+                "type": source.dtype,
+                "window": [low, high],
+                "window_from": "the type"
+                if is_default
+                else "the data setting"
+                if source.window
+                else "the training images",
+                "observed": observed,
+                "mean": [round(value, 4) for value in mean.tolist()],
+                "std": [round(value, 4) for value in std.tolist()],
+            },
+            "pixel_share": {
+                name: round(float(count / max(1, share.sum())), 5)
+                for name, count in zip(classes, share, strict=True)
+                if source.is_labelled
+            },
+            "objects": {
+                name: {"count": len(found), "median_diameter": round(float(np.median(found)), 1)}
+                for name, found in zip(classes[1:], diameters, strict=True)
+                if len(found)
+            },
+            "object_edges": [round(edge, 1) for edge in edges.tolist()],
+            **(
+                {
+                    "window_overlap": source.whole.overlap,
+                    "surface_tolerance": source.whole.tolerance,
+                }
+                if source.whole is not None
+                else {}
+            ),
+            "notes": source.notes,
+        },
+    }
+
+
+def _histogram(
+    source: Source, array: Array, rows: npt.NDArray[np.int64], channels: int
+) -> npt.NDArray[np.int64]:
+    """How often each value occurs in each channel (C, 256 or 65536) of the rows."""
+    levels = 2 ** (8 * array.dtype.itemsize)
+    counts = np.zeros((channels, levels), np.int64)
+    for chunk in _chunks(source, array, rows, channels):
+        for channel in range(channels):
+            counts[channel] += np.bincount(chunk[channel].ravel(), minlength=levels)
+    return counts
+
+
+def _chunks(
+    source: Source, array: Array, rows: npt.NDArray[np.int64], channels: int
+) -> Iterator[Array]:
+    """What stands in some rows, channels first, in parts that take little memory."""
+    if source.whole is None:
+        step = max(1, PIXELS_AT_ONCE // max(1, array[0].size))
+        for start in range(0, len(rows), step):
+            chunk = array[rows[start : start + step]]
+            yield chunk.reshape(len(chunk), channels, -1).swapaxes(0, 1)
+        return
+    for row in rows:
+        voxels = _row(source, array, row, channels).reshape(channels, -1)
+        for start in range(0, voxels.shape[1], PIXELS_AT_ONCE):
+            yield voxels[:, start : start + PIXELS_AT_ONCE]
+
+
+def _row(source: Source, array: Array, row: int, channels: int = 1) -> Array:
+    """One row of the arrays, (C, *S), or (*S) where there is one channel."""
+    if source.whole is None:
+        pixels: Array = array[row]
+        return pixels
+    first, shape = begins(source.whole.shapes), source.whole.shapes[row]
+    part = array[int(first[row]) * channels : int(first[row + 1]) * channels]
+    return part.reshape((channels, *shape) if channels > 1 else shape)
+
+
+def _diameters(
+    source: Source, masks: Array, rows: npt.NDArray[np.int64], num_classes: int
+) -> list[npt.NDArray[np.float64]]:
+    """Diameters of discs (or balls) as large as each class's objects: pixels that touch.
+
+    In pixels, of volumes in mm. Corners count as touching, as where objects are scored.
+    """
+    sizes: list[list[Array]] = [[np.zeros(0)] for _ in range(1, num_classes)]
+    for row in rows:
+        labels = _row(source, masks, row)
+        voxel = math.prod(source.whole.spacings[row]) if source.whole else 1.0
+        present = np.unique(labels)
+        for label in range(1, num_classes):
+            if label in present:
+                touching = np.ones((3,) * labels.ndim)
+                objects, _ = ndimage.label(labels == label, structure=touching)
+                sizes[label - 1].append(np.bincount(objects.ravel())[1:] * voxel)
+    return [diameter(np.concatenate(found), len(source.size)) for found in sizes]
+
+
+def spots_of(
+    whole: Whole, masks: Array, num_classes: int
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
+    """(spots (N, K, M, A), has_class (N, K)): some voxels of each class but the background.
+
+    All voxels of a class are alike probable; of few each is there several times.
+    """
+    axes = len(whole.shapes[0])
+    spots = np.zeros((len(whole.shapes), num_classes, SPOTS, axes), np.uint16)
+    has_class = np.zeros((len(whole.shapes), num_classes), bool)
+    first = begins(whole.shapes)
+    for volume, shape in enumerate(whole.shapes):
+        labels = masks[int(first[volume]) : int(first[volume + 1])]
+        for label in range(1, num_classes):
+            places = np.flatnonzero(labels == label)
+            if len(places):
+                chosen = np.random.default_rng([volume, label]).random(SPOTS) * len(places)
+                found = np.unravel_index(places[chosen.astype(np.int64)], shape)
+                spots[volume, label] = np.stack(found, axis=1)
+                has_class[volume, label] = True
+    return spots, has_class

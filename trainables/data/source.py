@@ -1,0 +1,129 @@
+"""What a data source promises of its images before anything is decoded, and what decoding gives.
+
+Letters: n rows of a part, C channels, *S pixels (any number of axes).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from trainables.config import digest
+from trainables.errors import UserError
+
+Array = npt.NDArray[Any]
+Split = Literal["pretrain", "train", "val", "test"]
+
+SPLITS: tuple[Split, ...] = ("pretrain", "train", "val", "test")
+NOT_LABELLED = 255  # in masks: counts neither in a loss nor in a score
+FORMAT = 1  # raise it when the same source would be decoded to other bytes
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one part of a source (a file, a generated image) holds: n rows of the data set."""
+
+    images: Array  # (n, C, *S)
+    masks: Array  # (n, *S) uint8
+    instances: Array | None = None  # (n, *S) uint16, 0 = no object
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a source of volumes promises of them beside their voxels."""
+
+    shapes: list[tuple[int, ...]]
+    spacings: list[tuple[float, ...]]  # mm from voxel to voxel
+    overlap: (
+        float  # of neighbouring windows, as a share of their edges, where whole ones are judged
+    )
+    tolerance: float  # mm within which surfaces agree
+    decode_bytes: int  # memory that decoding the largest takes
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a data source promises, before anything is decoded."""
+
+    name: str
+    identity: Any  # JSON; with the fields below it decides every decoded byte
+    size: tuple[int, ...]
+    channels: int
+    dtype: Literal["uint8", "uint16"]
+    classes: list[str] | None  # index 0 is background; None: class 0 to the largest in the masks
+    small_classes: list[int]
+    window: tuple[int, int] | None  # intensities that map to 0 and 1; None: of training images
+    is_labelled: bool
+    has_instances: bool
+    names: list[str]  # one per row, as the splits and groups
+    groups: list[str]
+    splits: list[str]
+    parts: list[range]  # the rows that each call of `decode` fills
+    decode: Callable[[int], Decoded]
+    notes: list[str]  # for people: what was left out, and why
+    whole: Whole | None = None  # of volumes, where `size` is that of a crop
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the options, the content of the files, and the splits."""
+        facts = {
+            "format": FORMAT,
+            "source": self.name,
+            "identity": self.identity,
+            "size": self.size,
+            "channels": self.channels,
+            "dtype": self.dtype,
+            "classes": self.classes,
+            "small_classes": self.small_classes,
+            "window": self.window,
+            "rows": [self.names, self.groups, self.splits],
+        }
+        if self.whole is not None:
+            facts["whole"] = [self.whole.shapes, self.whole.overlap, self.whole.tolerance]
+        return digest(facts)
+
+
+def rows_of(splits: Array, split: Split) -> npt.NDArray[np.int64]:
+    """Indices of the rows of a split."""
+    words = ("train", "pretrain") if split == "pretrain" else (split,)
+    return np.flatnonzero(np.isin(splits, words)).astype(np.int64)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one error with all problems, the first of them in full; nothing if there are none."""
+    if problems:
+        lines = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            lines.append(f"  … and {len(problems) - SHOWN_PROBLEMS} more")
+        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
+        raise UserError(f"data: {count}\n" + "\n".join(lines))
+
+
+def tile_corners(size: Sequence[int], tile: Sequence[int]) -> list[tuple[int, ...]]:
+    """First corners of as few tiles as cover the image, evenly spaced, the last axis fastest.
+
+    An image that is smaller than a tile has one, at its own corner.
+    """
+    starts = [
+        np.rint(np.linspace(0, max(0, edge - part), -(-edge // part))).astype(int).tolist()
+        for edge, part in zip(size, tile, strict=True)
+    ]
+    return list(itertools.product(*starts))
+
+
+def tile_names(name: str, corners: Sequence[Sequence[int]]) -> list[str]:
+    """What the tiles of an image are called: like it, with their corners if they are several."""
+    return [f"{name}@{','.join(map(str, corner))}" for corner in corners if len(corners) > 1] or [
+        name
+    ]
+
+
+def begins(shapes: Sequence[Sequence[int]] | Array) -> npt.NDArray[np.int64]:
+    """The first voxel of each volume when one stands behind the other, and the end of the last."""
+    return np.concatenate([[0], np.cumsum([math.prod(map(int, shape)) for shape in shapes])])
