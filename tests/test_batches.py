@@ -37,21 +37,21 @@ def labels_of(number):
     return labels
 
 
-def dataset_of(tmp_path, size=SIZE, **other):
+def dataset_of(tmp_path, size=SIZE, numbers=(0, 1, 2, 3)):
+    shapes = [SHAPES[number] for number in numbers]
     source = source_of(
-        np.zeros((len(SHAPES), 2, *size), np.uint16),
-        splits=SPLITS,
+        np.zeros((len(shapes), 2, *size), np.uint16),
+        splits=SPLITS[: len(shapes)],
         classes=["background", "common", "rare"],
         window=(0, 65535),
-        decode=lambda part: Decoded(levels_of(part)[None], labels_of(part)[None]),
+        decode=lambda part: Decoded(levels_of(numbers[part])[None], labels_of(numbers[part])[None]),
         whole=Whole(
-            shapes=SHAPES,
-            spacings=[(1.0, 1.0, 1.0)] * len(SHAPES),
+            shapes=shapes,
+            spacings=[(1.0, 1.0, 1.0)] * len(shapes),
             overlap=0.5,
             tolerance=1.0,
             decode_bytes=1,
         ),
-        **other,
     )
     return open_dataset(write(source, tmp_path))
 
@@ -88,6 +88,20 @@ def test_rows_are_crops_that_cover_each_volume_and_hold_what_lies_there(tmp_path
             row += 1
         assert seen.min() == 1
     assert row == len(rows) and dataset.is_padded
+
+
+@pytest.mark.parametrize("size", [(12, 8, 4), (6, 16, 4), (6, 8, 14), (12, 16, 14)])
+def test_the_last_volume_of_the_store_may_be_smaller_than_a_crop(tmp_path, size):
+    dataset = dataset_of(tmp_path, size, numbers=(0, 1))
+    last = to_device(dataset, np.array([len(dataset.names) - 1]), "cpu")
+    images, masks = last.batch(torch.tensor([0]))
+    corner = dataset.volumes.corners[-1]
+    inside = [min(c + e, end) - c for c, e, end in zip(corner, size, SHAPES[1], strict=True)]
+    kept = tuple(slice(count) for count in inside)
+    there = tuple(slice(c, c + count) for c, count in zip(corner, inside, strict=True))
+    found = as_levels(dataset, images)[0][(slice(None), *kept)].numpy()
+    assert (found == levels_of(1)[(slice(None), *there)]).all()
+    assert (masks != 255).sum() == np.prod(inside) == images[0, 0].isfinite().sum()
 
 
 def test_a_batch_is_in_the_order_asked_for_and_knows_only_its_rows(tmp_path):

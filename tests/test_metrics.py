@@ -47,6 +47,15 @@ def test_rows_of_the_confusion_matrix_are_the_true_class():
     assert counts.tolist() == [[0, 0, 0], [1, 1, 0], [0, 1, 0]]
 
 
+def test_many_pixels_are_counted_in_portions(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    truth, predicted = (torch.randint(0, 3, (2, 5, 7), generator=generator) for _ in range(2))
+    truth[0, 0, :3] = 255
+    expected = confusion(truth, predicted, 3)
+    monkeypatch.setattr("trainables.metrics.AT_ONCE", 8)
+    assert torch.equal(confusion(truth, predicted, 3), expected) and expected.sum() == 67
+
+
 def test_a_class_that_occurs_nowhere_is_left_out_of_names_and_means():
     got = scores([[0, 1]], [[0, 1]])
     assert "iou/platelet" not in got and "dice/platelet" not in got

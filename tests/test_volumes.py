@@ -117,16 +117,16 @@ def test_the_whole_way_from_the_study_file_to_arrays(study):
 
 def test_spacing_and_sizes_of_objects_are_in_millimetres(study):
     for number in range(6):
-        replace_volume(study, number, noise(number, 8, 10, 12), np.diag([2.0, 1, 0.5, 1]))
-        save(study / f"data/masks/v{number}.nii.gz", box(8, 10, 12), np.diag([2.0, 1, 0.5, 1]))
+        replace_volume(study, number, noise(number, 8, 10, 12), np.diag([2.0, 1, 0.75, 1]))
+        save(study / f"data/masks/v{number}.nii.gz", box(8, 10, 12), np.diag([2.0, 1, 0.75, 1]))
     dataset = open_dataset(prepare(config(), study, study / "cache"))
-    assert dataset.volumes.spacings.tolist() == [[2.0, 1.0, 0.5]] * 6
-    cubic_millimetres = 3 * 4 * 5 * 2.0 * 1.0 * 0.5
+    assert dataset.volumes.spacings.tolist() == [[2.0, 1.0, 0.75]] * 6
+    cubic_millimetres = 3 * 4 * 5 * 2.0 * 1.0 * 0.75
     expected = 2 * (cubic_millimetres * 3 / (4 * np.pi)) ** (1 / 3)
     assert dataset.object_edges == pytest.approx((expected, expected))
     finer = open_dataset(prepare(config(spacing=[1, 1, 1]), study, study / "cache"))
     assert finer.volumes.spacings.tolist() == [[1.0, 1.0, 1.0]] * 6
-    assert finer.volumes.shapes.tolist() == [[16, 10, 6]] * 6 and finer.is_padded
+    assert finer.volumes.shapes.tolist() == [[16, 10, 9]] * 6
 
 
 def test_a_smaller_volume_is_padded_at_its_end_and_padding_counts_nowhere(study):

@@ -12,7 +12,7 @@ from torch import nn
 from tests import toy
 from tests.test_store import source_of
 from trainables.config import ProbeConfig
-from trainables.data import open_dataset, to_device, whole_volume
+from trainables.data import Resident, open_dataset, to_device, whole_volume
 from trainables.data.source import Decoded, Whole
 from trainables.data.store import write
 from trainables.losses import LOSSES
@@ -124,7 +124,7 @@ def test_an_interrupted_trial_goes_on_bit_for_bit(tmp_path):
 
 
 def test_whole_volumes_are_scored_in_millimetres_and_learnt(tmp_path):
-    dataset = balls(tmp_path, [(14, 16, 12)] * 6, spacing=(2.0, 1.0, 0.5))
+    dataset = balls(tmp_path, [(14, 16, 12)] * 6, spacing=(2.0, 1.0, 0.75))
     assert not dataset.is_padded
     config = trial(
         pretrain__epochs=1,
@@ -139,6 +139,42 @@ def test_whole_volumes_are_scored_in_millimetres_and_learnt(tmp_path):
     assert scores["dice/ball"]["value"] > 0.7 and scores["case_dice/ball"]["value"] > 0.7
     assert scores["nsd"]["value"] > 0.5 and scores["hd95"]["value"] < 6
     assert scores["object_f1"]["value"] > 0
+
+
+def test_objects_are_small_or_large_in_millimetres(tmp_path, monkeypatch):
+    dataset = balls(tmp_path, spacing=(2.0, 2.0, 2.0))
+    settings, model = unetr(dataset)
+    monkeypatch.setattr(
+        "trainables.segment.predict_volume",
+        lambda model, dataset, volume, *_: torch.tensor(dataset.mask_of(volume))[None],
+    )
+    scores = evaluate(model, settings, dataset, "val", toy.context(tmp_path, toy.Diary()))
+    low, high = dataset.object_edges
+    sizes = set()
+    for volume in (4, 5):
+        cubic_millimetres = 8 * (dataset.mask_of(volume) == 1).sum()
+        diameter = 2 * (cubic_millimetres * 3 / (4 * np.pi)) ** (1 / 3)
+        sizes.add("small" if diameter < low else "large" if diameter >= high else "medium")
+    assert sizes != {"small"}  # as all would be if voxels were taken for millimetres
+    assert {f"object_f1/{size}" for size in sizes} == {n for n in scores if "object_f1/" in n}
+    assert scores["object_f1"] == 1 and scores["hd95"] == 0 and scores["nsd"] == 1
+
+
+def test_training_draws_its_crops_and_only_segmentation_looks_for_classes(tmp_path, monkeypatch):
+    dataset, drawn = balls(tmp_path), []
+    draw = Resident.draw
+
+    def spy(self, index_B, seed, step, samples_B, *, foreground=0.0):
+        found = draw(self, index_B, seed, step, samples_B, foreground=foreground)
+        drawn.append((foreground, found[1] is not None))
+        return found
+
+    monkeypatch.setattr(Resident, "draw", spy)
+    config = trial(segment__foreground=0.75)
+    run(config, dataset, tmp_path / "trial")
+    rows = len(dataset.rows("train"))
+    expected = [(0.0, False)] * round(rows / 4) + [(0.75, True)] * round(rows / 4)
+    assert drawn == expected
 
 
 # --- windows ---
