@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests import toy
@@ -175,6 +178,37 @@ def test_training_draws_its_crops_and_only_segmentation_looks_for_classes(tmp_pa
     rows = len(dataset.rows("train"))
     expected = [(0.0, False)] * round(rows / 4) + [(0.75, True)] * round(rows / 4)
     assert drawn == expected
+
+
+def _worker(rank, folder, diary):
+    dist.init_process_group(
+        "gloo", f"file://{folder}/meet", timedelta(seconds=60), rank=rank, world_size=2
+    )
+    config = trial(masking__strategy={"name": "anatomask"}, segment__foreground=0.5)
+    try:
+        run(config, balls(folder), folder / "trial", diary=diary, rank=rank, world_size=2)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_workers_come_to_what_one_comes_to(tmp_path):
+    balls(tmp_path)  # decoded before both want it
+    config = trial(masking__strategy={"name": "anatomask"}, segment__foreground=0.5)
+    alone = toy.repeatable(run(config, balls(tmp_path), tmp_path / "alone")[1])
+    other = multiprocessing.get_context("spawn").Process(
+        target=_worker, args=(1, tmp_path, toy.Diary()), daemon=True
+    )
+    other.start()
+    together = toy.Diary()
+    _worker(0, tmp_path, together)
+    other.join()
+    assert other.exitcode == 0
+    found = toy.repeatable(together)
+    assert found.keys() == alone.keys()
+    names = {metric for _, _, metric in found}
+    assert {"case_dice/ball", "hd95", "nsd", "probe_psnr"} <= names
+    for place, value in alone.items():
+        assert found[place] == pytest.approx(value, rel=2e-3, abs=2e-3), place
 
 
 # --- windows ---
