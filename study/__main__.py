@@ -133,6 +133,36 @@ def stop(name: Name, address: Address = None, storage: Storage = None) -> None:
 
 
 @app.command()
+def extend(
+    name: Name,
+    trials: Annotated[int, typer.Option(help="how many more searched trials")],
+    storage: Storage = None,
+) -> None:
+    """Give a study more searched trials, while it runs or afterwards."""
+    from study import commands
+
+    commands.extend(name, trials, storage)
+
+
+@app.command()
+def enqueue(
+    name: Name,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH=VALUE]...", help="searched settings; others as in the trial"),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="a YAML file with `path: value` lines instead")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Have a study try one arm next, all its seeds, while it runs or afterwards."""
+    from study import commands
+
+    commands.enqueue(name, settings or [], file, storage)
+
+
+@app.command()
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
     storage: Storage = None,

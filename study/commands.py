@@ -15,17 +15,20 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from study import requests
 from study.environment import environment
 from study.folder import StudyFolder
 from study.ledger import (
     Ledger,
     Suggestion,
+    is_held,
     read_environment,
     read_rows,
     read_spec,
     read_suggestions,
 )
-from study.overview import arms_table, is_held, studies, studies_table
+from study.overview import arms_table, studies, studies_table
+from study.reader import read_yaml
 from trainables.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -48,7 +51,12 @@ def check(path: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = max(1, int(spec.resources.cpus_per_worker))
     speed = flops_per_second(spec.trial, dataset, device, threads=threads)
-    _print_pairs("plan", plan(spec, dataset, flops_per_second=speed).describe())
+    folder = StudyFolder(spec.storage_path() / spec.study)
+    asked = requests.grown(spec, requests.expected(folder, spec))
+    _print_pairs("plan", plan(asked, dataset, flops_per_second=speed).describe())
+    if asked.budget.trials > spec.budget.trials:
+        more = asked.budget.trials - spec.budget.trials
+        console.print(f"  (with {more} trials that were asked for since the study was begun)")
     console.print(f"  (at {speed:.2e} FLOP/s, measured here on one worker of the control arm)")
 
 
@@ -300,8 +308,33 @@ def stop(name: str, address: str | None, storage: Path | None) -> None:
     if not is_held(folder):
         console.print(f"{folder.root.name} is not running", markup=False)
         return
-    folder.stop_request.touch()
-    console.print(f"{folder.root.name} has been asked to stop", markup=False)
+    console.print(requests.stop(folder), markup=False)
+
+
+def extend(name: str, trials: int, storage: Path | None) -> None:
+    """Ask for more searched trials of a study, whether it runs or not."""
+    console.print(requests.extend(find_study(name, storage), trials), markup=False)
+
+
+def enqueue(name: str, given: list[str], file: Path | None, storage: Path | None) -> None:
+    """Ask for one arm of a study, whether it runs or not."""
+    folder = find_study(name, storage)
+    if file is not None:
+        if given:
+            raise UserError(f"given both --file and {given[0]!r}; expected one of them")
+        settings, document = requests.settings_of(file)
+        told = requests.enqueue(folder, settings, where=str(file), document=document)
+    else:
+        told = requests.enqueue(folder, dict(map(_setting, given)))
+    console.print(told, markup=False)
+
+
+def _setting(given: str) -> tuple[str, Any]:
+    """`path=value` of a command line; the value is written as in a study file."""
+    path, separator, value = given.partition("=")
+    if not separator or not path:
+        raise UserError(f"given {given!r}; expected path=value, such as model.patch=8")
+    return path, read_yaml(f"value: {value}", given)[0]["value"]
 
 
 def status(name: str | None, storage: Path | None, follow: bool) -> None:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pandas as pd
 
+from study import requests
 from study.ledger import (
+    Answer,
     Ledger,
     Outcome,
     Result,
     Suggestion,
+    read_answers,
     read_results,
     read_rows,
     read_suggestions,
@@ -31,6 +34,7 @@ from study.resume import (
     Wait,
     infrastructure_error,
     next_step,
+    num_planned,
 )
 from study.samplers import Brain
 from study.spec import StudySpec
@@ -60,7 +64,10 @@ class Conductor:
     """The study's state in memory, rebuilt from the ledger at the start."""
 
     def __init__(self, spec: StudySpec, ledger: Ledger, data: DataView) -> None:
-        self.spec, self.ledger, self.data = spec, ledger, data
+        self.asked = spec  # the study file
+        self.answers: list[Answer] = read_answers(ledger.folder)
+        self.spec = requests.grown(spec, self.answers)
+        self.ledger, self.data = ledger, data
         self.suggestions: list[Suggestion] = read_suggestions(ledger.folder)
         self.results: dict[str, Result] = read_results(ledger.folder)
         self.running: dict[str, float] = {}  # trial -> when it was handed out
@@ -71,20 +78,17 @@ class Conductor:
         self.brain.replay(self.suggestions, self.results, self.measured)
         self.progress = Progress(
             study=spec.study,
-            total=self.num_planned(),
+            total=num_planned(self.spec),
             done=len(self.results),
             metrics=[objective.metric for objective in spec.objectives],
             goals=[objective.goal for objective in spec.objectives],
         )
         self._finish_stopped()
-
-    def num_planned(self) -> int:
-        """Trials of the whole study, if its space has that many arms."""
-        confirm = self.spec.confirm
-        return self.spec.budget.trials + ((confirm.arms + 1) * confirm.seeds if confirm else 0)
+        self.heed_requests()
 
     def next(self) -> Suggestion | Wait | Finished:
         """The next trial to run, written down and handed out; or why there is none now."""
+        self.heed_requests()
         step = self.next_step()
         if isinstance(step, AskSampler):
             proposal = self.brain.ask(step.number)
@@ -110,9 +114,18 @@ class Conductor:
             self.results,
             self.running.keys(),
             self.measured,
+            enqueued=requests.queue(self.answers),
             is_labelled=self.data.is_labelled,
             is_exhausted=self.is_exhausted,
         )
+
+    def heed_requests(self) -> None:
+        """Answer what people have asked since the last look."""
+        answered = {answer.request for answer in self.answers}
+        for request in requests.pending(self.ledger.folder):
+            if request.name not in answered:
+                self._answer(request)
+            requests.remove(self.ledger.folder, request)
 
     def job(self, suggestion: Suggestion) -> dict[str, Any]:
         """What a worker group needs for this launch of the trial."""
@@ -171,6 +184,19 @@ class Conductor:
     @property
     def num_failed(self) -> int:
         return sum(result.outcome is Outcome.FAILED for result in self.results.values())
+
+    def _answer(self, request: requests.Request) -> None:
+        answer = requests.answer_to(request, self.asked, self.suggestions, self.answers)
+        self.ledger.answer(answer)
+        self.answers.append(answer)
+        self.spec = requests.grown(self.asked, self.answers)
+        self.progress.total = num_planned(self.spec)
+        if answer.refused is not None:
+            self.progress.say(f"refused to {answer.kind}: {answer.refused}")
+        elif answer.kind == "extend":
+            self.progress.say(f"extended by {answer.content['trials']} trials")
+        else:
+            self.progress.say(f"enqueued arm {answer.content['arm']}")
 
     def _begin(self, start: Start) -> Suggestion:
         config: TrialConfig = start.config

@@ -10,6 +10,8 @@ folder can be moved, copied and renamed.
     trials/<id>/outcome.json           how it ended; error.txt beside it if it failed
     trials/<id>/{checkpoints,pictures,encoder}/
     results.parquet  arms.parquet      all rows and all arms; may be deleted and come back
+    requests/<time>-<kind>-<hex>.json  what people ask of the study and no driver has read yet
+    answers/000000.json                what became of each request; never changed
     epochs/000001.json  lock           one epoch per driver; the lock of the living one
 """
 
@@ -100,6 +102,17 @@ class StudyFolder:
 
     def epoch(self, number: int) -> Path:
         return self.epochs / f"{number:06d}.json"
+
+    @property
+    def requests(self) -> Path:
+        return self.root / "requests"
+
+    @property
+    def answers(self) -> Path:
+        return self.root / "answers"
+
+    def answer(self, number: int) -> Path:
+        return self.answers / f"{number:06d}.json"
 
     @property
     def stop_request(self) -> Path:

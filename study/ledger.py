@@ -58,6 +58,10 @@ _RESTORE_OUTCOME = (
     "from its last checkpoint"
 )
 _RESTORE_SUGGESTION = "Bring it back from a copy: the config.json of its trial is one"
+_RESTORE_ANSWER = (
+    "Bring it back from a copy; without one, remove the folder of answers and ask for the "
+    "extensions and arms anew: the trials themselves are not lost"
+)
 
 
 class LedgerError(StorageError):
@@ -113,6 +117,17 @@ class Result:
     progress: dict[str, float]  # phase -> share of its budget done
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What became of one request; of a refused one only the reason counts."""
+
+    number: int  # 0, 1, 2, ... without gaps
+    request: str  # the name of its file: it is answered once, however often it is found
+    kind: str  # extend | enqueue
+    content: dict[str, Any]  # what is granted
+    refused: str | None
+
+
 # what a trial reports; `commit` adds the rest
 REPORTED: dict[str, pa.DataType] = {
     "phase": pa.string(),
@@ -137,7 +152,7 @@ SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in COLUM
 KEY = ["trial", "phase", "step", "metric"]
 
 
-_Record = TypeVar("_Record", Suggestion, Result)
+_Record = TypeVar("_Record", Suggestion, Result, Answer)
 
 
 class Ledger:
@@ -209,7 +224,7 @@ class Ledger:
             raise UserError(_changed_spec(self.folder, frozen, spec_text))
         known = [] if frozen is None else read_environment(self.folder)["study_sha256"]
         content = {**environment, "study_sha256": [*known, _sha256(spec_text.encode())]}
-        self._put(self.folder.environment, _json_bytes(content))
+        self._put(self.folder.environment, sealed(content))
         self._put(self.folder.spec, spec_text.encode())
 
     def suggest(self, suggestion: Suggestion) -> None:
@@ -217,7 +232,7 @@ class Ledger:
         with self._one_at_a_time:
             number = len(self._suggested)
             assert suggestion.number == number, f"number {number} is next, not {suggestion.number}"
-            self._put(self.folder.suggestion(number), _json_bytes(asdict(suggestion)))
+            self._put(self.folder.suggestion(number), sealed(asdict(suggestion)))
             self._suggested.append(suggestion.trial)
             self._put_copy(suggestion)
 
@@ -247,9 +262,13 @@ class Ledger:
                 self._put(self.folder.error(result.trial), error.encode())
             parts = [part.name for part in _parts(self.folder, result.trial)]
             content = {**asdict(result), "error": error, "parts": parts}
-            self._put(self.folder.outcome(result.trial), _json_bytes(content))
+            self._put(self.folder.outcome(result.trial), sealed(content))
             if error is None:
                 _remove_quietly(self.folder.error(result.trial))  # an earlier attempt's
+
+    def answer(self, answer: Answer) -> None:
+        """Keep what became of a request, before anything comes of it."""
+        self._put(self.folder.answer(answer.number), sealed(asdict(answer)))
 
     def compact(self) -> None:
         """Write results.parquet and arms.parquet anew, for pandas; the readers need neither."""
@@ -265,7 +284,7 @@ class Ledger:
     def _put_copy(self, suggestion: Suggestion) -> None:
         path = self.folder.trial_config(suggestion.trial)
         if not path.exists():
-            self._put(path, _json_bytes(asdict(suggestion)))
+            self._put(path, sealed(asdict(suggestion)))
 
     def _put(self, path: Path, content: bytes) -> None:
         """Make `content` the whole of `path`, durably, unless a newer driver has taken over.
@@ -303,11 +322,8 @@ class Ledger:
 
 def read_suggestions(folder: StudyFolder) -> list[Suggestion]:
     """All suggestions by number."""
-    names = _listed(folder.suggestions)
-    numbers = [int(name[:-5]) for name in names if re.fullmatch(r"\d{6,}\.json", name)]
     suggestions = []
-    # by number, not as listed: a listing made while the driver writes may leave one out
-    for number in range(max(numbers, default=-1) + 1):
+    for number in range(_count(folder.suggestions)):
         path = folder.suggestion(number)
         suggestion = _typed(Suggestion, _read_json(path, _RESTORE_SUGGESTION), path)
         if suggestion.number != number or not is_trial_id(suggestion.trial):
@@ -315,6 +331,18 @@ def read_suggestions(folder: StudyFolder) -> list[Suggestion]:
             raise LedgerError(f"{path}: {what}. {_RESTORE_SUGGESTION}")
         suggestions.append(suggestion)
     return suggestions
+
+
+def read_answers(folder: StudyFolder) -> list[Answer]:
+    """What was granted and refused, in the order of the decisions."""
+    answers = []
+    for number in range(_count(folder.answers)):
+        path = folder.answer(number)
+        answer = _typed(Answer, _read_json(path, _RESTORE_ANSWER), path)
+        if answer.number != number:
+            raise LedgerError(f"{path}: holds number {answer.number}. {_RESTORE_ANSWER}")
+        answers.append(answer)
+    return answers
 
 
 def read_results(folder: StudyFolder) -> dict[str, Result]:
@@ -380,13 +408,61 @@ def read_holder(folder: StudyFolder) -> dict[str, Any] | None:
         return {"epoch": newest}
 
 
+def sealed(content: dict[str, Any]) -> bytes:
+    """Indented JSON for people, with the SHA-256 of its content in the last field."""
+    assert "sha256" not in content
+    sealed = {**content, "sha256": _sha256(_canonical(content))}
+    return (json.dumps(sealed, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def unsealed(raw: bytes) -> dict[str, Any]:
+    """What `sealed` was given; a ValueError says why the bytes are not that."""
+    try:
+        content: dict[str, Any] = json.loads(raw)
+        stated = content.pop("sha256")
+        is_intact = stated == _sha256(_canonical(content))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{len(raw)} bytes, not JSON of the ledger's: {error!r}") from error
+    if not is_intact:
+        raise ValueError(f"{len(raw)} bytes that do not fit their SHA-256")
+    return content
+
+
+def put_beside(path: Path, content: bytes) -> None:
+    """Make a new file in a study that somebody else may be driving: whole and durable, or not."""
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        _make_folder(path.parent)
+        _write_new(aside, content)
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _remove_quietly(aside)
+        raise _write_error(path, error, len(content)) from error
+
+
+def is_held(folder: StudyFolder) -> bool:
+    """Whether a driver holds the study now."""
+    if not folder.lock.exists():
+        return False
+    descriptor = os.open(folder.lock, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def damage(folder: StudyFolder) -> list[LedgerError]:
     """Everything that is damaged, for `doctor`; empty when the whole study can be read."""
     found = []
-    try:
-        read_spec(folder)
-    except LedgerError as error:
-        found.append(error)
+    for read_one in (read_spec, read_answers):
+        try:
+            read_one(folder)
+        except LedgerError as error:
+            found.append(error)
     try:
         trials = _trials_with_rows(folder)
     except LedgerError as error:
@@ -424,7 +500,7 @@ def _claim_epoch(folder: StudyFolder, holder: dict[str, Any]) -> int:
     """Create the next epoch's file; its name counts, its content is for people."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     signed = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, **holder}
-    content = _json_bytes(signed)
+    content = sealed(signed)
     while True:
         epoch = _newest_epoch(folder) + 1
         path = folder.epoch(epoch)
@@ -454,13 +530,19 @@ def _describe_holder(folder: StudyFolder, epoch: int) -> str:
 
 def _sweep(folder: StudyFolder) -> None:
     """Remove what earlier drivers left aside; see the module's text for why this also fences."""
-    for pattern in ("*", "suggestions/*", "trials/*/*", "trials/*/rows/*"):
+    for pattern in ("*", "suggestions/*", "answers/*", "trials/*/*", "trials/*/rows/*"):
         for leftover in folder.root.glob(f"{pattern}.[0-9][0-9][0-9][0-9][0-9][0-9].tmp"):
             log.info("swept %s", leftover.relative_to(folder.root))
             try:
                 leftover.unlink(missing_ok=True)
             except OSError as error:
                 raise _write_error(leftover, error, 0) from error
+
+
+def _count(place: Path) -> int:
+    """Files 000000.json, 000001.json, ... up to the last: a listing may leave out earlier ones."""
+    names = [name for name in _listed(place) if re.fullmatch(r"\d{6,}\.json", name)]
+    return max((int(name[:-5]) + 1 for name in names), default=0)
 
 
 def _trials_with_rows(folder: StudyFolder) -> list[str]:
@@ -629,25 +711,12 @@ def _typed(kind: type[_Record], content: dict[str, Any], path: Path) -> _Record:
     return kind(**content)
 
 
-def _json_bytes(content: dict[str, Any]) -> bytes:
-    """Indented JSON for people, with the SHA-256 of its content in the last field."""
-    assert "sha256" not in content
-    sealed = {**content, "sha256": _sha256(_canonical(content))}
-    return (json.dumps(sealed, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
-
-
 def _read_json(path: Path, way_out: str = _RESTORE) -> dict[str, Any]:
     raw = _read_bytes(path, way_out)
     try:
-        content: dict[str, Any] = json.loads(raw)
-        stated = content.pop("sha256")
-        is_intact = stated == _sha256(_canonical(content))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"{len(raw)} bytes, not JSON of the ledger's: {error!r}"
-        raise LedgerError(f"{path}: {what}. {way_out}") from error
-    if not is_intact:
-        raise LedgerError(f"{path}: {len(raw)} bytes that do not fit their SHA-256. {way_out}")
-    return content
+        return unsealed(raw)
+    except ValueError as error:
+        raise LedgerError(f"{path}: {error}. {way_out}") from error
 
 
 def _canonical(content: dict[str, Any]) -> bytes:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 
 from rich.table import Table
 
 from study.folder import StudyFolder
-from study.ledger import Outcome, read_results, read_rows, read_spec, read_suggestions
+from study.ledger import Outcome, is_held, read_results, read_rows, read_spec, read_suggestions
 from study.progress import arm_text
-from study.spec import parse_spec
+from study.requests import expected, grown
+from study.resume import num_planned
+from study.spec import StudySpec, parse_spec
 
 
 def studies(storage: Path) -> list[StudyFolder]:
@@ -29,23 +29,22 @@ def studies_table(storage: Path) -> Table:
         table.add_row(
             folder.root.name,
             "running" if is_held(folder) else "at rest",
-            str(len(read_suggestions(folder))),
+            f"{len(read_suggestions(folder))} of {num_planned(_asked(folder))}",
             *(str(count or "") for count in counts),
         )
     return table
 
 
 def arms_table(folder: StudyFolder) -> Table:
-    text = read_spec(folder)
-    assert text is not None
-    spec = parse_spec(text, folder.root, where=str(folder.spec))
+    spec = _asked(folder)
     rows, results = read_rows(folder), read_results(folder)
     state = "running" if is_held(folder) else "at rest"
-    table = Table(title=f"{spec.study} ({state})")
+    drawn = read_suggestions(folder)
+    table = Table(title=f"{spec.study} ({state}, {len(drawn)} of {num_planned(spec)} trials begun)")
     metrics = [objective.metric for objective in spec.objectives]
     for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *metrics):
         table.add_column(column)
-    for suggestion in read_suggestions(folder):
+    for suggestion in drawn:
         mine = rows[rows.trial == suggestion.trial]
         newest = mine.sort_values(["phase", "progress"]).groupby(mine.phase + "/" + mine.metric)
         values = newest.value.last()
@@ -63,15 +62,9 @@ def arms_table(folder: StudyFolder) -> Table:
     return table
 
 
-def is_held(folder: StudyFolder) -> bool:
-    """Whether a driver holds the study now."""
-    if not folder.lock.exists():
-        return False
-    descriptor = os.open(folder.lock, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+def _asked(folder: StudyFolder) -> StudySpec:
+    """The study with what people have asked for since it was begun, answered yet or not."""
+    text = read_spec(folder)
+    assert text is not None
+    spec = parse_spec(text, folder.root, where=str(folder.spec))
+    return grown(spec, expected(folder, spec))

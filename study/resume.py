@@ -1,8 +1,9 @@
 """What is left to do, decided from the ledger alone; somebody else does it.
 
-The order: trials that were begun; the control arm and its twins; searched arms, all seeds of one
-before the next, until `budget.trials` trials exist; then the best arms and the control once more
-with fresh seeds. An arm of which one seed ended badly or was stopped gets no further seeds.
+The order: trials that were begun; the control arm and its twins; arms that a person asked for;
+searched arms, all seeds of one before the next, until `budget.trials` trials exist; then the best
+arms and the control once more with fresh seeds. An arm of which one seed ended badly or was stopped
+gets no further seeds.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Enqueued:
+    """An arm that a person asked for; `spec.budget` has room for its seeds."""
+
+    config: TrialConfig
+    params: dict[str, Any]
+    labels: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class AskSampler:
     """Suggest and run a new arm with this seed. `number` is what the brain is to be asked with."""
 
@@ -73,6 +83,7 @@ def next_step(
     running: AbstractSet[str],
     measured: Measured,
     *,
+    enqueued: Sequence[Enqueued] = (),
     is_labelled: bool = True,
     is_exhausted: bool = False,
 ) -> Step:
@@ -88,7 +99,7 @@ def next_step(
         return start
     num_trials = sum(suggestion.origin != "confirm" for suggestion in suggestions)
     if num_trials < spec.budget.trials:
-        for start in _missing_seeds(spec, suggestions, results):
+        for start in _missing_seeds(spec, suggestions, results, enqueued):
             return start
         if spec.search and not is_exhausted:
             return AskSampler(len(suggestions), spec.seed)
@@ -123,6 +134,12 @@ def num_failures(result: Result | None) -> int:
 def infrastructure_error(before: Result | None, reason: str) -> str:
     """The `error` of a Result for a failure of the infrastructure; it counts them."""
     return f"infrastructure (failure {num_failures(before) + 1} of {RETRIES + 1}): {reason}"
+
+
+def num_planned(spec: StudySpec) -> int:
+    """Trials of the whole study, if its space has that many arms."""
+    confirm = spec.confirm
+    return spec.budget.trials + ((confirm.arms + 1) * confirm.seeds if confirm else 0)
 
 
 def best_arms(spec: StudySpec, suggestions: Sequence[Suggestion], measured: Measured) -> list[str]:
@@ -165,16 +182,23 @@ def _controls(
 
 
 def _missing_seeds(
-    spec: StudySpec, suggestions: Sequence[Suggestion], results: Mapping[str, Result]
+    spec: StudySpec,
+    suggestions: Sequence[Suggestion],
+    results: Mapping[str, Result],
+    enqueued: Sequence[Enqueued],
 ) -> Iterator[Start]:
-    for trials in _searched(suggestions).values():
+    """Those of arms that were asked for, and then of those that were begun."""
+    begun = _searched(suggestions)
+    wanted = {arm_id(arm.config): arm for arm in enqueued}
+    for arm in [*wanted, *(arm for arm in begun if arm not in wanted)]:
+        trials = begun.get(arm, [])
         ends = [results.get(trial.trial) for trial in trials]
         if any(end is not None and end.outcome is not Outcome.COMPLETE for end in ends):
             continue
-        begun = {trial.seed for trial in trials}
-        first = trials[0]
+        seeds = {trial.seed for trial in trials}
+        first: Suggestion | Enqueued = trials[0] if trials else wanted[arm]
         for index in range(spec.seeds):
-            if spec.seed + index not in begun:
+            if spec.seed + index not in seeds:
                 config = TrialConfig.model_validate(first.config)
                 yield Start("search", config, spec.seed + index, first.params, first.labels)
 

@@ -131,24 +131,48 @@ def enumerate_grid(spec: StudySpec) -> list[Point]:
 
 def params_of(spec: StudySpec, config: TrialConfig) -> dict[str, Any] | None:
     """The parameters at which a configuration lies in the space; None if it lies outside."""
-    settings = config.model_dump(mode="json")
-
-    def possible(parameter: Parameter) -> list[Any]:
-        choices = parameter.item.choices
-        if isinstance(choices, dict):
-            return list(choices)
-        try:
-            value = get_at(settings, parameter.path)
-        except KeyError:  # an option of another named thing
-            return []
-        if choices is not None:
-            return [choice for choice in choices if _same(choice, value)]
-        return [value] if parameter.item.contains(value) else []
-
-    for point in combinations(spec.search, possible):
+    for point in combinations(spec.search, _possible(config)):
         if arm_id(resolve(spec, point.overrides)) == arm_id(config):
             return point.params
     return None
+
+
+def outside(spec: StudySpec, config: TrialConfig) -> dict[str, Any]:
+    """Searched path -> what stands there, where that is nothing the search could put there."""
+    settings = config.model_dump(mode="json")
+    found = {}
+    for path, item in spec.search.items():
+        value = get_at(settings, path.split("."))
+        if not any(
+            _reads_as(config, path, point.overrides[path]) == value
+            for point in combinations({path: item}, _possible(config))
+        ):
+            found[path] = value
+    return found
+
+
+def in_words(item: SearchItem) -> str:
+    """What may stand at a searched path."""
+    if isinstance(item.choices, dict):
+        return "one of " + "; ".join(
+            f"{label}: {tree_in_words(tree)}" for label, tree in item.choices.items()
+        )
+    if item.choices is not None:
+        return "one of " + ", ".join(map(str, item.choices))
+    kind = "a whole number" if item.is_integer else "a number"
+    step = f" in steps of {item.step}" if item.step is not None else ""
+    return f"{kind} from {item.low} to {item.high}{step}"
+
+
+def tree_in_words(tree: Any) -> str:
+    """What a label stands for."""
+    if is_item(tree):
+        return in_words(SearchItem.model_validate(tree, strict=True))
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{key}: {tree_in_words(v)}" for key, v in tree.items()) + "}"
+    if isinstance(tree, list):
+        return "[" + ", ".join(map(tree_in_words, tree)) + "]"
+    return str(tree)
 
 
 def draw(search: Mapping[str, SearchItem], ask: Ask) -> Point:
@@ -239,6 +263,32 @@ def get_at(settings: Any, path: Sequence[str | int]) -> Any:
 
 def set_at(settings: dict[str, Any], path: Sequence[str | int], value: Any) -> None:
     get_at(settings, path[:-1])[path[-1]] = value
+
+
+def _possible(config: TrialConfig) -> Callable[[Parameter], list[Any]]:
+    """The values of a parameter at which a configuration may lie."""
+    settings = config.model_dump(mode="json")
+
+    def possible(parameter: Parameter) -> list[Any]:
+        choices = parameter.item.choices
+        if isinstance(choices, dict):
+            return list(choices)
+        try:
+            value = get_at(settings, parameter.path)
+        except KeyError:  # an option of another named thing
+            return []
+        if choices is not None:
+            return [choice for choice in choices if _same(choice, value)]
+        return [value] if parameter.item.contains(value) else []
+
+    return possible
+
+
+def _reads_as(config: TrialConfig, path: str, value: Any) -> Any:
+    """A value with the defaults that a configuration adds to it; None where it does not fit."""
+    with contextlib.suppress(ValidationError):
+        return get_at(override(config, {path: value}).model_dump(mode="json"), path.split("."))
+    return None
 
 
 def _draw(name: str, item: SearchItem, ask: Ask, params: dict[str, Any]) -> Any:
