@@ -1,88 +1,244 @@
-"""Studies as Ray jobs, over the Jobs API: submit, find, stop, and submit again to resume."""
+"""Studies as Ray jobs, over the Jobs API: submit, find, follow, stop, and submit again to resume.
+
+Every function takes the address of the dashboard first, and raises RuntimeError with a text for
+people. Ray cannot change what a job was submitted with, so how far a study has come stands in the
+last line of its log. A head node that restarts forgets its jobs; the study's storage does not.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import re
+import shlex
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import requests
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 PACKAGES = ("study", "trainables", "analysis", "cluster")
 EXCLUDES = ["studies/", ".venv/", ".git/", "__pycache__/", "*.egg-info/"]
 ALIVE = (JobStatus.PENDING, JobStatus.RUNNING)
 
+# `ray job submit ... -- python -m study run x.yaml` tells Ray no name; the log begins with it
+_BY_HAND = re.compile(r"(-m study|maskstudy) (run|resume)\b")
+_FIRST_LINE = re.compile(r"^study ([a-z0-9][a-z0-9_-]{0,63}): ", re.MULTILINE)
+_CONTROL = re.compile(r"[^\n\t -~\u00a0-\U0010ffff]")  # a log may not steer the terminal
+
+
+class Alive(RuntimeError):
+    """A job of the study is alive, and a study has one driver."""
+
+
+class Unknown(RuntimeError):
+    """The cluster knows no job of the study."""
+
+
+class Standing(NamedTuple):
+    """A job of a study, for people."""
+
+    study: str
+    job: str
+    status: str
+    attempt: str
+    started: str
+    last_line: str  # of its log: how far it has come, or how to go on
+    link: str
+
 
 def submit(
-    address: str, yaml: Path, *, study: str, question: str, storage: str | None
+    address: str,
+    yaml: Path,
+    *,
+    study: str,
+    question: str,
+    storage: str | None,
+    studies: str | None = None,
 ) -> tuple[str, str]:
     """Submit a study file; returns (submission id, link to the job in the dashboard).
 
     The file's folder and our own packages travel with the job, so the nodes need only the
-    dependencies. Raises RuntimeError while a job of this study is alive.
+    dependencies. `storage` becomes its MASKSTUDY_STORAGE; `studies`, where its folder of studies is
+    known, is told to whoever resumes. Alive: a job of this study is.
     """
-    client = JobSubmissionClient(address)
-    earlier = jobs_of(client, study)
-    _refuse_if_alive(earlier, study)
-    code = Path(__file__).resolve().parent.parent
-    runtime_env: dict[str, Any] = {
-        "working_dir": str(yaml.resolve().parent),
-        "py_modules": [str(code / package) for package in PACKAGES],
-        "excludes": EXCLUDES,
-    }
-    if storage:
-        runtime_env["env_vars"] = {"MASKSTUDY_STORAGE": storage}
-    metadata = {
-        "job_name": f"study {study}",
-        "study": study,
-        "question": question,
-        "resume": f"maskstudy resume {study} --address {address}",
-    }
-    entrypoint = f"python -m study run {yaml.name}"
-    return _submit(client, address, entrypoint, runtime_env, metadata, earlier)
+    with _client(address) as client:
+        earlier = jobs_of(client, study)
+        _refuse_if_alive(earlier, study)
+        runtime_env = {**_code(), "working_dir": str(yaml.resolve().parent)}
+        if storage:
+            runtime_env["env_vars"] = {"MASKSTUDY_STORAGE": storage}
+        metadata = _metadata(address, study, question, studies)
+        entrypoint = f"python -m study run {shlex.quote(yaml.name)}"
+        return _submit(client, address, entrypoint, runtime_env, metadata, earlier)
 
 
-def resubmit(address: str, study: str) -> tuple[str, str]:
-    """Submit the study's last job again: the ledger makes that a resume."""
-    client = JobSubmissionClient(address)
-    earlier = jobs_of(client, study)
-    if not earlier:
-        raise RuntimeError(
-            f"{address} knows no job of study {study!r} (a head node forgets its jobs when it "
-            f"restarts); submit its file again: maskstudy submit STUDY.yaml --address {address}"
-        )
-    _refuse_if_alive(earlier, study)
-    last = earlier[-1]
-    return _submit(
-        client, address, last.entrypoint, last.runtime_env or {}, last.metadata or {}, earlier
-    )
+def resubmit(
+    address: str, study: str, *, storage: str | None = None, question: str = ""
+) -> tuple[str, str]:
+    """Submit the study's last job again: the ledger makes that a resume.
+
+    Where the head has forgotten it, the folder of studies `storage`, as the cluster sees it, holds
+    what is needed: the frozen study file, and everything that was done. Unknown: neither is there.
+    """
+    with _client(address) as client:
+        earlier = jobs_of(client, study)
+        _refuse_if_alive(earlier, study)
+        if earlier:
+            last = earlier[-1]
+            metadata = {**_metadata(address, study, question, storage), **(last.metadata or {})}
+            runtime_env = last.runtime_env or {}
+            return _submit(client, address, last.entrypoint, runtime_env, metadata, earlier)
+        if storage is None:
+            raise Unknown(
+                f"{address} knows no job of study {study!r} (a head node forgets its jobs when it "
+                f"restarts); resume it from its storage: maskstudy resume {study} --address "
+                f"{address} --storage DIR, the folder that the study's folder lies in"
+            )
+        entrypoint = f"python -m study resume {study} --storage {shlex.quote(storage)}"
+        metadata = _metadata(address, study, question, storage)
+        return _submit(client, address, entrypoint, _code(), metadata, earlier)
 
 
 def stop(address: str, study: str, *, timeout: float = 60) -> str | None:
     """Stop the study's running job and wait until it has ended; its id, None if none ran."""
-    client = JobSubmissionClient(address)
-    for job in jobs_of(client, study):
-        if job.status in ALIVE and job.submission_id:
-            client.stop_job(job.submission_id)
-            deadline = time.monotonic() + timeout
-            while client.get_job_status(job.submission_id) in ALIVE:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"job {job.submission_id} still runs after {timeout:g} s")
-                time.sleep(0.5)
-            return str(job.submission_id)
+    with _client(address) as client:
+        for job in jobs_of(client, study):
+            if job.status in ALIVE:
+                client.stop_job(job.submission_id)
+                deadline = time.monotonic() + timeout
+                while client.get_job_status(job.submission_id) in ALIVE:
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(
+                            f"job {job.submission_id} still runs after {timeout:g} s; see its log: "
+                            f"maskstudy logs {study} --address {address}"
+                        )
+                    time.sleep(0.5)
+                return str(job.submission_id)
     return None
+
+
+def call(address: str, entrypoint: str, *, variables: dict[str, str], timeout: float) -> str:
+    """Run a command as a job with our packages, give back its log, and forget the job."""
+    with _client(address) as client:
+        job = client.submit_job(
+            entrypoint=entrypoint, runtime_env={**_code(), "env_vars": variables}
+        )
+        deadline = time.monotonic() + timeout
+        while not client.get_job_status(job).is_terminal():
+            if time.monotonic() > deadline:
+                client.stop_job(job)
+                raise RuntimeError(f"job {job} ({entrypoint}) had not ended after {timeout:g} s")
+            time.sleep(0.5)
+        told: str = client.get_job_logs(job)
+        if client.get_job_status(job) is not JobStatus.SUCCEEDED:
+            raise RuntimeError(f"job {job} ({entrypoint}) failed:\n{_plain(told)}")
+        client.delete_job(job)
+        return told
+
+
+def logs(address: str, study: str, write: Callable[[str], None], *, follow: bool = False) -> None:
+    """Write the log of the study's newest job; with `follow`, until the job ends."""
+    with _client(address) as client:
+        known = jobs_of(client, study)
+        if not known:
+            raise Unknown(
+                f"{address} knows no job of study {study!r}; those it knows: "
+                f"{', '.join(sorted({name for name, _ in _known(client)})) or 'none'}"
+            )
+        if not follow:
+            write(_plain(client.get_job_logs(known[-1].submission_id)))
+            return
+
+        async def tail() -> None:
+            async for lines in client.tail_job_logs(known[-1].submission_id):
+                write(_plain(lines))
+
+        asyncio.run(tail())
+
+
+def standings(address: str, study: str | None = None) -> list[Standing]:
+    """All jobs of a study, or the newest job of every study; the oldest first."""
+    with _client(address) as client:
+        newest = {name: job for name, job in _known(client)}
+        chosen = (
+            list(newest.items())
+            if study is None
+            else [(study, job) for job in jobs_of(client, study)]
+        )
+        return [_standing(client, address, name, job) for name, job in chosen]
 
 
 def jobs_of(client: JobSubmissionClient, study: str) -> list[JobDetails]:
     """The study's jobs that this cluster remembers, oldest first."""
-    found = [job for job in client.list_jobs() if (job.metadata or {}).get("study") == study]
-    return sorted(found, key=lambda job: job.start_time or 0)
+    return [job for name, job in _known(client) if name == study]
+
+
+def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:
+    """Every job of a study with the study's name, oldest first."""
+    found = []
+    for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0):
+        if job.submission_id:  # others are drivers that nobody submitted
+            name = (job.metadata or {}).get("study")
+            if name is None and _BY_HAND.search(job.entrypoint):
+                told = _FIRST_LINE.search(client.get_job_logs(job.submission_id))
+                name = told[1] if told else None
+            if name is not None:
+                found.append((name, job))
+    return found
+
+
+@contextmanager
+def _client(address: str) -> Iterator[JobSubmissionClient]:
+    """A client of the Jobs API; its errors become texts for people."""
+    if not re.match(r"https?://[^/\s]", address):
+        raise RuntimeError(
+            f"--address: given {address!r}; expected the dashboard's, such as http://127.0.0.1:8265"
+        )
+    try:
+        yield JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise RuntimeError(
+            f"{address}: no Ray dashboard answers there; expected its address, such as "
+            f"http://127.0.0.1:8265, through a tunnel if the cluster is far away"
+        ) from error
+    except (requests.HTTPError, AuthenticationError) as error:
+        refusal = getattr(getattr(error, "response", None), "status_code", None)
+        if refusal in (None, 401, 403):
+            raise RuntimeError(
+                f"{address}: the cluster wants a token; set RAY_AUTH_MODE=token, and put the "
+                f"cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from error
+        raise RuntimeError(f"{address}: {error}") from error
+    except requests.RequestException as error:
+        raise RuntimeError(f"{address}: {error}") from error
 
 
 def _refuse_if_alive(jobs: list[JobDetails], study: str) -> None:
     for job in jobs:
         if job.status in ALIVE:
-            raise RuntimeError(f"study {study!r} is running already, as job {job.submission_id}")
+            raise Alive(f"study {study!r} is running already, as job {job.submission_id}")
+
+
+def _code() -> dict[str, Any]:
+    code = Path(__file__).resolve().parent.parent
+    packages = [str(code / package) for package in PACKAGES]
+    return {"py_modules": packages, "excludes": EXCLUDES}
+
+
+def _metadata(address: str, study: str, question: str, storage: str | None) -> dict[str, str]:
+    place = f" --storage {shlex.quote(storage)}" if storage else ""
+    return {
+        "job_name": f"study {study}",
+        "study": study,
+        "question": question,
+        "resume": f"maskstudy resume {study} --address {address}{place}",
+        "storage": storage or "as the study file and MASKSTUDY_STORAGE of the cluster say",
+    }
 
 
 def _submit(
@@ -99,6 +255,28 @@ def _submit(
         entrypoint=entrypoint,
         runtime_env=runtime_env,
         metadata={**metadata, "attempt": str(attempt), **resumes},
-        submission_id=f"{metadata['study']}-{attempt}-{int(time.time())}",
+        submission_id=f"{metadata['study']}-{attempt}-{time.time_ns() // 1_000_000}",
     )
-    return submission_id, f"{address.rstrip('/')}/#/jobs/{submission_id}"
+    return submission_id, _link(address, submission_id)
+
+
+def _standing(client: JobSubmissionClient, address: str, study: str, job: JobDetails) -> Standing:
+    lines = _plain(client.get_job_logs(job.submission_id)).strip().splitlines()
+    began = datetime.fromtimestamp((job.start_time or 0) / 1000, UTC)
+    return Standing(
+        study=study,
+        job=str(job.submission_id),
+        status=str(job.status.value),
+        attempt=(job.metadata or {}).get("attempt", ""),
+        started=began.strftime("%Y-%m-%d %H:%M UTC") if job.start_time else "",
+        last_line=lines[-1] if lines else (job.message or ""),
+        link=_link(address, str(job.submission_id)),
+    )
+
+
+def _link(address: str, job: str) -> str:
+    return f"{address.rstrip('/')}/#/jobs/{job}"
+
+
+def _plain(text: str) -> str:
+    return _CONTROL.sub("", text)

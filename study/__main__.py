@@ -163,15 +163,28 @@ def enqueue(
 
 
 @app.command()
+def logs(
+    name: Name,
+    address: Annotated[str, typer.Option(help="of the cluster's dashboard")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
+) -> None:
+    """Print the log of a study's newest job on a cluster."""
+    from study import commands
+
+    commands.logs(name, address, follow)
+
+
+@app.command()
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    address: Address = None,
     storage: Storage = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="refresh until it ends")] = False,
 ) -> None:
-    """Show where a study, or every study of the storage, stands."""
+    """Show where a study stands, or every study of the storage or of the cluster at --address."""
     from study import commands
 
-    commands.status(name, storage, follow)
+    commands.status(name, address, storage, follow)
 
 
 @app.command()
@@ -201,6 +214,14 @@ def export(
     from study import commands
 
     commands.export(name, output, arm, storage)
+
+
+@app.command()
+def doctor(address: Address = None, storage: Storage = None) -> None:
+    """Judge whether this machine, or the cluster at --address, is sound and safe for studies."""
+    from study import commands
+
+    raise typer.Exit(commands.doctor(address, storage))
 
 
 @app.command()

@@ -14,24 +14,30 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
 
 from study import requests
 from study.environment import environment
 from study.folder import StudyFolder
 from study.ledger import (
+    HeldError,
     Ledger,
     Suggestion,
+    damage,
     is_held,
     read_environment,
     read_rows,
     read_spec,
     read_suggestions,
+    refuse_if_held,
 )
-from study.overview import arms_table, studies, studies_table
+from study.overview import arms_table, is_finished, question_of, studies, studies_table
 from study.reader import read_yaml
 from trainables.errors import UserError
 
 console = Console(highlight=False, soft_wrap=True)
+_COLOURS = {"ok": "", "warning": "yellow", "problem": "red"}  # the words say it too
 
 
 def check(path: Path) -> None:
@@ -149,7 +155,6 @@ def bench(path: Path | None, names: str, seconds: float, threads: int | None) ->
     """What each masking strategy costs: a table of step times relative to random masking."""
     import torch
     from pydantic import TypeAdapter
-    from rich.table import Table
 
     from study.mistakes import listed, near
     from study.spec import load_spec
@@ -224,10 +229,7 @@ def resume(
 ) -> int:
     """Go on by name: as a new job at `address`, or here from the study folder alone."""
     if address:
-        from cluster import jobs
-
-        job, link = _jobs(jobs.resubmit, address, name)
-        console.print(f"resumed as job {job}\n{link}", markup=False)
+        _resume_as_job(name, address, storage)
         return 0
     from study.spec import parse_spec
 
@@ -236,6 +238,44 @@ def resume(
     assert text is not None  # find_study looked for it
     spec = parse_spec(text, folder.root, where=str(folder.spec))
     return _run(spec, folder, build_report)
+
+
+def _resume_as_job(name: str, address: str, storage: Path | None) -> None:
+    from cluster import jobs
+
+    folder = _seen_here(_storage(storage) / name)
+    if folder is not None and not _needs_a_driver(folder):
+        return
+    # a storage that is only seen from the cluster is as good, if it is named
+    place = storage or (folder.root.parent if folder is not None else None)
+    job, link = _jobs(
+        jobs.resubmit,
+        address,
+        name,
+        storage=str(place.absolute()) if place is not None else None,
+        question=question_of(folder) if folder is not None else "",
+    )
+    console.print(f"resumed as job {job}\n{link}", markup=False)
+
+
+def _seen_here(root: Path) -> StudyFolder | None:
+    """The study's folder, if this machine sees the cluster's storage and it has been begun."""
+    folder = StudyFolder(root)
+    return folder if folder.spec.is_file() else None
+
+
+def _needs_a_driver(folder: StudyFolder) -> bool:
+    """False, and says so, if nothing is left to do; HeldError while somebody drives the study."""
+    refuse_if_held(folder)
+    if not is_finished(folder):
+        return True
+    name = folder.root.name
+    console.print(
+        f"{name} is finished: nothing is left to do. For more of it: maskstudy extend {name} "
+        f"--trials N, then maskstudy resume {name}",
+        markup=False,
+    )
+    return False
 
 
 def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], Path] | None) -> int:
@@ -248,10 +288,12 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
     folder = folder or StudyFolder(spec.storage_path() / spec.study)
     if spec.storage_note and not is_by_name:
         console.print(spec.storage_note, markup=False)
+    # the first line of a job's log: it tells which study a job runs that has no metadata
+    console.print(f"study {spec.study}: {folder.root}", markup=False)
     holder = {"job": submission_id()}
     with Ledger.open(folder, holder) as ledger:
         folder.stop_request.unlink(missing_ok=True)
-        decoded = _prepared_before(folder) if is_by_name else _prepare(spec)
+        decoded = _prepared_before(folder, spec) if is_by_name else _prepare(spec)
         dataset = open_dataset(decoded)
         _refuse_unfit_data(spec, dataset)
         _freeze(ledger, spec, dataset)
@@ -279,6 +321,10 @@ def submit(path: Path, address: str, storage: str | None) -> None:
     from study.spec import load_spec
 
     spec = load_spec(path)
+    studies = Path(storage) / spec.storage if storage is not None else None
+    folder = _seen_here(studies / spec.study) if studies is not None else None
+    if folder is not None and not _needs_a_driver(folder):
+        return
     job, link = _jobs(
         jobs.submit,
         address,
@@ -286,9 +332,11 @@ def submit(path: Path, address: str, storage: str | None) -> None:
         study=spec.study,
         question=spec.question or "",
         storage=storage,
+        studies=str(studies) if studies is not None else None,
     )
     console.print(
         f"submitted as job {job}\n{link}\n"
+        f"to follow it: maskstudy logs {spec.study} --address {address} --follow\n"
         f"to stop it:   maskstudy stop {spec.study} --address {address}\n"
         f"to resume it: maskstudy resume {spec.study} --address {address}",
         markup=False,
@@ -337,8 +385,37 @@ def _setting(given: str) -> tuple[str, Any]:
     return path, read_yaml(f"value: {value}", given)[0]["value"]
 
 
-def status(name: str | None, storage: Path | None, follow: bool) -> None:
-    """A table of all studies of the storage, or of one study's arms."""
+def logs(name: str, address: str, follow: bool) -> None:
+    """Print the log of a study's newest job."""
+    from cluster import jobs
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    _jobs(jobs.logs, address, name, write, follow=follow)
+
+
+def jobs_table(address: str, name: str | None) -> Table:
+    """What a cluster tells of its studies, or of all jobs of one."""
+    from cluster import jobs
+
+    table = Table(title=f"{name or 'studies'} at {address}")
+    for column in ("study", "job", "status", "attempt", "started", "last line of its log"):
+        table.add_column(column)
+    standings = _jobs(jobs.standings, address, name)
+    if name is not None and not standings:
+        raise UserError(f"{address} knows no job of study {name!r}")
+    for one in standings:
+        shown = (one.study, one.job, one.status, one.attempt, one.started, one.last_line)
+        table.add_row(*map(escape, shown))
+    return table
+
+
+def status(name: str | None, address: str | None, storage: Path | None, follow: bool) -> None:
+    """A table of all studies of the storage or the cluster, or of one study's arms or jobs."""
+    if address:
+        console.print(jobs_table(address, name))
+        return
     if name is None:
         console.print(studies_table(_storage(storage)))
         return
@@ -389,6 +466,29 @@ def export(name: str, output: Path, arm: str | None, storage: Path | None) -> No
     console.print(described["usage"], markup=False)
 
 
+def doctor(address: str | None, storage: Path | None) -> int:
+    """A table of verdicts on a cluster or on this machine; 1 if there is a problem."""
+    from cluster.doctor import Level, Verdict, cluster_verdicts, machine_verdicts
+    from trainables.data import default_cache
+
+    if address:
+        given = str(storage.absolute()) if storage is not None else None
+        verdicts = _jobs(cluster_verdicts, address, given)
+    else:
+        verdicts = machine_verdicts(_storage(storage), default_cache())
+        for folder in studies(_storage(storage)):
+            for error in damage(folder):
+                name = f"study {folder.root.name}"
+                verdicts.append(Verdict(name, Level.PROBLEM, str(error), "as it says"))
+    table = Table(title=f"{address or 'this machine'}", show_lines=True)
+    for column in ("question", "verdict", "found", "way out"):
+        table.add_column(column)
+    for verdict in verdicts:
+        table.add_row(*map(escape, verdict), style=_COLOURS[verdict.level])
+    console.print(table)
+    return int(any(verdict.level is Level.PROBLEM for verdict in verdicts))
+
+
 def find_study(name: str, storage: Path | None) -> StudyFolder:
     """The study folder of a name, a path to the folder, or a study file."""
     given = Path(name)
@@ -409,9 +509,13 @@ def find_study(name: str, storage: Path | None) -> StudyFolder:
 
 def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call the Jobs API; what it refuses is the user's to mend."""
+    from cluster.jobs import Alive
+
     try:
         return call(*arguments, **options)
-    except (RuntimeError, ConnectionError) as error:
+    except Alive as error:
+        raise HeldError(str(error)) from error
+    except RuntimeError as error:
         raise UserError(str(error)) from error
 
 
@@ -430,18 +534,22 @@ def _refuse_unfit_data(spec: Any, dataset: Any) -> None:
         raise UserError("\n".join(problems))
 
 
-def _prepared_before(folder: StudyFolder) -> Path:
+def _prepared_before(folder: StudyFolder, spec: Any) -> Path:
     """The decoded data of a study that is resumed by name, away from its file."""
     from trainables.data import default_cache
 
     fingerprint: str = read_environment(folder)["data_fingerprint"]
     decoded: Path = default_cache() / fingerprint
-    if not decoded.is_dir():
+    if decoded.is_dir():
+        return decoded
+    try:  # generated data, and images by absolute paths, need not the study file's folder
+        return _prepare(spec)
+    except (UserError, OSError) as error:
         raise UserError(
-            f"{folder.root}: the decoded data ({fingerprint[:12]}) are not in {default_cache()}; "
-            f"resume with the study file, which says where the images are: maskstudy run STUDY.yaml"
-        )
-    return decoded
+            f"{folder.root}: the decoded data ({fingerprint[:12]}) are not in {default_cache()}, "
+            f"and cannot be decoded from here; resume with the study file, which says where the "
+            f"images are: maskstudy run STUDY.yaml"
+        ) from error
 
 
 def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:

@@ -50,10 +50,9 @@ def drive(conductor: Conductor) -> None:
         address = os.environ.get("RAY_ADDRESS", "a cluster of this machine's own")
         raise UserError(f"Ray at {address}: {error}") from error
     # the dashboard shows a job's log, and cannot resume by itself
+    where = f"--storage {conductor.ledger.folder.root.parent.absolute()}"
     if connection.job_id:
-        where = f"--address {connection.dashboard}"
-    else:
-        where = f"--storage {conductor.ledger.folder.root.parent}"
+        where = f"--address {connection.dashboard} {where}"
     how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)
     # Ray insists on storage that all nodes see; nothing in it is read back

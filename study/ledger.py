@@ -428,6 +428,12 @@ def unsealed(raw: bytes) -> dict[str, Any]:
     return content
 
 
+def refuse_if_held(folder: StudyFolder) -> None:
+    """Raise the HeldError that a second driver would raise."""
+    if is_held(folder):
+        raise _held(folder)
+
+
 def put_beside(path: Path, content: bytes) -> None:
     """Make a new file in a study that somebody else may be driving: whole and durable, or not."""
     aside = path.with_name(f"{path.name}.tmp")
@@ -486,14 +492,18 @@ def _take_lock(folder: StudyFolder) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise HeldError(
-            f"{folder.root}: held by {_describe_holder(folder, _newest_epoch(folder))}. "
-            f"Wait for it, or stop it with `maskstudy stop {folder.root.name}`"
-        ) from None
+        raise _held(folder) from None
     except OSError as error:
         os.close(descriptor)
         raise StorageError(f"{folder.lock}: cannot be locked: {error.strerror}") from error
     return descriptor
+
+
+def _held(folder: StudyFolder) -> HeldError:
+    return HeldError(
+        f"{folder.root}: held by {_describe_holder(folder, _newest_epoch(folder))}. "
+        f"Wait for it, or stop it with `maskstudy stop {folder.root.name}`"
+    )
 
 
 def _claim_epoch(folder: StudyFolder, holder: dict[str, Any]) -> int:

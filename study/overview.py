@@ -6,11 +6,21 @@ from pathlib import Path
 
 from rich.table import Table
 
+from study.conductor import measure
 from study.folder import StudyFolder
-from study.ledger import Outcome, is_held, read_results, read_rows, read_spec, read_suggestions
+from study.ledger import (
+    Outcome,
+    is_held,
+    read_environment,
+    read_results,
+    read_rows,
+    read_spec,
+    read_suggestions,
+)
 from study.progress import arm_text
-from study.requests import expected, grown
-from study.resume import num_planned
+from study.requests import expected, grown, queue
+from study.resume import AskSampler, Finished, Step, next_step, num_planned
+from study.samplers import Brain
 from study.spec import StudySpec, parse_spec
 
 
@@ -62,9 +72,46 @@ def arms_table(folder: StudyFolder) -> Table:
     return table
 
 
-def _asked(folder: StudyFolder) -> StudySpec:
-    """The study with what people have asked for since it was begun, answered yet or not."""
+def is_finished(folder: StudyFolder) -> bool:
+    """Whether a driver would find nothing to do."""
+    spec = _spec_of(folder)
+    answers = expected(folder, spec)
+    spec = grown(spec, answers)
+    suggestions, results = read_suggestions(folder), read_results(folder)
+    measured = measure(read_rows(folder))
+    images = read_environment(folder).get("data", {}).get("images", {})
+
+    def following(is_exhausted: bool) -> Step:
+        return next_step(
+            spec,
+            suggestions,
+            results,
+            set(),
+            measured,
+            enqueued=queue(answers),
+            is_labelled=images.get("train", 0) > 0,
+            is_exhausted=is_exhausted,
+        )
+
+    step = following(is_exhausted=False)
+    if isinstance(step, AskSampler):
+        brain = Brain(spec)
+        brain.replay(suggestions, results, measured)
+        step = following(is_exhausted=brain.ask(step.number) is None)
+    return isinstance(step, Finished)
+
+
+def question_of(folder: StudyFolder) -> str:
+    return _spec_of(folder).question or ""
+
+
+def _spec_of(folder: StudyFolder) -> StudySpec:
     text = read_spec(folder)
     assert text is not None
-    spec = parse_spec(text, folder.root, where=str(folder.spec))
+    return parse_spec(text, folder.root, where=str(folder.spec))
+
+
+def _asked(folder: StudyFolder) -> StudySpec:
+    """The study with what people have asked for since it was begun, answered yet or not."""
+    spec = _spec_of(folder)
     return grown(spec, expected(folder, spec))

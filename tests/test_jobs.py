@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cluster import jobs
 from study.folder import StudyFolder
-from study.ledger import Outcome, read_results, read_rows, read_suggestions
+from study.ledger import Ledger, Outcome, read_results, read_rows, read_suggestions
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -32,8 +33,13 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A head node with a dashboard of its own: (address, storage of its jobs)."""
-    home = tmp_path_factory.mktemp("home")
     storage = tmp_path_factory.mktemp("storage")
+    with running_head(tmp_path_factory.mktemp("home"), storage) as address:
+        yield address, storage
+
+
+@contextmanager
+def running_head(home: Path, storage: Path) -> Iterator[str]:
     gcs, dashboard, client, agent = free_ports(4)
     environment = {
         **os.environ,
@@ -65,7 +71,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for_jobs_api(address, node)
-        yield address, storage
+        yield address
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         try:
@@ -115,27 +121,106 @@ def test_our_own_submit_and_resume_tell_the_dashboard_what_runs(
     done = maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
     assert "maskstudy resume tiny" in done.stdout
     twice = maskstudy("submit", str(tiny_study), "--address", address, check=False)
-    assert twice.returncode == 2
+    assert twice.returncode == 75
     assert "is running already" in twice.stderr
+    assert maskstudy("resume", "tiny", "--address", address, check=False).returncode == 75
     client = jobs.JobSubmissionClient(address)
     (job,) = jobs.jobs_of(client, "tiny")
     assert job.metadata is not None
     assert job.metadata["job_name"] == "study tiny"
     assert job.metadata["question"] == "Does it run?"
-    wait_until(lambda: client.get_job_status(job.submission_id).is_terminal(), 200)
+    assert job.metadata["storage"] == str(storage / "studies")
+    followed = maskstudy("logs", "tiny", "--address", address, "--follow").stdout
+    assert "4/4 trials" in followed
+    wait_until(lambda: client.get_job_status(job.submission_id).is_terminal(), 60)
     assert client.get_job_status(job.submission_id) == jobs.JobStatus.SUCCEEDED
+    assert maskstudy("logs", "tiny", "--address", address).stdout == followed
 
-    maskstudy("resume", "tiny", "--address", address)
+    finished = maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
+    assert "tiny is finished: nothing is left to do" in finished.stdout
+    assert len(jobs.jobs_of(client, "tiny")) == 1, "a finished study was submitted"
+    maskstudy("extend", "tiny", "--trials", "1", "--storage", str(storage / "studies"))
+
+    maskstudy("resume", "tiny", "--address", address, "--storage", str(storage / "studies"))
     again = jobs.jobs_of(client, "tiny")[-1]
     assert again.metadata is not None
     assert (again.metadata["attempt"], again.metadata["resumes"]) == ("2", job.submission_id)
-    wait_until(lambda: client.get_job_status(again.submission_id).is_terminal(), 100)
-    assert "nothing is left to do" in client.get_job_logs(again.submission_id)
+    wait_until(lambda: client.get_job_status(again.submission_id).is_terminal(), 200)
+    assert "5/5 trials" in client.get_job_logs(again.submission_id)
+    table = maskstudy("status", "tiny", "--address", address).stdout
+    assert table.count("SUCCEEDED") == 2
 
 
-def ray_job_submit(address: str) -> str:
+def test_a_job_submitted_by_hand_is_found_by_the_name_of_its_study(
+    head: tuple[str, Path], tiny_study: Path
+) -> None:
+    address, storage = head
+    tiny_study.write_text(tiny_study.read_text().replace("study: tiny", "study: by-hand"))
+    folder = StudyFolder(storage / "studies" / "by-hand")
+    job = ray_job_submit(address, tiny_study.parent, tiny_study.name)
+    wait_until(lambda: folder.spec.exists(), 120)
+    held = maskstudy(
+        "submit", str(tiny_study), "--address", address, "--storage", str(storage), check=False
+    )
+    assert held.returncode == 75
+    assert job in held.stderr
+    assert job in maskstudy("status", "--address", address).stdout
+    assert f"stopped job {job}" in maskstudy("stop", "by-hand", "--address", address).stdout
+    assert job_status(address, job) == "STOPPED"
+    again = maskstudy("resume", "by-hand", "--address", address).stdout
+    wait_until(
+        lambda: "SUCCEEDED" in maskstudy("status", "by-hand", "--address", address).stdout, 200
+    )
+    assert again.split()[3] != job
+    assert len(read_results(folder)) == 4
+
+
+def test_a_job_of_a_study_that_somebody_holds_says_so_and_ends_with_75(
+    head: tuple[str, Path], tiny_study: Path
+) -> None:
+    address, storage = head
+    tiny_study.write_text(tiny_study.read_text().replace("study: tiny", "study: held"))
+    with Ledger.open(StudyFolder(storage / "studies" / "held"), {"who": "another driver"}):
+        job = ray_job_submit(address, tiny_study.parent, tiny_study.name)
+        wait_until(lambda: job_status(address, job) == "FAILED", 120)
+    message = jobs.JobSubmissionClient(address).get_job_info(job).message
+    assert "exit code: 75" in str(message), message
+    assert "who another driver" in maskstudy("logs", "held", "--address", address).stdout
+
+
+def test_a_head_that_was_killed_has_forgotten_its_jobs_and_the_storage_has_not(
+    tmp_path: Path, tiny_study: Path
+) -> None:
+    storage, home = tmp_path / "storage", tmp_path / "home"
+    home.mkdir()
+    folder = StudyFolder(storage / "studies" / "tiny")
+    with running_head(home, storage) as address:
+        maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
+        wait_until(lambda: folder.spec.exists() and len(read_results(folder)) >= 1, 200)
+    kept = read_results(folder)
+    assert len(kept) < 4
+    with running_head(home, storage) as address:
+        lost = maskstudy("resume", "tiny", "--address", address, check=False)
+        assert lost.returncode == 2
+        assert f"maskstudy resume tiny --address {address} --storage" in lost.stderr
+        studies = str(storage / "studies")
+        maskstudy("resume", "tiny", "--address", address, "--storage", studies)
+        client = jobs.JobSubmissionClient(address)
+        (job,) = jobs.jobs_of(client, "tiny")
+        assert job.metadata is not None
+        assert job.metadata["question"] == "Does it run?"
+        wait_until(lambda: client.get_job_status(job.submission_id).is_terminal(), 200)
+        assert job_status(address, job.submission_id) == "SUCCEEDED"
+    results = read_results(folder)
+    assert len(results) == 4
+    assert all(results[trial] == result for trial, result in kept.items())
+
+
+def ray_job_submit(
+    address: str, folder: Path = ROOT, study: str = "study/examples/quickstart.yaml"
+) -> str:
     """`ray job submit --working-dir . -- python -m study run ...`, as a user would type it."""
-    name = f"quickstart-{time.time_ns()}"
+    name = f"by-hand-{time.time_ns()}"
     ray_job(
         address,
         "submit",
@@ -148,15 +233,16 @@ def ray_job_submit(address: str) -> str:
         "-m",
         "study",
         "run",
-        "study/examples/quickstart.yaml",
+        study,
+        folder=folder,
     )
     return name
 
 
-def ray_job(address: str, command: str, *arguments: str) -> str:
+def ray_job(address: str, command: str, *arguments: str, folder: Path = ROOT) -> str:
     done = subprocess.run(
         [str(BIN / "ray"), "job", command, "--address", address, *arguments],
-        cwd=ROOT,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=120,
@@ -171,7 +257,7 @@ def job_status(address: str, job: str) -> str:
 
 def maskstudy(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "study", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "study", *arguments], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 or not check, done.stderr
     return done
