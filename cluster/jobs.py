@@ -123,20 +123,18 @@ def stop(address: str, study: str, *, timeout: float = 60) -> str | None:
 
 
 def call(address: str, entrypoint: str, *, variables: dict[str, str], timeout: float) -> str:
-    """Run a command as a job with our packages, give back its log, and forget the job."""
+    """Run a command as a job, give back its log, and forget the job."""
     with _client(address) as client:
-        job = client.submit_job(
-            entrypoint=entrypoint, runtime_env={**_code(), "env_vars": variables}
-        )
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": variables})
         deadline = time.monotonic() + timeout
         while not client.get_job_status(job).is_terminal():
             if time.monotonic() > deadline:
                 client.stop_job(job)
-                raise RuntimeError(f"job {job} ({entrypoint}) had not ended after {timeout:g} s")
+                raise RuntimeError(f"job {job} had not ended after {timeout:g} s")
             time.sleep(0.5)
         told: str = client.get_job_logs(job)
         if client.get_job_status(job) is not JobStatus.SUCCEEDED:
-            raise RuntimeError(f"job {job} ({entrypoint}) failed:\n{_plain(told)}")
+            raise RuntimeError(f"job {job} failed:\n{_plain(told)}")
         client.delete_job(job)
         return told
 

@@ -184,7 +184,7 @@ def test_a_job_of_a_study_that_somebody_holds_says_so_and_ends_with_75(
         job = ray_job_submit(address, tiny_study.parent, tiny_study.name)
         wait_until(lambda: job_status(address, job) == "FAILED", 120)
     message = jobs.JobSubmissionClient(address).get_job_info(job).message
-    assert "exit code: 75" in str(message), message
+    assert "exit code 75" in str(message), message
     assert "who another driver" in maskstudy("logs", "held", "--address", address).stdout
 
 
