@@ -121,9 +121,9 @@ def render(tables: StudyTables) -> str:
     drawn = {name: item for name, item in drawn.items() if item.figure or name not in OF_VOLUMES}
     content = {
         "template": theme.TEMPLATE,
-        "figures": {name: _plain(item.figure) for name, item in drawn.items() if item.figure},
+        "figures": {name: plain_figure(item.figure) for name, item in drawn.items() if item.figure},
     }
-    plotly, script = get_plotlyjs(), _resource("report.js")
+    plotly, script = report_scripts()
     shown = exhibits(tables)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined
@@ -162,6 +162,11 @@ def render(tables: StudyTables) -> str:
         script=Markup(script),
     )
     return page
+
+
+def report_scripts() -> tuple[str, str]:
+    """The two scripts of every report."""
+    return get_plotlyjs(), _resource("report.js")
 
 
 def policy(scripts: Iterable[str]) -> str:
@@ -543,18 +548,19 @@ def _endings(tables: StudyTables) -> Grid:
                 Cell(line.outcome),
                 Cell("–" if pd.isna(reached) else f"{phase} {reached:.0%}"),
                 _cell(float(line.seconds)),
-                Cell(_error(line.error), code=True),
+                Cell(error_text(line.error), code=True),
             ]
         )
     heads = ["trial", "arm", "outcome", "reached", "seconds", "error"]
     return Grid("Trials that did not complete", heads, lines, len(ended) - len(lines))
 
 
-def _error(error: Any) -> str:
+def error_text(error: Any, longest: int = LONGEST_ERROR) -> str:
+    """The end of an error's text, without control characters."""
     if not isinstance(error, str) or not error:
         return "–"
     kept = re.sub(r"[^\S\n]*[\x00-\x09\x0b-\x1f\x7f-\x9f]+", " ", error.strip())
-    return kept if len(kept) <= LONGEST_ERROR else "… " + kept[-LONGEST_ERROR:]
+    return kept if len(kept) <= longest else "… " + kept[-longest:]
 
 
 def _settings(tables: StudyTables) -> Grid:
@@ -582,9 +588,10 @@ def _fact(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _plain(figure: go.Figure) -> dict[str, Any]:
+def plain_figure(figure: go.Figure) -> dict[str, Any]:
+    """Data and layout for Plotly, without a template: the page has one for all."""
     content = figure.to_plotly_json()
-    content["layout"].pop("template", None)  # the page has one for all
+    content["layout"].pop("template", None)
     return {"data": content["data"], "layout": content["layout"]}
 
 

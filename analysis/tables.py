@@ -55,6 +55,12 @@ TITLES = {
 }
 
 
+def title_of(key: str) -> str:
+    """A metric, given as phase/metric, in words."""
+    name, _, item = key.partition("/")[2].partition("/")
+    return TITLES.get(name, name.replace("_", " ")) + (f", {item}" if item else "")
+
+
 class Measure(NamedTuple):
     """A metric as figures name it. `key` is phase/metric."""
 
@@ -110,9 +116,7 @@ class StudyTables:
         if len(named):
             unit, goal = str(named["unit"].iloc[0] or ""), str(named["goal"].iloc[0])
         unit = "" if unit in ("1", "none", "None", "nan") else unit
-        name, _, item = metric.partition("/")
-        title = TITLES.get(name, name.replace("_", " ")) + (f", {item}" if item else "")
-        return Measure(key, title, unit, goal != "minimize")
+        return Measure(key, title_of(key), unit, goal != "minimize")
 
     @cached_property
     def objectives(self) -> list[Measure]:
@@ -132,16 +136,22 @@ class StudyTables:
 def load(folder: Path | StudyFolder) -> StudyTables:
     """Read a study's folder. Unreadable parts are named in a StorageError, never skipped."""
     place = folder if isinstance(folder, StudyFolder) else StudyFolder(Path(folder))
-    spec_text = _spec_text(place)
+    spec, spec_text = spec_of(place)
     return assemble(
         place,
-        _spec(place.spec, spec_text),
+        spec,
         spec_text,
         read_environment(place),
         read_suggestions(place),
         read_results(place),
         read_rows(place),
     )
+
+
+def spec_of(folder: StudyFolder) -> tuple[dict[str, Any], str]:
+    """The frozen study file, as settings and as text."""
+    text = _spec_text(folder)
+    return _spec(folder.spec, text), text
 
 
 def assemble(
@@ -302,7 +312,7 @@ def _arms(suggestions: list[Suggestion], rows: pd.DataFrame) -> pd.DataFrame:
                 "arm": arm,
                 "origin": suggestion.origin,
                 "group": _group(suggestion.origin),
-                "label": _label(suggestion),
+                "label": arm_label(suggestion),
                 "patch": patch,
                 "unit": _edges(masking.get("unit")) or patch,
                 "schedule": _schedule(suggestion),
@@ -350,7 +360,7 @@ def _shape(ratio: Mapping[str, Any]) -> str:
     return str(name) if shape in (None, "linear") else f"{name} {shape}"
 
 
-def _label(suggestion: Suggestion) -> str:
+def arm_label(suggestion: Suggestion) -> str:
     """An arm in words: patch, ratio, then whatever else was searched."""
     config = suggestion.config
     masking = _child(config, "masking")

@@ -225,6 +225,27 @@ def doctor(address: Address = None, storage: Storage = None) -> None:
 
 
 @app.command()
+def console(
+    storage: Storage = None,
+    address: Address = None,
+    host: Annotated[
+        str, typer.Option(help="that it listens at; others than this machine only in token mode")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="let it resume, stop, extend and enqueue")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="a further name that it is reached by")
+    ] = None,
+) -> None:
+    """Show all studies of a storage in the browser: on the cluster at --address, or from here."""
+    from study import commands
+
+    commands.start_console(storage, address, host, port, allow_changes, allow_host or [])
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of study files, for editors."""
     from study.spec import schema as study_schema

@@ -489,6 +489,28 @@ def doctor(address: str | None, storage: Path | None) -> int:
     return int(any(verdict.level is Level.PROBLEM for verdict in verdicts))
 
 
+def start_console(
+    storage: Path | None,
+    address: str | None,
+    host: str,
+    port: int,
+    allow_changes: bool,
+    allow_hosts: list[str],
+) -> None:
+    """Show the studies of a storage in the browser."""
+    from study.console.server import start
+
+    start(
+        _storage(storage),
+        address=address,
+        host=host,
+        port=port,
+        allow_changes=allow_changes,
+        allow_hosts=allow_hosts,
+        say=lambda line: print(line, flush=True),
+    )
+
+
 def find_study(name: str, storage: Path | None) -> StudyFolder:
     """The study folder of a name, a path to the folder, or a study file."""
     given = Path(name)

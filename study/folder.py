@@ -13,6 +13,7 @@ folder can be moved, copied and renamed.
     requests/<time>-<kind>-<hex>.json  what people ask of the study and no driver has read yet
     answers/000000.json                what became of each request; never changed
     epochs/000001.json  lock           one epoch per driver; the lock of the living one
+    console.log                        what the last driver said that the console started
 """
 
 from __future__ import annotations
@@ -118,3 +119,7 @@ class StudyFolder:
     def stop_request(self) -> Path:
         """Exists while somebody has asked the driver to stop."""
         return self.root / "stop"
+
+    @property
+    def console_log(self) -> Path:
+        return self.root / "console.log"

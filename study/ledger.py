@@ -28,6 +28,7 @@ import os
 import re
 import socket
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -45,6 +46,8 @@ from study.folder import StudyFolder, is_trial_id
 from trainables.errors import StorageError, UserError
 
 log = logging.getLogger(__name__)
+
+GLANCE_SECONDS = 0.5  # that a lock may be busy before its holder counts as a driver
 
 _PART = re.compile(r"(\d{6,})-(\d{6,})-[0-9a-f]{8}\.parquet")
 
@@ -255,7 +258,7 @@ class Ledger:
         """Keep how a trial ended, once; only a failure may be followed by another outcome."""
         with self._one_at_a_time:
             assert result.trial in self._suggested, f"{result.trial} was never suggested"
-            before = _read_result(self.folder, result.trial)
+            before = read_result(self.folder, result.trial)
             assert before is None or before.outcome in RETRIABLE, f"{result.trial} has ended"
             error = _without_absolute_paths(result.error, self.folder) if result.error else None
             if error is not None:
@@ -322,15 +325,20 @@ class Ledger:
 
 def read_suggestions(folder: StudyFolder) -> list[Suggestion]:
     """All suggestions by number."""
-    suggestions = []
-    for number in range(_count(folder.suggestions)):
-        path = folder.suggestion(number)
-        suggestion = _typed(Suggestion, _read_json(path, _RESTORE_SUGGESTION), path)
-        if suggestion.number != number or not is_trial_id(suggestion.trial):
-            what = f"holds number {suggestion.number} of trial {suggestion.trial!r}"
-            raise LedgerError(f"{path}: {what}. {_RESTORE_SUGGESTION}")
-        suggestions.append(suggestion)
-    return suggestions
+    return [read_suggestion(folder, number) for number in range(count_suggestions(folder))]
+
+
+def count_suggestions(folder: StudyFolder) -> int:
+    return _count(folder.suggestions)
+
+
+def read_suggestion(folder: StudyFolder, number: int) -> Suggestion:
+    path = folder.suggestion(number)
+    suggestion = _typed(Suggestion, _read_json(path, _RESTORE_SUGGESTION), path)
+    if suggestion.number != number or not is_trial_id(suggestion.trial):
+        what = f"holds number {suggestion.number} of trial {suggestion.trial!r}"
+        raise LedgerError(f"{path}: {what}. {_RESTORE_SUGGESTION}")
+    return suggestion
 
 
 def read_answers(folder: StudyFolder) -> list[Answer]:
@@ -349,7 +357,7 @@ def read_results(folder: StudyFolder) -> dict[str, Result]:
     """How each trial ended, by trial; trials that have not ended are absent."""
     results = {}
     for suggestion in read_suggestions(folder):
-        result = _read_result(folder, suggestion.trial)
+        result = read_result(folder, suggestion.trial)
         if result is not None:
             results[result.trial] = result
     return results
@@ -474,7 +482,7 @@ def damage(folder: StudyFolder) -> list[LedgerError]:
     except LedgerError as error:
         return [*found, error]
     for trial in trials:
-        for read in (_read_result, read_rows):
+        for read in (read_result, read_rows):
             try:
                 read(folder, trial)
             except LedgerError as error:
@@ -489,7 +497,7 @@ def _take_lock(folder: StudyFolder) -> int:
     except OSError as error:
         raise _write_error(folder.lock, error, 0) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_within(descriptor, GLANCE_SECONDS)
     except BlockingIOError:
         os.close(descriptor)
         raise _held(folder) from None
@@ -504,6 +512,18 @@ def _held(folder: StudyFolder) -> HeldError:
         f"{folder.root}: held by {_describe_holder(folder, _newest_epoch(folder))}. "
         f"Wait for it, or stop it with `maskstudy stop {folder.root.name}`"
     )
+
+
+def _lock_within(descriptor: int, seconds: float) -> None:
+    """Lock exclusively; whoever asks `is_held` has the lock for a moment, a driver for longer."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _claim_epoch(folder: StudyFolder, holder: dict[str, Any]) -> int:
@@ -688,7 +708,8 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_result(folder: StudyFolder, trial: str) -> Result | None:
+def read_result(folder: StudyFolder, trial: str) -> Result | None:
+    """How a trial ended; None while it has not."""
     content = _read_outcome(folder, trial)
     if content is None:
         return None

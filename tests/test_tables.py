@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.tables import _label, arm_scores, by_size, final, flatten, load, mean_ratio
+from analysis.tables import arm_label, arm_scores, by_size, final, flatten, load, mean_ratio
 from study.folder import StudyFolder
 from study.ledger import LedgerError, Suggestion
 from tests.synthetic import hand_made, study_tables, write_study
@@ -244,7 +244,7 @@ def test_a_strategy_is_told_once_by_the_studys_own_word(labels: dict[str, str], 
         params={},
         labels=labels,
     )
-    assert _label(suggestion) == words
+    assert arm_label(suggestion) == words
 
 
 def test_settings_are_flattened_with_dots() -> None:

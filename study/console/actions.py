@@ -1,0 +1,201 @@
+"""The four things that the console can do to a study: resume, stop, extend, enqueue.
+
+To add one, write the function and add it to ACTIONS. Each returns what was done in a sentence, and
+raises UserError or StorageError with what to tell instead. Nothing else of the Jobs API is offered.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from study.folder import StudyFolder
+from study.ledger import is_held
+from trainables.errors import StorageError, UserError
+
+CODE = Path(__file__).resolve().parent.parent.parent
+BIRTH_SECONDS = 20.0  # a driver that cannot go on says so before that
+JOBS_SECONDS = 3.0  # for which a list of jobs counts as new
+LOG_LINES = 400
+
+
+@dataclass
+class Hands:
+    """Where studies are resumed: as jobs of the cluster at `address`, else on this machine."""
+
+    address: str | None
+    storage: Path
+    _drivers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _jobs: dict[str, dict[str, str]] = field(default_factory=dict)
+    _jobs_read: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def job(self, study: str) -> dict[str, str] | None:
+        """id, status, link of the study's last job; None where no cluster knows one."""
+        if self.address is None:
+            return None
+        with self._lock:
+            if time.monotonic() - self._jobs_read > JOBS_SECONDS:
+                self._jobs_read = time.monotonic()
+                threading.Thread(target=self._read_jobs, daemon=True).start()
+        return self._jobs.get(study)
+
+    def _read_jobs(self) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        assert self.address is not None
+        try:
+            listed = JobSubmissionClient(self.address).list_jobs()
+        except (RuntimeError, ConnectionError, OSError):
+            return  # the head is away; what it said last stands
+        found: dict[str, dict[str, str]] = {}
+        for job in sorted(listed, key=lambda job: job.start_time or 0):
+            study = (job.metadata or {}).get("study")
+            if study and job.submission_id:
+                link = f"{self.address.rstrip('/')}/#/jobs/{job.submission_id}"
+                status = str(job.status.value)
+                found[study] = {"id": str(job.submission_id), "status": status, "link": link}
+        self._jobs = found
+
+    def log(self, study: StudyFolder) -> tuple[str, str]:
+        """Where the last driver's words come from, and the last of them."""
+        job = self.job(study.root.name)
+        if job is not None and self.address is not None:
+            from ray.job_submission import JobSubmissionClient
+
+            try:
+                words = JobSubmissionClient(self.address).get_job_logs(job["id"])
+            except (RuntimeError, ConnectionError, OSError) as error:
+                return f"job {job['id']}", f"its log cannot be read: {error}"
+            return f"job {job['id']}", _last_lines(words)
+        if study.console_log.is_file() and not study.console_log.is_symlink():
+            with study.console_log.open("rb") as file:
+                file.seek(max(0, study.console_log.stat().st_size - 200_000))
+                return study.console_log.name, _last_lines(file.read().decode(errors="replace"))
+        return "", ""
+
+
+def resume(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+    """Submit the study's job again; without a cluster, start a driver on this machine."""
+    _expect(asked)
+    name = folder.root.name
+    if is_held(folder):
+        raise UserError(f"{name} is running already")
+    if hands.address is None:
+        return _resume_here(hands, folder)
+    from cluster import jobs
+
+    job, _ = _jobs(jobs.resubmit, hands.address, name)
+    hands._jobs_read = 0.0
+    return f"{name} goes on as job {job}"
+
+
+def stop(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+    """Stop the study's job, or ask its driver, wherever that runs."""
+    _expect(asked)
+    from study import requests
+
+    name = folder.root.name
+    if hands.address is not None:
+        from cluster import jobs
+
+        job = _jobs(jobs.stop, hands.address, name)
+        hands._jobs_read = 0.0
+        if job is not None:
+            return f"{name} has been stopped (job {job}); nothing is lost"
+    if not is_held(folder):
+        raise UserError(f"{name} is not running")
+    requests.stop(folder)
+    return f"{name} has been asked to stop; its trials keep what they have"
+
+
+def extend(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+    """Grow the budget by some searched trials."""
+    _expect(asked, "trials")
+    from study import requests
+
+    trials = asked["trials"]
+    if not isinstance(trials, int) or isinstance(trials, bool):
+        raise UserError(f"trials: given {str(trials)[:40]!r}; expected a whole number")
+    return str(requests.extend(folder, trials))
+
+
+def enqueue(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+    """Have an arm tried before the sampler's next one."""
+    _expect(asked, "settings")
+    from study import requests
+
+    settings = asked["settings"]
+    if not isinstance(settings, dict) or not settings:
+        raise UserError("settings: expected at least one dotted path with its value")
+    return str(requests.enqueue(folder, settings))
+
+
+def _resume_here(hands: Hands, folder: StudyFolder) -> str:
+    """A driver of its own session: it goes on when the console ends."""
+    name, storage = folder.root.name, str(folder.root.parent)
+    with hands._lock:
+        before = hands._drivers.get(name)
+        if before is not None and before.poll() is None:
+            raise UserError(f"{name} is being resumed already")
+        path = os.environ.get("PYTHONPATH")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{CODE}{os.pathsep}{path}" if path else str(CODE),
+        }
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with os.fdopen(os.open(folder.console_log, flags, 0o666), "wb") as log:
+                driver = subprocess.Popen(
+                    [sys.executable, "-m", "study", "resume", name, "--storage", storage],
+                    cwd=storage,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise StorageError(f"{name}: no driver could be started: {error.strerror}") from error
+        hands._drivers[name] = driver
+    deadline = time.monotonic() + BIRTH_SECONDS
+    while time.monotonic() < deadline and not is_held(folder):
+        if driver.poll() is not None:
+            if driver.returncode == 0:
+                return f"{name} has nothing left to do"
+            said = _last_lines(folder.console_log.read_text(errors="replace"))[-1000:]
+            raise UserError(f"{name} could not go on: {said}")
+        time.sleep(0.1)
+    return f"{name} goes on, on this machine (process {driver.pid})"
+
+
+def _jobs(call: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except (RuntimeError, ConnectionError) as error:
+        raise UserError(str(error)) from error
+
+
+def _expect(asked: dict[str, Any], *keys: str) -> None:
+    if set(asked) != set(keys):
+        words = " and ".join(keys) or "nothing"
+        raise UserError(f"given {sorted(map(str, asked))[:5]}; expected {words}")
+
+
+def _last_lines(words: str) -> str:
+    return "\n".join(words.splitlines()[-LOG_LINES:])
+
+
+ACTIONS: dict[str, Callable[[Hands, StudyFolder, dict[str, Any]], str]] = {
+    "resume": resume,
+    "stop": stop,
+    "extend": extend,
+    "enqueue": enqueue,
+}

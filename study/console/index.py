@@ -1,0 +1,386 @@
+"""What the console knows of the studies of a storage, read from their ledgers bit by bit.
+
+What has once been read of a trial that has ended is not read again, so a look at a study of
+thousands of trials takes as long as what is new since the last one. Reading goes on in a thread of
+its own, and only while somebody looks; whoever asks gets what is known by then.
+
+Nothing outside the storage is read: a study, or anything of it, that is a link leading out of the
+study's folder is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.tables import StudyTables, arm_label, assemble, spec_of
+from study.folder import StudyFolder
+from study.ledger import (
+    COLUMNS,
+    RETRIABLE,
+    Result,
+    Suggestion,
+    count_suggestions,
+    is_held,
+    read_environment,
+    read_holder,
+    read_result,
+    read_rows,
+    read_suggestion,
+)
+from trainables.errors import StorageError, UserError
+
+FRESH_SECONDS = 1.0  # for which a look counts as new
+PATIENCE_SECONDS = 0.4  # that a request waits for a look
+MOST_STUDIES = 1000
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+class NotFound(Exception):
+    """No such study, trial or picture; says what was asked for."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a trial has come: its last rung and the newest values of the objectives."""
+
+    phase: str | None = None
+    progress: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    images_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A study as it was found at one moment; `revision` grows with whatever is new."""
+
+    folder: StudyFolder
+    revision: int
+    spec: dict[str, Any]
+    spec_text: str
+    environment: dict[str, Any]
+    suggestions: list[Suggestion]
+    labels: dict[str, str]  # trial -> its arm in words
+    results: dict[str, Result]
+    reached: dict[str, Reached]
+    rows: list[pd.DataFrame]  # of the objectives only
+    num_trials: int  # suggested; more than `suggestions` while those are being read
+    num_read: int  # trials whose rows have been read
+    is_held: bool
+    holder: dict[str, Any] | None
+    asked: tuple[str, ...]  # names of requests and of answers to them
+    changed: float  # when the newest thing was written, seconds since 1970
+    problem: str | None  # what cannot be read, in words
+
+    @property
+    def name(self) -> str:
+        return self.folder.root.name
+
+    @property
+    def is_read(self) -> bool:
+        return self.num_read == self.num_trials
+
+    @property
+    def objectives(self) -> list[tuple[str, bool]]:
+        """Metric, and whether more of it is better."""
+        return objectives_of(self.spec)
+
+    def tables(self) -> StudyTables:
+        """For the report's figures; they have the objectives' rows only."""
+        rows = pd.concat(self.rows) if self.rows else pd.DataFrame(columns=list(COLUMNS))
+        known = {suggestion.trial for suggestion in self.suggestions}
+        return assemble(
+            self.folder,
+            self.spec,
+            self.spec_text,
+            self.environment,
+            self.suggestions,
+            {trial: result for trial, result in self.results.items() if trial in known},
+            rows,
+        )
+
+
+class Index:
+    """The studies of one storage."""
+
+    def __init__(self, storage: Path) -> None:
+        self.storage = storage.resolve()
+        self._watched: dict[str, _Watched] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> tuple[list[str], int]:
+        """The studies, and how many other folders hold something that cannot be shown."""
+        found, strange = [], 0
+        try:
+            entries = sorted(os.scandir(self.storage), key=lambda entry: entry.name)
+        except OSError as error:
+            raise StorageError(f"{self.storage}: cannot be listed: {error.strerror}") from error
+        for entry in entries:
+            if not StudyFolder(Path(entry.path)).spec.is_file():
+                continue
+            if _NAME.fullmatch(entry.name) and not entry.is_symlink():
+                found.append(entry.name)
+            else:
+                strange += 1
+        return found[:MOST_STUDIES], strange + len(found[MOST_STUDIES:])
+
+    def folder(self, name: str) -> StudyFolder:
+        """The folder of a study of the storage; raises NotFound."""
+        folder = StudyFolder(self.storage / name) if _NAME.fullmatch(name) else None
+        if folder is None or folder.root.is_symlink() or not folder.spec.is_file():
+            raise NotFound("no such study in this storage")
+        return folder
+
+    def look(self, name: str) -> Snapshot:
+        return self.look_at([name])[0]
+
+    def look_at(self, names: Iterable[str]) -> list[Snapshot]:
+        """What is known of studies, after a short while for reading what is new."""
+        watched = []
+        for name in names:
+            folder = self.folder(name)
+            with self._lock:
+                watched.append(self._watched.setdefault(name, _Watched(folder)))
+        for each in watched:
+            each.read()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for each in watched:
+            each.wait(max(0.0, deadline - time.monotonic()))
+        return [each.snapshot() for each in watched]
+
+
+class _Watched:
+    """One study: what is known of it, and the thread that reads what is new."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self.folder = folder
+        self._starting = threading.Lock()
+        self._known = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._ended = 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._spec: dict[str, Any] = {}
+        self._spec_text = ""
+        self._spec_stamp: tuple[int, int] = (0, 0)
+        self._environment: dict[str, Any] = {}
+        self._suggestions: list[Suggestion] = []
+        self._labels: dict[str, str] = {}
+        self._results: dict[str, Result] = {}
+        self._reached: dict[str, Reached] = {}
+        self._rows: dict[str, pd.DataFrame] = {}
+        self._stamps: dict[str, tuple[Any, ...]] = {}  # trial -> what its files looked like
+        self._settled: set[str] = set()  # trials of which nothing new can come
+        self._num_trials = 0
+        self._is_held = False
+        self._holder: dict[str, Any] | None = None
+        self._asked: tuple[str, ...] = ()
+        self._changed = 0.0
+        self._problem: str | None = None
+        self._revision = 0
+
+    def read(self) -> None:
+        """Begin to read what is new, unless that is under way or was done just now."""
+        with self._starting:
+            if self._thread is not None and self._thread.is_alive():
+                return
+            if time.monotonic() - self._ended < FRESH_SECONDS:
+                return
+            self._thread = threading.Thread(
+                target=self._read, name=f"read {self.folder.root.name}", daemon=True
+            )
+            self._thread.start()
+
+    def wait(self, seconds: float) -> None:
+        thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+
+    def snapshot(self) -> Snapshot:
+        with self._known:
+            return Snapshot(
+                folder=self.folder,
+                revision=self._revision,
+                spec=self._spec,
+                spec_text=self._spec_text,
+                environment=self._environment,
+                suggestions=list(self._suggestions),
+                labels=self._labels,
+                results=dict(self._results),
+                reached=dict(self._reached),
+                rows=list(self._rows.values()),
+                num_trials=self._num_trials,
+                num_read=len(self._reached),
+                is_held=self._is_held,
+                holder=self._holder,
+                asked=self._asked,
+                changed=self._changed,
+                problem=self._problem,
+            )
+
+    def _read(self) -> None:
+        problem = None
+        try:
+            self._read_study()
+            self._read_trials()
+        except (StorageError, UserError) as error:
+            problem = _without_root(str(error), self.folder)
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        with self._known:
+            if problem != self._problem:
+                self._problem = problem
+                self._revision += 1
+        self._ended = time.monotonic()
+
+    def _read_study(self) -> None:
+        folder = self.folder
+        for path in (folder.spec, folder.environment, folder.suggestions, folder.trials):
+            _refuse_links(folder, path)
+        for path in (folder.epochs, folder.lock):
+            _refuse_links(folder, path)
+        held, holder = is_held(folder), read_holder(folder)
+        count = count_suggestions(folder)
+        asked = (*_listing(folder.requests), *_listing(folder.answers))
+        stamp = _stamp(folder.spec)
+        if count < len(self._suggestions):  # another study under the same name
+            with self._known:
+                revision = self._revision
+                self._forget()
+                self._revision = revision + 1
+        if stamp != self._spec_stamp:
+            spec, text = spec_of(folder)
+            environment = read_environment(folder)
+            with self._known:
+                self._spec, self._spec_text, self._environment = spec, text, environment
+                self._spec_stamp = stamp
+                self._revision += 1
+        with self._known:
+            before = (self._is_held, self._holder, self._num_trials, self._asked)
+            if (held, holder, count, asked) != before:
+                self._is_held, self._holder, self._num_trials = held, holder, count
+                self._asked = asked
+                self._revision += 1
+            newest = max(map(_written, (folder.spec, folder.suggestions, folder.epochs)))
+            self._changed = max(self._changed, newest)
+
+    def _read_trials(self) -> None:
+        for number in range(len(self._suggestions), self._num_trials):
+            _refuse_links(self.folder, self.folder.suggestion(number))
+            suggestion = read_suggestion(self.folder, number)
+            result = self._result(suggestion.trial)
+            label = arm_label(suggestion)
+            with self._known:
+                self._suggestions.append(suggestion)
+                self._labels[suggestion.trial] = label
+                if result is not None:
+                    self._results[suggestion.trial] = result
+                self._revision += 1
+        # those that are not over first: they are what people wait for
+        left = [s.trial for s in self._suggestions if s.trial not in self._settled]
+        for trial in sorted(left, key=lambda trial: trial in self._results):
+            self._read_trial(trial)
+
+    def _read_trial(self, trial: str) -> None:
+        folder = self.folder
+        rows_folder, outcome = folder.rows(trial), folder.outcome(trial)
+        stamp = (_stamp(outcome), _listing(rows_folder))
+        if stamp == self._stamps.get(trial):
+            return
+        result = self._result(trial)
+        for path in (rows_folder, *(rows_folder / name for name in stamp[1])):
+            _refuse_links(folder, path)
+        rows = read_rows(folder, trial)
+        reached = _reached(rows, [metric for metric, _ in objectives_of(self._spec)])
+        shown = rows[(rows["phase"] + "/" + rows["metric"]).isin(list(reached.values))]
+        with self._known:
+            if result is not None:
+                self._results[trial] = result
+            self._reached[trial] = reached
+            self._rows[trial] = shown
+            self._stamps[trial] = stamp
+            self._changed = max(self._changed, _written(outcome), _written(rows_folder))
+            if result is not None and result.outcome not in RETRIABLE:
+                self._settled.add(trial)
+            self._revision += 1
+
+    def _result(self, trial: str) -> Result | None:
+        _refuse_links(self.folder, self.folder.trial(trial))
+        _refuse_links(self.folder, self.folder.outcome(trial))
+        return read_result(self.folder, trial)
+
+
+def objectives_of(spec: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Metric, and whether more of it is better, as a study file asks for them."""
+    asked = spec.get("objectives")
+    return [
+        (item["metric"], item.get("goal") != "minimize")
+        for item in (asked if isinstance(asked, list) else [])
+        if isinstance(item, dict) and isinstance(item.get("metric"), str)
+    ]
+
+
+def refuse_links_out(folder: StudyFolder, path: Path) -> None:
+    """Raise NotFound for a path that leads out of the study."""
+    try:
+        _refuse_links(folder, path)
+    except StorageError:
+        raise NotFound("it is a link that leads elsewhere") from None
+
+
+def _reached(rows: pd.DataFrame, metrics: list[str]) -> Reached:
+    if rows.empty:
+        return Reached()
+    ordered = rows.sort_values(["phase", "progress"], kind="stable")  # pretrain, then segment
+    newest = ordered.groupby(ordered["phase"] + "/" + ordered["metric"])["value"].last()
+    last = ordered.iloc[-1]
+    speed = newest.get(f"{last['phase']}/images_per_second")
+    return Reached(
+        str(last["phase"]),
+        float(last["progress"]),
+        {metric: float(newest[metric]) for metric in metrics if metric in newest.index},
+        None if speed is None else float(speed),
+    )
+
+
+def _refuse_links(folder: StudyFolder, path: Path) -> None:
+    if path.is_symlink():
+        place = path.relative_to(folder.root)
+        raise StorageError(
+            f"{folder.root.name}/{place}: a link; the console follows none, as they may lead out "
+            f"of the storage. Put a copy in its place"
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_size)
+
+
+def _written(path: Path) -> float:
+    return _stamp(path)[0] / 1e9
+
+
+def _listing(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(os.listdir(path)))
+    except FileNotFoundError:
+        return ()
+
+
+def _without_root(text: str, folder: StudyFolder) -> str:
+    """Paths as the console's readers know them: from the study's name on."""
+    return text.replace(f"{folder.root.parent}{os.sep}", "")
