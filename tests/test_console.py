@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from study.console import actions
 from study.console.app import Settings, build_app
 from study.console.guard import host_name, ray_token, refuse_exposed
 from study.console.index import Index
@@ -62,7 +63,7 @@ class Client:
         sent |= OWN if content is not None else {}
         sent |= {"Authorization": f"Bearer {token}"} if token else {}
         sent |= headers or {}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=240)
         connection.putrequest(
             method or ("GET" if content is None else "POST"), path, skip_host=True
         )
@@ -140,7 +141,7 @@ def test_all_studies_are_told_with_their_numbers(ask: Client) -> None:
     told = ask("/api/studies").json
     assert [study["name"] for study in told["studies"]] == ["hostile", "platelets"]
     one = told["studies"][1]
-    assert (one["question"], one["total"]) == ("Do small masks help the smallest cells?", 26)
+    assert (one["question"], one["total"]) == ("Do small masks help the smallest cells?", 29)
     assert (one["suggested"], one["ended"]) == (14, 14)
     assert one["counts"] == {
         "complete": 9, "stopped": 4, "failed": 1, "diverged": 0, "out-of-memory": 0,
@@ -392,7 +393,7 @@ def test_bodies_are_small_json_objects(ask: Client) -> None:
 )
 def test_no_path_leads_out_of_the_storage(ask: Client, path: str) -> None:
     found = ask(path)
-    assert found.status in (400, 404), found.body[:200]
+    assert found.status in (400, 404, 405), found.body[:200]
     assert b"root:" not in found.body
 
 
@@ -520,8 +521,12 @@ def test_stopping_asks_the_driver_that_holds_the_study(tmp_path: Path) -> None:
     assert folder.stop_request.exists()
 
 
-def test_a_driver_that_cannot_go_on_says_why(tmp_path: Path) -> None:
+def test_a_driver_that_cannot_go_on_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The study's decoded data are on no disk here, and a driver of its own finds that out."""
+    monkeypatch.setattr(actions, "BIRTH_SECONDS", 200.0)
+    monkeypatch.setattr(actions, "FAILURE_SECONDS", 30.0)
     folder = write_study(tmp_path / "asked", trials=4)
     with served(tmp_path, allow_changes=True) as ask:
         refused = ask("/api/studies/asked/resume", {})

@@ -21,7 +21,8 @@ from study.ledger import is_held
 from trainables.errors import StorageError, UserError
 
 CODE = Path(__file__).resolve().parent.parent.parent
-BIRTH_SECONDS = 20.0  # a driver that cannot go on says so before that
+BIRTH_SECONDS = 30.0  # that a driver gets to take the study; it may still come later
+FAILURE_SECONDS = 2.0  # within which a driver that has taken it says that it cannot go on
 JOBS_SECONDS = 3.0  # for which a list of jobs counts as new
 LOG_LINES = 400
 
@@ -165,15 +166,19 @@ def _resume_here(hands: Hands, folder: StudyFolder) -> str:
         except OSError as error:
             raise StorageError(f"{name}: no driver could be started: {error.strerror}") from error
         hands._drivers[name] = driver
+    taken = None
     deadline = time.monotonic() + BIRTH_SECONDS
-    while time.monotonic() < deadline and not is_held(folder):
+    while time.monotonic() < (deadline if taken is None else taken + FAILURE_SECONDS):
         if driver.poll() is not None:
             if driver.returncode == 0:
                 return f"{name} has nothing left to do"
             said = _last_lines(folder.console_log.read_text(errors="replace"))[-1000:]
             raise UserError(f"{name} could not go on: {said}")
+        if taken is None and is_held(folder):
+            taken = time.monotonic()
         time.sleep(0.1)
-    return f"{name} goes on, on this machine (process {driver.pid})"
+    verb = "starts" if taken is None else "goes on"
+    return f"{name} {verb} on this machine (process {driver.pid})"
 
 
 def _jobs(call: Callable[..., Any], *arguments: Any) -> Any:

@@ -471,6 +471,7 @@
     });
   };
 
+  if (location.hash.startsWith("#token=")) history.replaceState(null, "", location.pathname);
   document.getElementById("mode").textContent = start.changes ? "" : "read-only";
   show();
   if (parts[0] === "study" && parts[2] === "trial") trialPage(parts[1], parts[3]);

@@ -11,11 +11,14 @@
     if (answer.ok) return location.reload();
     said.textContent = (await answer.json()).error;
   };
-  const given = new URLSearchParams(location.hash.slice(1)).get("token");
-  if (given !== null) {
+  const fromAddress = () => {
+    const given = new URLSearchParams(location.hash.slice(1)).get("token");
+    if (given === null) return;
     history.replaceState(null, "", location.pathname); // out of the history and of sight
     open(given);
-  }
+  };
+  addEventListener("hashchange", fromAddress); // an address pasted while this page was open
+  fromAddress();
   document.getElementById("login").addEventListener("submit", (event) => {
     event.preventDefault();
     open(document.getElementById("token").value.trim());
