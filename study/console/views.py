@@ -169,7 +169,7 @@ def trial(found: Snapshot, name: str) -> dict[str, Any]:
                     "metric": plain(metric),
                     "title": plain(measure.title),
                     "unit": plain(measure.unit, 20),
-                    "shown": measure.show(float(part["value"].iloc[-1])),
+                    "shown": _shown(measure, float(part["value"].iloc[-1])),
                     "progress": [float(value) for value in part["progress"]],
                     "values": [_number(value) for value in part["value"]],
                 }
@@ -293,7 +293,7 @@ def best_so_far(found: Snapshot) -> Drawn:
                 hoverinfo="skip",
             )
         )
-    drawn = figure(traces, height=320, x="trial", y=measure.axis, legend=True)
+    drawn = figure(traces, height=400, x="trial", y=measure.axis, legend=True)
     return Drawn(frame, drawn, title, "One mark for each complete trial; what stopped has none.")
 
 
@@ -429,6 +429,10 @@ def _words(item: Any) -> str:
     if isinstance(item, list | tuple):
         return "[" + ", ".join(map(_words, item)) + "]"
     return str(item)
+
+
+def _shown(measure: Measure, value: float) -> str:
+    return f"{value:.4g} {measure.unit}".strip() if abs(value) >= 1e5 else measure.show(value)
 
 
 def _unit(unit: Any) -> str:

@@ -1,0 +1,117 @@
+"""The study console as a Serve application of a real head node.
+
+pytest tests/test_console_cluster.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from study.folder import StudyFolder
+from study.ledger import Outcome, is_held, read_results, read_rows
+from tests.synthetic import write_study
+from tests.test_jobs import free_ports, head, maskstudy, wait_until  # noqa: F401
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's, about itself
+]
+
+
+def test_the_console_is_listed_by_the_dashboard_and_stops_and_resumes_a_study(
+    head: tuple[str, Path],  # noqa: F811
+    tiny_study: Path,
+) -> None:
+    address, storage = head
+    studies = storage / "studies"
+    write_study(studies / "platelets", trials=4)
+    port = free_ports(1)[0]
+    started = maskstudy_console(
+        "--address", address, "--storage", str(studies), "--port", str(port), "--allow-changes"
+    )
+    assert started.returncode == 0, started.stderr
+    found = re.search(r"study console: http://127\.0\.0\.1:(\d+)/#token=(\S+)", started.stdout)
+    assert found and int(found[1]) == port
+    token = found[2]
+
+    listed = get(f"{address}/api/serve/applications/")["applications"]["maskstudy-console"]
+    assert (listed["status"], listed["route_prefix"]) == ("RUNNING", "/")
+    replica = listed["deployments"]["maskstudy-console"]["deployment_config"]
+    assert replica["ray_actor_options"]["num_cpus"] == 0
+    assert token not in json.dumps(listed), "the dashboard must not show the token"
+
+    base = f"http://127.0.0.1:{port}"
+    assert [s["name"] for s in get(f"{base}/api/studies", token)["studies"]] == ["platelets"]
+    assert status_of(f"{base}/api/studies", None) == 401
+    assert status_of(f"{base}/api/studies", token, Host="evil.example") == 400
+    assert status_of(f"{base}/api/studies", token, Host=f"localhost:{port}") == 200
+
+    maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
+    folder = StudyFolder(studies / "tiny")
+
+    def told() -> dict[str, Any]:
+        answer: dict[str, Any] = get(f"{base}/api/studies/tiny", token)
+        return answer
+
+    wait_until(lambda: folder.spec.is_file() and len(read_results(folder)) >= 1, 300)
+    wait_until(lambda: told()["state"] == "running", 30)
+    assert told()["job"]["link"].startswith(f"{address}/#/jobs/tiny-1-")
+    assert "has been stopped" in post(f"{base}/api/studies/tiny/stop", token)["said"]
+    wait_until(lambda: not is_held(folder), 60)
+    before = read_rows(folder)
+    ended = read_results(folder)
+    assert len(ended) < 5, "it was not stopped midway"
+    wait_until(lambda: told()["state"] == "interrupted", 120)
+
+    assert "goes on as job tiny-2-" in post(f"{base}/api/studies/tiny/resume", token)["said"]
+    wait_until(lambda: told()["state"] == "finished", 400)
+    results = read_results(folder)
+    assert {result.outcome for result in results.values()} == {Outcome.COMPLETE}
+    assert {trial: results[trial] for trial in ended} == ended, "a trial was run again"
+    rows = read_rows(folder)
+    assert not rows.duplicated(["trial", "phase", "step", "metric"]).any()
+    assert len(rows.merge(before, how="inner")) == len(before)
+    assert "nothing" not in get(f"{base}/api/studies/tiny/log", token)["source"]
+
+
+def maskstudy_console(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "study", "console", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+
+
+def get(url: str, token: str | None = None, body: Any = None, **headers: str) -> Any:
+    sent = {"Authorization": f"Bearer {token}"} if token else {}
+    if body is not None:
+        sent |= {"Content-Type": "application/json", "X-Maskstudy": "1"}
+    content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, content, {**sent, **headers})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+def post(url: str, token: str) -> Any:
+    return get(url, token, {})
+
+
+def status_of(url: str, token: str | None, **headers: str) -> int:
+    try:
+        get(url, token, **headers)
+    except urllib.error.HTTPError as error:
+        return error.code
+    return 200
