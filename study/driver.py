@@ -14,6 +14,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,15 +26,19 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from cluster.connect import Connection, connect
+from cluster.metrics import Publisher
 from cluster.placement import num_slots
 from study.conductor import Conductor
 from study.ledger import Suggestion
 from study.resume import Finished, Wait
+from study.telemetry import Telemetry
 from trainables.errors import UserError
 from trainables.job import run_job
 from trainables.ray_worker import Slot, quiet_environment
+from trainables.speed import peak_flops
 
 POLL_SECONDS = 0.5  # of heartbeats and of the request to stop
+PUBLISH_SECONDS = 5  # of metrics; Ray passes them on every 10 s
 FAREWELL_SECONDS = 20  # that idle workers get to go home
 
 
@@ -99,6 +104,7 @@ def _start_slots(conductor: Conductor, connection: Connection, scratch: Path) ->
         "cpus_per_worker": resources.cpus_per_worker,
         "gpus_per_worker": resources.gpus_per_worker,
     }
+    measure_peak = None if resources.peak_flops else peak_flops
     try:
         fit = num_slots(
             cpus=connection.cpus, gpus=connection.gpus, asked=resources.concurrent, **each
@@ -112,7 +118,10 @@ def _start_slots(conductor: Conductor, connection: Connection, scratch: Path) ->
         f"starting {count} x {resources.workers} workers"
     )
     prefix = f"{conductor.spec.study}-{conductor.ledger.epoch}-slot"
-    return [Slot(f"{prefix}-{index}", run_job, storage=scratch, **each) for index in range(count)]
+    return [
+        Slot(f"{prefix}-{index}", run_job, storage=scratch, measure_peak=measure_peak, **each)
+        for index in range(count)
+    ]
 
 
 def _tuner(
@@ -261,11 +270,14 @@ def _interruptible() -> Iterator[None]:
 
 @contextmanager
 def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
-    """Beside Tune's loop: show heartbeats, and heed `maskstudy stop`."""
+    """Beside Tune's loop: show heartbeats, publish metrics, and heed `maskstudy stop`."""
     ended = threading.Event()
+    telemetry = Telemetry(conductor, Publisher(conductor.spec.study).publish)
+    vitals: dict[str, dict[str, Any]] = {}  # by slot
     stop_request = conductor.ledger.folder.stop_request
 
     def watch() -> None:
+        published = 0.0
         while not ended.wait(POLL_SECONDS):
             was_asked = stop_request.exists()
             if was_asked:
@@ -277,7 +289,8 @@ def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
             for slot in slots:
                 # a desk answers as long as the driver lives; at its end nobody looks any more
                 with suppress(ray.exceptions.RayError):
-                    beat = ray.get(slot.desk.last_beat.remote(), timeout=5)
+                    vitals[slot.name] = ray.get(slot.desk.vitals.remote(), timeout=5)
+                    beat = vitals[slot.name]["beat"]
                     if beat:
                         conductor.progress.beat(
                             beat["trial"],
@@ -285,6 +298,9 @@ def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
                             beat["progress"],
                             beat["images_per_second"],
                         )
+            if time.monotonic() - published > PUBLISH_SECONDS:
+                telemetry.tick(list(vitals.values()))
+                published = time.monotonic()
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
     thread.start()
@@ -293,3 +309,4 @@ def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(10)
+        telemetry.tick(list(vitals.values()))

@@ -88,6 +88,10 @@ class Resources(Strict):
     concurrent: Annotated[
         Positive | None, Field(description="trials at once; null: as many as fit")
     ] = None
+    peak_flops: Annotated[
+        float | None,
+        Field(gt=0, description="operations per second of one worker; null: measured"),
+    ] = None
 
 
 class StudySpec(Strict):

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """Where a trial runs. `report` and `heartbeat` are called on rank 0 only."""
+    """Where a trial runs. `report`, `heartbeat` and `saved` are called on rank 0 only."""
 
     device: torch.device
     folder: Path  # the trial's own
@@ -29,6 +29,7 @@ class Context:
     rank: int = 0
     world_size: int = 1
     checkpoint_seconds: float = 30.0
+    saved: Callable[[float], None] = lambda seconds: None  # a checkpoint took so long; cheap
 
     @property
     def is_main(self) -> bool:

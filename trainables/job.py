@@ -53,6 +53,7 @@ def run_job(
     attempt: str,
     report: Callable[[list[Row]], bool],
     heartbeat: Callable[[str, float, float], None],
+    saved: Callable[[float], None],
 ) -> str:
     """Train the job's trial; see `run_trial` for what comes back."""
     context = Context(
@@ -62,6 +63,7 @@ def run_job(
         rungs=tuple(job["rungs"]),
         report=report,
         heartbeat=heartbeat,
+        saved=saved,
         rank=rank,
         world_size=world_size,
     )

@@ -179,10 +179,12 @@ def pretrain(
                 rows=rows,
             )
         if context.is_main and (is_rung or now - saved > context.checkpoint_seconds):
+            saving = time.perf_counter()
             name = f"{context.attempt}-pretrain-{done:08d}"
             tensors = checkpoint.pack(model, learner.optimizer, teacher)
             checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
             saved = time.perf_counter()
+            context.saved(saved - saving)
         if stop:
             return "stopped", model.encoder.state_dict()
         started = time.perf_counter()

@@ -48,6 +48,8 @@ class Desk:
         self.group_starts = 0
         self.num_condemned = 0  # worker groups that are not to get another job
         self.beat_: dict[str, Any] = {}
+        self.vitals_ = {"entered": 0, "peak_flops": 0.0}
+        self.vitals_ |= {"checkpoints": 0, "checkpoint_seconds": 0.0}
 
     async def place(self, job: Job) -> None:
         """Lay down the next job; the same job again (same serial) changes nothing."""
@@ -81,11 +83,19 @@ class Desk:
         """Rank 0's sign of life, for the progress display."""
         self.beat_ = beat
 
-    async def last_beat(self) -> dict[str, Any]:
-        return self.beat_
+    async def saved(self, seconds: float) -> None:
+        """Rank 0 has written a checkpoint."""
+        self.vitals_["checkpoints"] += 1
+        self.vitals_["checkpoint_seconds"] += seconds
 
-    async def enter(self) -> int:
+    async def vitals(self) -> dict[str, Any]:
+        """The newest beat, and what the slot has done in its life: `entered` counts workers."""
+        return {**self.vitals_, "beat": self.beat_}
+
+    async def enter(self, peak_flops: float = 0.0) -> int:
         """A worker has come; what it gets is its ticket for `take`."""
+        self.vitals_["entered"] += 1
+        self.vitals_["peak_flops"] = max(self.vitals_["peak_flops"], peak_flops)
         return self.num_condemned
 
     async def condemn(self, ticket: int) -> None:
@@ -150,7 +160,9 @@ def work(settings: dict[str, Any]) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(settings["threads"])
-    ticket = ray.get(desk.enter.remote())
+    measure_peak = settings["measure_peak"]
+    peak = measure_peak(device) if measure_peak and rank == 0 else 0.0
+    ticket = ray.get(desk.enter.remote(peak))
     finished = None
     while True:
         job = ray.get(desk.take.remote(rank, ticket, finished))
@@ -195,6 +207,9 @@ def _train(
         beat = {"phase": phase, "progress": progress, "images_per_second": images_per_second}
         desk.beat.remote({"trial": job["trial"], "time": time.time(), **beat})
 
+    def saved(seconds: float) -> None:
+        desk.saved.remote(seconds)
+
     outcome = run_job(
         job,
         device=device,
@@ -203,6 +218,7 @@ def _train(
         attempt=attempt,
         report=report,
         heartbeat=heartbeat,
+        saved=saved,
     )
     return outcome, first_step[0] if first_step else None
 
@@ -236,6 +252,7 @@ class Slot:
         cpus_per_worker: float,
         gpus_per_worker: float,
         storage: Path,
+        measure_peak: Callable[[torch.device], float] | None = None,
     ) -> None:
         self.name = name
         self.desk = ray.remote(num_cpus=0, max_concurrency=1000)(Desk).remote()
@@ -250,6 +267,7 @@ class Slot:
             train_loop_config={
                 "desk": self.desk,
                 "run_job": run_job,
+                "measure_peak": measure_peak,
                 "threads": max(1, int(cpus_per_worker)),
             },
             torch_config=TorchConfig(backend=backend),

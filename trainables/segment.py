@@ -169,10 +169,12 @@ def segment(
                 rows=rows,
             )
         if context.is_main and (is_rung or now - saved > context.checkpoint_seconds):
+            saving = time.perf_counter()
             name = f"{context.attempt}-segment-{done:08d}"
             tensors = checkpoint.pack(model, optimizer)
             checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
             saved = time.perf_counter()
+            context.saved(saved - saving)
         if stop:
             return "stopped"
         started = time.perf_counter()

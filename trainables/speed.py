@@ -26,6 +26,7 @@ from trainables.masking import MaskRequest, hidden_units
 from trainables.pretrain import choose_patches, make_learner, make_plan, train_step
 
 SECONDS = 2.0  # of measuring
+PEAK_SECONDS, PEAK_ROUNDS = 0.2, 10  # of multiplying matrices, at the least
 REFERENCE = "random"  # the strategy that others are compared with
 MOST_ROUNDS, FEWEST_ROUNDS = 10, 3
 WARM_UP = 3  # steps of each strategy before the clock starts
@@ -49,6 +50,26 @@ def flops_per_second(
     """Training operations per second of one worker, at half the patches hidden."""
     with _threads(threads):
         return _measure(config, dataset, device)
+
+
+def peak_flops(device: torch.device) -> float:
+    """Operations per second of the fastest of many plain matrix products: what a worker could do.
+
+    In bfloat16 on a GPU, in float32 on a CPU, with as many threads as torch has now.
+    """
+    is_gpu = device.type == "cuda"
+    # so few at a time that a busy CPU's scheduler leaves some alone
+    edge, kind, at_once = (4096, torch.bfloat16, 5) if is_gpu else (512, torch.float32, 1)
+    left, right = torch.ones(2, edge, edge, dtype=kind, device=device)
+
+    def product() -> Tensor:
+        return torch.mm(left, right)
+
+    _seconds(product, at_once, device)  # libraries load, which may take longer than all the rest
+    began, spent = time.perf_counter(), [_seconds(product, at_once, device)]
+    while len(spent) < PEAK_ROUNDS or time.perf_counter() - began < PEAK_SECONDS:
+        spent.append(_seconds(product, at_once, device))
+    return at_once * 2 * edge**3 / min(spent)
 
 
 def step_times(
