@@ -282,8 +282,10 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
     from cluster.connect import submission_id
     from study.conductor import Conductor, DataView
     from study.driver import drive
+    from study.loggers import Journal, check_packages
     from trainables.data import open_dataset
 
+    check_packages(spec.log)
     is_by_name = folder is not None
     folder = folder or StudyFolder(spec.storage_path() / spec.study)
     if spec.storage_note and not is_by_name:
@@ -300,9 +302,14 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
         is_labelled = len(dataset.rows("train")) > 0
         view = DataView(spec.folder_of_yaml, dataset.fingerprint, is_labelled)
         conductor = Conductor(spec, ledger, view)
+        backlog = [(each, conductor.results.get(each.trial)) for each in conductor.suggestions]
+        say = conductor.progress.say
+        journal = Journal(spec.study, folder, spec.log, backlog, say)
+        conductor.on_durable = journal.notice
         try:
             drive(conductor)
         finally:
+            journal.close()
             ledger.compact()
         conductor.progress.say(f"study folder: {folder.root}")
         if build_report is not None:

@@ -6,6 +6,7 @@ Every event is written to the ledger before anybody is told of it. Thread-free: 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Conductor:
         self.results: dict[str, Result] = read_results(ledger.folder)
         self.running: dict[str, float] = {}  # trial -> when it was handed out
         self.is_exhausted = False
+        self.on_durable: Callable[[Suggestion, Result | None], None] = lambda trial, result: None
         rows = read_rows(ledger.folder)
         self.measured: Measured = measure(rows)
         self.brain = Brain(spec)
@@ -154,6 +156,7 @@ class Conductor:
             decision = {"metric": STOPPED_HERE, "value": 1.0, "goal": "none", "unit": ""}
             rows = [*rows, {**rows[-1], **decision}]
         self.ledger.commit(suggestion, rows, attempt)
+        self.on_durable(suggestion, None)
         shown = {o.metric: values[o.metric] for o in self.spec.objectives if o.metric in values}
         self.progress.rung(suggestion, phase, progress, shown)
         return stop
@@ -177,6 +180,7 @@ class Conductor:
             progress=reached,
         )
         self.ledger.finish(result)
+        self.on_durable(suggestion, result)
         self.results[trial] = result
         self.brain.tell(result)
         self.progress.finished(suggestion, result.outcome, error)

@@ -12,6 +12,7 @@ folder can be moved, copied and renamed.
     results.parquet  arms.parquet      all rows and all arms; may be deleted and come back
     requests/<time>-<kind>-<hex>.json  what people ask of the study and no driver has read yet
     answers/000000.json                what became of each request; never changed
+    logs/<logger>/<id>.json            what TensorBoard and others have been given
     epochs/000001.json  lock           one epoch per driver; the lock of the living one
     console.log                        what the last driver said that the console started
 """
@@ -92,6 +93,10 @@ class StudyFolder:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+    def logged(self, logger: str, trial: str) -> Path:
+        """How much of a trial that logger has been given."""
+        return self.root / "logs" / logger / self.trial(trial).with_suffix(".json").name
 
     @property
     def lock(self) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, create_model
 
 from study import checks
+from study.loggers import LOGGERS
 from study.mistakes import Problems, explain, place
 from study.reader import MAX_BYTES, read_document, show
 from study.samplers import SAMPLERS
@@ -25,9 +26,11 @@ from trainables.named import Choice, named
 if TYPE_CHECKING:
     Sampler: TypeAlias = Choice
     Stopper: TypeAlias = Choice
+    Logger: TypeAlias = Choice
 else:
     Sampler = named(SAMPLERS)
     Stopper = named(STOPPERS)
+    Logger = named(LOGGERS)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 DEVICE_NAME = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # Windows makes no such folders
@@ -58,6 +61,13 @@ def _storage(value: str) -> str:
 def _unlike(values: list[Any]) -> list[Any]:
     if any(value in values[:index] for index, value in enumerate(values)):
         raise ValueError(f"given {show(values)}; expected each once")
+    return values
+
+
+def _one_each(values: list[Any]) -> list[Any]:
+    names = [value.name for value in values]
+    if len(set(names)) < len(names):
+        raise ValueError(f"given {show(names)}; expected each once")
     return values
 
 
@@ -114,6 +124,7 @@ class StudySpec(Strict):
     rungs: Annotated[list[float], AfterValidator(_rungs)] = Field([0.25, 0.5, 1.0])
     probe: ProbeConfig = ProbeConfig()
     resources: Resources = Resources()
+    log: Annotated[list[Logger], AfterValidator(_one_each)] = Field([])
     storage: Annotated[str, AfterValidator(_storage)] = "studies/"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
@@ -205,7 +216,7 @@ def difference(old_text: str, new_text: str) -> list[Difference]:
     """What a study that was begun with `old_text` would find changed in `new_text`.
 
     It can go on if every difference `is_compatible`: a larger `budget.trials`, or another
-    `confirm`, `resources`, `storage` or `question`.
+    `confirm`, `resources`, `storage`, `question` or `log`.
     """
     old, new = (
         _flat(parse_spec(text, Path(), where=where).model_dump(mode="json", by_alias=True))
@@ -216,7 +227,7 @@ def difference(old_text: str, new_text: str) -> list[Difference]:
         before: Any = old.get(path)
         after: Any = new.get(path)
         if before != after or (path in old) != (path in new):
-            is_free = path.split(".")[0] in ("confirm", "resources", "storage", "question")
+            is_free = path.split(".")[0] in ("confirm", "resources", "storage", "question", "log")
             is_more = path == "budget.trials" and int(after) > int(before)
             found.append(Difference(path, before, after, is_free or is_more))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from study.spec import parse_spec
 from study.telemetry import Telemetry
 from tests.conftest import TINY_STUDY
 from trainables import speed
+from trainables.ray_worker import Desk
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "manifests" / "grafana.json"
 VITALS = {"entered": 2, "peak_flops": 50.0, "checkpoints": 3, "checkpoint_seconds": 1.5, "beat": {}}
@@ -155,6 +157,23 @@ def test_the_measured_peak_is_that_of_the_fastest_products_by_hand(
     spent = iter([90.0, 2.0, 0.5, *[1.0] * 10**6])
     monkeypatch.setattr(speed, "_seconds", lambda product, repeats, device: next(spent))
     assert speed.peak_flops(torch.device("cpu")) == 2 * 512**3 / 0.5
+
+
+def test_a_slots_vitals_are_those_of_all_its_workers_and_jobs() -> None:
+    async def story() -> dict[str, Any]:
+        desk = Desk()
+        await desk.enter(40.0)
+        await desk.enter()
+        for serial, seconds in (("1", 0.5), ("2", 0.25)):
+            await desk.place({"serial": serial, "trial": "t"})
+            await desk.saved(seconds)
+        await desk.beat({"trial": "t"})
+        return await desk.vitals()
+
+    found = asyncio.run(story())
+    assert found.keys() == VITALS.keys()
+    assert (found["entered"], found["peak_flops"], found["beat"]) == (2, 40.0, {"trial": "t"})
+    assert (found["checkpoints"], found["checkpoint_seconds"]) == (2, 0.75)
 
 
 def test_the_dashboard_draws_every_metric_and_no_other() -> None:

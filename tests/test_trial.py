@@ -166,6 +166,13 @@ def test_the_heartbeat_tells_phase_progress_and_speed(tmp_path, monkeypatch):
     assert all(0 < beat[2] < 1e6 for beat in diary.beats)
 
 
+def test_every_checkpoint_tells_how_long_it_took(tmp_path):
+    told = []
+    run(tmp_path, toy.Diary(), saved=told.append)
+    assert len(told) >= 6  # one at every rung of both phases
+    assert all(0 < seconds < 60 for seconds in told)
+
+
 def work(rank, folder):
     """Stop in the middle of segmentation, then go on from what rank 0 finds."""
     torch.set_num_threads(1)

@@ -62,10 +62,11 @@ PYTHON
 
 maskstudy run "$STUDY" &
 driver=$!
-trap 'kill -TERM "$driver"' TERM  # SLURM's, 180 s before the end of its time
+was_told=
+trap 'was_told=yes; kill -TERM "$driver"' TERM  # SLURM's, 180 s before the end of its time
 code=0
 wait "$driver" || code=$?
-if kill -0 "$driver" 2>/dev/null; then  # the trap ended the first wait
+if [ "$was_told" ]; then  # which ended that wait
   code=0
   wait "$driver" || code=$?
 fi
