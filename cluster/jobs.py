@@ -82,22 +82,25 @@ def resubmit(
 ) -> tuple[str, str]:
     """Submit the study's last job again: the ledger makes that a resume.
 
-    Where the head has forgotten it, the folder of studies `storage`, as the cluster sees it, holds
-    what is needed: the frozen study file, and everything that was done. Unknown: neither is there.
+    Where the head has forgotten it, or has cleared its files away, the folder of studies `storage`,
+    as the cluster sees it, holds what is needed: the frozen study file, and everything that was
+    done. Unknown: neither is there.
     """
     with _client(address) as client:
         earlier = jobs_of(client, study)
         _refuse_if_alive(earlier, study)
-        if earlier:
-            last = earlier[-1]
+        last = earlier[-1] if earlier else None
+        if last is not None and _has_its_files(client, last):
             metadata = {**_metadata(address, study, question, storage), **(last.metadata or {})}
             runtime_env = last.runtime_env or {}
             return _submit(client, address, last.entrypoint, runtime_env, metadata, earlier)
         if storage is None:
+            what = "no job" if last is None else f"job {last.submission_id} without its files"
             raise Unknown(
-                f"{address} knows no job of study {study!r} (a head node forgets its jobs when it "
-                f"restarts); resume it from its storage: maskstudy resume {study} --address "
-                f"{address} --storage DIR, the folder that the study's folder lies in"
+                f"{address} knows {what} of study {study!r} (a head node forgets when it restarts, "
+                f"and clears away what is old); resume it from its storage: "
+                f"maskstudy resume {study} --address {address} --storage DIR, the folder that the "
+                f"study's folder lies in"
             )
         entrypoint = f"python -m study resume {study} --storage {shlex.quote(storage)}"
         metadata = _metadata(address, study, question, storage)
@@ -220,6 +223,13 @@ def _refuse_if_alive(jobs: list[JobDetails], study: str) -> None:
     for job in jobs:
         if job.status in ALIVE:
             raise Alive(f"study {study!r} is running already, as job {job.submission_id}")
+
+
+def _has_its_files(client: JobSubmissionClient, job: JobDetails) -> bool:
+    """Whether the packages of a job still lie on the cluster; asking keeps them for a while."""
+    env = job.runtime_env or {}
+    uris = [env.get("working_dir") or "", *env.get("py_modules", [])]
+    return all(client._package_exists(uri) for uri in uris if uri.startswith("gcs://"))
 
 
 def _code() -> dict[str, Any]:

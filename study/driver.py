@@ -56,7 +56,7 @@ def drive(conductor: Conductor) -> None:
         raise UserError(f"Ray at {address}: {error}") from error
     # the dashboard shows a job's log, and cannot resume by itself
     where = f"--storage {conductor.ledger.folder.root.parent.absolute()}"
-    if connection.job_id:
+    if connection.job_id and connection.dashboard:
         where = f"--address {connection.dashboard} {where}"
     how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)

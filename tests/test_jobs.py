@@ -6,10 +6,12 @@ pytest tests/test_jobs.py
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,13 +42,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
 
 @contextmanager
 def running_head(home: Path, storage: Path) -> Iterator[str]:
+    """A job's driver joins the newest cluster of its temporary folder, so each head has its own."""
     gcs, dashboard, client, agent = free_ports(4)
+    scratch = tempfile.mkdtemp(prefix="ms-", dir="/tmp")  # short, for the names of sockets
     environment = {
         **os.environ,
         "HOME": str(home),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "MASKSTUDY_STORAGE": str(storage),
-        "RAY_TMPDIR": "/tmp",
+        "RAY_TMPDIR": scratch,
     }
     log = (home / "head.log").open("w")
     node = subprocess.Popen(
@@ -58,6 +62,7 @@ def running_head(home: Path, storage: Path) -> Iterator[str]:
             "--num-cpus=2",
             "--disable-usage-stats",
             "--node-ip-address=127.0.0.1",
+            f"--temp-dir={scratch}",
             f"--port={gcs}",
             f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={client}",
@@ -80,6 +85,7 @@ def running_head(home: Path, storage: Path) -> Iterator[str]:
             os.killpg(node.pid, signal.SIGKILL)
             node.wait()
         log.close()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def test_the_quickstart_is_stopped_midway_and_submitted_again(head: tuple[str, Path]) -> None:
@@ -210,7 +216,8 @@ def test_a_head_that_was_killed_has_forgotten_its_jobs_and_the_storage_has_not(
         assert job.metadata is not None
         assert job.metadata["question"] == "Does it run?"
         wait_until(lambda: client.get_job_status(job.submission_id).is_terminal(), 200)
-        assert job_status(address, job.submission_id) == "SUCCEEDED"
+        log = client.get_job_logs(job.submission_id)
+        assert job_status(address, job.submission_id) == "SUCCEEDED", log
     results = read_results(folder)
     assert len(results) == 4
     assert all(results[trial] == result for trial, result in kept.items())
