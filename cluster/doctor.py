@@ -235,8 +235,8 @@ def same_versions(facts: Facts) -> list[Verdict]:
 def exposure(facts: Facts) -> list[Verdict]:
     """Who may run code: token mode, and addresses that other machines reach."""
     is_open = bool(facts["open"])
-    is_one_node = len(facts["nodes"]) == 1
-    local = "ray start --head --node-ip-address=127.0.0.1, and an SSH tunnel to the dashboard"
+    # Ray 2.60 binds GCS and raylets to all addresses, --node-ip-address=127.0.0.1 or not
+    wall = "a firewall around the cluster's own network; the dashboard on 127.0.0.1, by SSH tunnel"
     token = "start every node with RAY_AUTH_MODE=token (ray get-auth-token --generate)"
     reachable = {
         "dashboard": _exposed(facts, [_port(facts["dashboard"])]),
@@ -255,13 +255,12 @@ def exposure(facts: Facts) -> list[Verdict]:
         found.append(Verdict("token", Level.WARNING, told, token))
     if not code:
         found.append(Verdict("ports", Level.OK, "dashboard, GCS and raylets on loopback only"))
-    elif is_one_node:
-        level = Level.PROBLEM if is_open else Level.WARNING
-        found.append(Verdict("ports", level, f"one node, but {_listed(code)}", local))
     else:
-        level = Level.WARNING if is_open or reachable["dashboard"] else Level.OK
-        way_out = "a firewall around the cluster's own network; the dashboard on 127.0.0.1"
-        found.append(Verdict("ports", level, _listed(code), way_out if level != "ok" else ""))
+        # nodes must reach each other; one node alone need not be reached
+        is_meant = len(facts["nodes"]) > 1 and not is_open and not reachable["dashboard"]
+        way_out = "" if is_meant else wall
+        level = Level.OK if is_meant else Level.WARNING
+        found.append(Verdict("ports", level, f"other machines reach {_listed(code)}", way_out))
     metrics = _exposed(facts, [], "MetricsExportPort", "MetricsAgentPort")
     if metrics:
         told = f"readable without a token at {_listed(metrics)}"
