@@ -174,6 +174,19 @@ def standings(address: str, study: str | None = None) -> list[Standing]:
         return [_standing(client, address, name, job) for name, job in chosen]
 
 
+def newest(address: str) -> dict[str, tuple[str, str, str]]:
+    """Study -> id, status and link of its newest job, without a look at its log."""
+    with _client(address) as client:
+        return {
+            name: (
+                str(job.submission_id),
+                str(job.status.value),
+                _link(address, str(job.submission_id)),
+            )
+            for name, job in _known(client)
+        }
+
+
 def jobs_of(client: JobSubmissionClient, study: str) -> list[JobDetails]:
     """The study's jobs that this cluster remembers, oldest first."""
     return [job for name, job in _known(client) if name == study]

@@ -185,7 +185,7 @@ def test_a_trial_is_told_with_settings_metrics_error_and_pictures(ask: Client) -
 
 
 def test_the_figures_are_those_of_the_report(ask: Client) -> None:
-    told = ask("/api/studies/platelets/figures").json
+    told = ask("/api/studies/platelets/figures").json["figures"]
     assert [item["name"] for item in told] == ["best", "curves", "ratio_patch"]
     assert all(item["figure"]["data"] for item in told)
 

@@ -65,7 +65,7 @@ def test_the_console_is_listed_by_the_dashboard_and_stops_and_resumes_a_study(
         return answer
 
     wait_until(lambda: folder.spec.is_file() and len(read_results(folder)) >= 1, 300)
-    wait_until(lambda: told()["state"] == "running", 30)
+    wait_until(lambda: told()["state"] == "running" and told()["job"] is not None, 60)
     assert told()["job"]["link"].startswith(f"{address}/#/jobs/tiny-1-")
     assert "has been stopped" in post(f"{base}/api/studies/tiny/stop", token)["said"]
     wait_until(lambda: not is_held(folder), 60)

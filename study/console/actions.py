@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from study.folder import StudyFolder
-from study.ledger import is_held
+from study.ledger import is_held, read_holder
 from trainables.errors import StorageError, UserError
 
 CODE = Path(__file__).resolve().parent.parent.parent
@@ -49,33 +50,30 @@ class Hands:
         return self._jobs.get(study)
 
     def _read_jobs(self) -> None:
-        from ray.job_submission import JobSubmissionClient
+        from cluster import jobs
 
         assert self.address is not None
         try:
-            listed = JobSubmissionClient(self.address).list_jobs()
-        except (RuntimeError, ConnectionError, OSError):
+            newest = jobs.newest(self.address)
+        except RuntimeError:
             return  # the head is away; what it said last stands
-        found: dict[str, dict[str, str]] = {}
-        for job in sorted(listed, key=lambda job: job.start_time or 0):
-            study = (job.metadata or {}).get("study")
-            if study and job.submission_id:
-                link = f"{self.address.rstrip('/')}/#/jobs/{job.submission_id}"
-                status = str(job.status.value)
-                found[study] = {"id": str(job.submission_id), "status": status, "link": link}
-        self._jobs = found
+        self._jobs = {
+            study: {"id": job, "status": status, "link": link}
+            for study, (job, status, link) in newest.items()
+        }
 
     def log(self, study: StudyFolder) -> tuple[str, str]:
         """Where the last driver's words come from, and the last of them."""
         job = self.job(study.root.name)
         if job is not None and self.address is not None:
-            from ray.job_submission import JobSubmissionClient
+            from cluster import jobs
 
+            words: list[str] = []
             try:
-                words = JobSubmissionClient(self.address).get_job_logs(job["id"])
-            except (RuntimeError, ConnectionError, OSError) as error:
+                jobs.logs(self.address, study.root.name, words.append)
+            except RuntimeError as error:
                 return f"job {job['id']}", f"its log cannot be read: {error}"
-            return f"job {job['id']}", _last_lines(words)
+            return f"job {job['id']}", _last_lines("".join(words))
         if study.console_log.is_file() and not study.console_log.is_symlink():
             with study.console_log.open("rb") as file:
                 file.seek(max(0, study.console_log.stat().st_size - 200_000))
@@ -93,7 +91,9 @@ def resume(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
         return _resume_here(hands, folder)
     from cluster import jobs
 
-    job, _ = _jobs(jobs.resubmit, hands.address, name)
+    # the storage says what to do where the head has forgotten its jobs
+    again = partial(jobs.resubmit, storage=str(hands.storage))
+    job, _ = _jobs(again, hands.address, name)
     hands._jobs_read = 0.0
     return f"{name} goes on as job {job}"
 
@@ -104,7 +104,9 @@ def stop(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     from study import requests
 
     name = folder.root.name
-    if hands.address is not None:
+    # a driver that is no job, and a job of the same name for another storage, are not mixed up
+    is_by_hand = is_held(folder) and (read_holder(folder) or {}).get("job") is None
+    if hands.address is not None and not is_by_hand:
         from cluster import jobs
 
         job = _jobs(jobs.stop, hands.address, name)
@@ -184,7 +186,7 @@ def _resume_here(hands: Hands, folder: StudyFolder) -> str:
 def _jobs(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
-    except (RuntimeError, ConnectionError) as error:
+    except RuntimeError as error:
         raise UserError(str(error)) from error
 
 

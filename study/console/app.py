@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import secrets
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -40,6 +41,7 @@ from trainables.errors import StorageError, UserError
 
 KEPT_REPORTS = 4  # each of some megabytes
 KEPT_FIGURES = 32
+PATIENCE = 10  # times as long as they took to draw, figures may be old
 STATIC = {
     "console.css": "text/css; charset=utf-8",
     "console.js": "text/javascript; charset=utf-8",
@@ -205,7 +207,9 @@ class _Console:
     def figures(self, request: Request) -> Response:
         found = self._found(request)
         drawn = self._figures.get(
-            (found.name, found.revision), lambda: as_json(views.figures(found)).encode()
+            (found.name, found.revision),
+            lambda: as_json({"revision": found.revision, "figures": views.figures(found)}).encode(),
+            patience=PATIENCE,
         )
         return Response(drawn, media_type="application/json")
 
@@ -233,29 +237,42 @@ class _Console:
         return views.summary(found, *self.outlooks.of(found), self.hands.job(found.name))
 
 
+class _Made(NamedTuple):
+    key: tuple[Any, ...]
+    content: bytes
+    good_until: float
+
+
 class _Kept:
     """A few results by key; one that is being made is waited for, not made twice."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._made: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
+        self._made: OrderedDict[str, _Made] = OrderedDict()
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
-        """`key` begins with the study's name; of each study the newest is kept."""
+    def get(self, key: tuple[Any, ...], make: Callable[[], bytes], patience: float = 0) -> bytes:
+        """`key` begins with the study's name; of each study the newest is kept.
+
+        An older one will do for `patience` times as long as it took to make.
+        """
+        name = key[0]
         with self._lock:
-            turn = self._locks.setdefault(key[0], threading.Lock())
+            turn = self._locks.setdefault(name, threading.Lock())
         with turn:
-            if key not in self._made:
-                made = make()
-                with self._lock:
-                    for old in [old for old in self._made if old[0] == key[0]]:
-                        del self._made[old]
-                    self._made[key] = made
-                    while len(self._made) > self._most:
-                        self._made.popitem(last=False)
-            return self._made[key]
+            before = self._made.get(name)
+            if before is not None and (before.key == key or time.monotonic() < before.good_until):
+                return before.content
+            began = time.monotonic()
+            content = make()
+            ended = time.monotonic()
+            with self._lock:
+                self._made[name] = _Made(key, content, ended + patience * (ended - began))
+                self._made.move_to_end(name)
+                if len(self._made) > self._most:
+                    self._made.popitem(last=False)
+            return content
 
 
 def _told(status: int) -> Callable[[Request, Exception], Response]:

@@ -219,6 +219,7 @@
 
     let before = "";
     let revision = null;
+    let drawnRevision = null; // figures may come late where they take long to draw
     const refresh = every(POLL, async () => {
       const study = await call(api);
       updateActions(study);
@@ -250,8 +251,9 @@
       }
       if (study.revision !== revision) {
         revision = study.revision;
-        await Promise.all([updateTrials(study), showFigures(api, figures)]);
+        await updateTrials(study);
       }
+      if (study.revision !== drawnRevision) drawnRevision = await showFigures(api, figures);
       root.dataset.shown = "yes";
     });
     const readLog = async () => {
@@ -268,7 +270,7 @@
 
   const showFigures = async (api, place) => {
     const told = await call(`${api}/figures`);
-    for (const item of told) {
+    for (const item of told.figures) {
       let box = place.querySelector(`[data-figure="${item.name}"]`);
       if (!box) {
         box = el("figure", { "data-figure": item.name }, el("h3", {}), el("div", { role: "img" }), el("figcaption"));
@@ -280,6 +282,7 @@
       plot.setAttribute("aria-label", `${item.title}. ${caption.textContent}`);
       if (item.figure) await draw(plot, item.figure);
     }
+    return told.revision;
   };
 
   const actionsBox = (name, api, refresh) => {

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,7 @@ import plotly.graph_objects as go
 from analysis.figures import Drawn, curves, ratio_patch
 from analysis.gallery import CHANGING, KINDS, UNREADABLE, data_uri, shots, unreadable
 from analysis.report import OUTCOMES, error_text, plain_figure
-from analysis.tables import Measure, flatten, title_of
+from analysis.tables import Measure, StudyTables, flatten, title_of
 from analysis.theme import GROUPS, colour, figure, plain, text
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out
 from study.ledger import Outcome, Suggestion, read_rows
@@ -26,6 +27,7 @@ PAGE = 50  # trials
 MOST_PER_PAGE = 200
 LONGEST_ERROR = 20_000
 SILENT_SECONDS = 900  # after which a driver may be dead; longer where trials take longer
+MOST_CURVES = 200  # of the newest trials
 MOST_RUNNING = 32  # trials listed as running
 ALIVE = ("PENDING", "RUNNING")  # states of a job
 UNFINISHED = "unfinished"
@@ -215,10 +217,8 @@ def figures(found: Snapshot) -> list[dict[str, Any]]:
     drawn = [("best", best_so_far(found))]
     for metric, _ in found.objectives[:1]:
         if len(tables.rows):
-            drawn += [
-                ("curves", curves(tables, metric)),
-                ("ratio_patch", ratio_patch(tables, metric)),
-            ]
+            drawn += [("curves", _curves(found, tables, metric))]
+            drawn += [("ratio_patch", ratio_patch(tables, metric))]
     return [
         {
             "name": name,
@@ -228,6 +228,19 @@ def figures(found: Snapshot) -> list[dict[str, Any]]:
         }
         for name, item in drawn
     ]
+
+
+def _curves(found: Snapshot, tables: StudyTables, metric: str) -> Drawn:
+    """Of a large study the newest trials, beside the controls and the best one."""
+    best = _best(found, "search")
+    shown = {s.trial for s in found.suggestions[-MOST_CURVES:]}
+    shown |= {s.trial for s in found.suggestions if s.origin.startswith("control")}
+    shown |= {best["trial"]} if best else set()
+    if len(shown) >= len(found.suggestions):
+        return curves(tables, metric)
+    rows = tables.rows[tables.rows["trial"].isin(shown)]
+    drawn = curves(replace(tables, rows=rows), metric)
+    return drawn._replace(says=f"{drawn.says} The newest {MOST_CURVES}, the controls, the best.")
 
 
 def picture(found: Snapshot, trial: str, name: str) -> bytes:
