@@ -26,7 +26,7 @@ from study.console.index import Index
 from study.console.server import host_names
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, Result, Suggestion, read_suggestions
-from tests.synthetic import HOSTILE, hostile_study, write_study
+from tests.synthetic import ENVIRONMENT, HOSTILE, hostile_study, write_study
 from trainables.errors import UserError
 
 TOKEN = "the-token-of-this-test"
@@ -527,12 +527,13 @@ def test_a_driver_that_cannot_go_on_says_why(
     """The study's decoded data are on no disk here, and a driver of its own finds that out."""
     monkeypatch.setattr(actions, "BIRTH_SECONDS", 200.0)
     monkeypatch.setattr(actions, "FAILURE_SECONDS", 30.0)
-    folder = write_study(tmp_path / "asked", trials=4)
+    environment = ENVIRONMENT | {"data_fingerprint": "0" * 64}
+    folder = write_study(tmp_path / "asked", trials=4, environment=environment)
     with served(tmp_path, allow_changes=True) as ask:
         refused = ask("/api/studies/asked/resume", {})
         assert refused.status == 409 and "could not go on" in refused.json["error"]
         log = ask("/api/studies/asked/log").json
-    assert log["source"] == folder.console_log.name and "maskstudy" in log["lines"]
+    assert log["source"] == folder.console_log.name and "decoded data" in log["lines"]
 
 
 def test_a_driver_begins_however_often_the_console_looks(tmp_path: Path) -> None:
