@@ -524,7 +524,7 @@ def test_stopping_asks_the_driver_that_holds_the_study(tmp_path: Path) -> None:
 def test_a_driver_that_cannot_go_on_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The study's decoded data are on no disk here, and a driver of its own finds that out."""
+    """The study was begun on other data than are here, and a driver of its own finds that out."""
     monkeypatch.setattr(actions, "BIRTH_SECONDS", 200.0)
     monkeypatch.setattr(actions, "FAILURE_SECONDS", 30.0)
     environment = ENVIRONMENT | {"data_fingerprint": "0" * 64}
@@ -533,7 +533,7 @@ def test_a_driver_that_cannot_go_on_says_why(
         refused = ask("/api/studies/asked/resume", {})
         assert refused.status == 409 and "could not go on" in refused.json["error"]
         log = ask("/api/studies/asked/log").json
-    assert log["source"] == folder.console_log.name and "decoded data" in log["lines"]
+    assert log["source"] == folder.console_log.name and "begun on other data" in log["lines"]
 
 
 def test_a_driver_begins_however_often_the_console_looks(tmp_path: Path) -> None:
