@@ -109,6 +109,7 @@
   };
   const draw = (place, figure) => {
     drawn.set(place, figure);
+    place.style.minHeight = `${figure.layout.height}px`; // or the caption may lie over the figure
     const style = getComputedStyle(root);
     const { data, layout } = resolve(figure, style);
     layout.template = resolve(start.template, style);
