@@ -57,22 +57,23 @@ def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
     study.write_text(TINY_STUDY.replace("epochs: 4, batch: 8", "epochs: 60, batch: 8"))
     folder = StudyFolder(storage / "studies" / "tiny")
 
-    maskstudy("submit", str(study), "--address", address, "--storage", str(storage))
-    page.goto(f"{address}/#/jobs")
-    page.wait_for_selector("td:has-text('study tiny')")
-    page.wait_for_selector("td:has-text('RUNNING')")
-    page.screenshot(path=pictures / "1-jobs.png")
-
-    wait_until(lambda: folder.spec.is_file() and len(read_results(folder)) >= 1, 300)
+    (storage / "studies").mkdir(exist_ok=True)
     options = ["--storage", str(storage / "studies"), "--port", str(free_ports(1)[0])]
     started = maskstudy_console("--address", address, "--allow-changes", *options)
     assert started.returncode == 0, started.stderr
     link = re.search(r"study console: (http://127\.0\.0\.1:\d+/#token=\S+)", started.stdout)
     assert link, started.stdout
+
+    maskstudy("submit", str(study), "--address", address, "--storage", str(storage))
+    page.goto(f"{address}/#/jobs")
+    page.wait_for_selector("td:has-text('study tiny')")
+    page.wait_for_selector("td:has-text('RUNNING')")
+    page.screenshot(path=pictures / "1-jobs.png")
     page.goto(f"{address}/#/serve")
     page.wait_for_selector("text=maskstudy-console")
     page.screenshot(path=pictures / "2-serve.png")
 
+    wait_until(lambda: folder.spec.is_file() and len(read_results(folder)) >= 1, 300)
     page.goto(link[1])
     page.click("a:has-text('tiny')")
     page.wait_for_selector(".state:has-text('running')")
