@@ -21,7 +21,7 @@ import pytest
 
 from cluster import jobs
 from study.folder import StudyFolder
-from study.ledger import Ledger, Outcome, read_results, read_rows, read_suggestions
+from study.ledger import Ledger, Outcome, is_held, read_results, read_rows, read_suggestions
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -204,6 +204,8 @@ def test_a_head_that_was_killed_has_forgotten_its_jobs_and_the_storage_has_not(
     with running_head(home, storage) as address:
         maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
         wait_until(lambda: folder.spec.exists() and len(read_results(folder)) >= 1, 200)
+    # its driver looks for the head for a minute before it gives up; until then it holds the study
+    wait_until(lambda: not is_held(folder), 150)
     kept = read_results(folder)
     assert len(kept) < 4
     with running_head(home, storage) as address:
