@@ -13,18 +13,6 @@
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   };
 
-  // figures name colours as var(--blue); Plotly wants values
-  const resolve = (value, style) => {
-    if (typeof value === "string") {
-      return value.replace(/var\((--[a-z]+)\)/g, (_, name) => style.getPropertyValue(name).trim());
-    }
-    if (Array.isArray(value)) return value.map((item) => resolve(item, style));
-    if (value && typeof value === "object") {
-      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, style)]));
-    }
-    return value;
-  };
-
   // on a narrow page the head of a row stands in two lines
   const breakHeads = (layout) => {
     const heads = (layout.annotations || []).filter((note) => note.name === "head");

@@ -166,7 +166,12 @@ def render(tables: StudyTables) -> str:
 
 def report_scripts() -> tuple[str, str]:
     """The two scripts of every report."""
-    return get_plotlyjs(), _resource("report.js")
+    return get_plotlyjs(), with_colours(_resource("report.js"))
+
+
+def with_colours(script: str) -> str:
+    """A page's script behind the one that turns names of colours into values."""
+    return _resource("colours.js") + script
 
 
 def policy(scripts: Iterable[str]) -> str:

@@ -192,7 +192,8 @@ class Journal:
 
     def notice(self, trial: Suggestion, result: Result | None) -> None:
         """Rows of this trial, or its end, have become durable."""
-        self._news.put((trial, result))
+        if self._loggers:
+            self._news.put((trial, result))
 
     def close(self, timeout: float = FAREWELL_SECONDS) -> None:
         """Write what is left, as far as the time allows."""

@@ -30,7 +30,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from analysis import theme
-from analysis.report import as_json, policy, render, report_scripts
+from analysis.report import as_json, policy, render, report_scripts, with_colours
 from analysis.tables import load
 from study.console import views
 from study.console.actions import ACTIONS, Hands
@@ -117,7 +117,7 @@ class _Console:
         )
         self._static = {
             "console.css": style,
-            "console.js": _resource("console.js"),
+            "console.js": with_colours(_resource("console.js")),
             "login.js": _resource("login.js"),
             "plotly.js": get_plotlyjs(),
         }

@@ -97,16 +97,6 @@
   const coarse = matchMedia("(pointer: coarse)").matches;
   let theme = dark.matches ? "dark" : "light";
   const drawn = new Map(); // place -> figure
-  const resolve = (value, style) => {
-    if (typeof value === "string") {
-      return value.replace(/var\((--[a-z]+)\)/g, (_, name) => style.getPropertyValue(name).trim());
-    }
-    if (Array.isArray(value)) return value.map((item) => resolve(item, style));
-    if (value && typeof value === "object") {
-      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, style)]));
-    }
-    return value;
-  };
   const draw = (place, figure) => {
     drawn.set(place, figure);
     place.style.minHeight = `${figure.layout.height}px`; // or the caption may lie over the figure

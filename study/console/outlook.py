@@ -6,6 +6,7 @@ in a thread, and until then the numbers of the file stand for the plan.
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import pandas as pd
 
 from study.console.index import Snapshot
 from study.ledger import COLUMNS
+
+log = logging.getLogger(__name__)
 
 
 class Outlook(NamedTuple):
@@ -51,7 +54,8 @@ class Outlooks:
     def _judge(self, found: Snapshot, about: Any) -> None:
         try:
             outlook = judge(found)
-        except Exception:  # a file of another version: its own numbers have to do
+        except Exception:  # such as a file of another version: its own numbers have to do
+            log.warning("%s cannot be judged", found.name, exc_info=True)
             outlook = Outlook(_total_of_file(found.spec), None)
         with self._lock:
             self._known[found.name] = (about, outlook)

@@ -56,12 +56,7 @@ class Resident:
             owner = dataset.volumes.owner[row_index]
             self.has_class = torch.from_numpy(dataset.volumes.has_class[owner]).to(place)
             self.spots = torch.from_numpy(dataset.volumes.spots[owner]).to(place)
-        extent = dataset.high - dataset.low
-        centre_C = [dataset.low + mean * extent for mean in dataset.mean]
-        gain_C = [1 / (std * extent) for std in dataset.std]
-        per_channel = (-1, *[1] * len(dataset.size))
-        self.centre_C = torch.tensor(centre_C, device=device).view(per_channel)
-        self.gain_C = torch.tensor(gain_C, device=device).view(per_channel)
+        self.centre_C, self.gain_C = _scale(dataset, device)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,9 +116,7 @@ class Resident:
             [_crop(self.images, b_B, shape_BA, corner_BA, self.size) for b_B in begin_BC.unbind(1)],
             dim=1,
         ).to(self.device)
-        if images.dtype == torch.int16:
-            images = images.int().bitwise_and_(0xFFFF)
-        images = images.float().sub_(self.centre_C).mul_(self.gain_C)
+        images = _intensities(images).sub_(self.centre_C).mul_(self.gain_C)
         is_padding = None
         if self.is_padded:
             is_padding = _is_beyond(shape_BA, corner_BA, self.size).to(self.device)
@@ -155,10 +148,6 @@ def whole_volume(dataset: Dataset, volume: int, device: torch.device) -> Tensor:
     assert dataset.volumes is not None
     levels = torch.from_numpy(_signed(dataset.image_of(volume)))
     shape = levels.shape[1:]
-    per_channel = (-1, *[1] * len(shape))
-    extent = dataset.high - dataset.low
-    centre_C = torch.tensor([dataset.low + mean * extent for mean in dataset.mean], device=device)
-    gain_C = torch.tensor([1 / (std * extent) for std in dataset.std], device=device)
     whole = torch.full(
         (1, dataset.channels, *map(max, shape, dataset.size)), math.nan, device=device
     )
@@ -166,11 +155,9 @@ def whole_volume(dataset: Dataset, volume: int, device: torch.device) -> Tensor:
     for axis, edge in enumerate(shape, start=1):
         inside = inside.narrow(axis, 0, edge)
     for channel, level in enumerate(levels):  # one at a time, as whole volumes are large
-        numbers = level.to(device)
-        if numbers.dtype == torch.int16:
-            numbers = numbers.int().bitwise_and_(0xFFFF)
-        inside[channel] = numbers
-    inside.sub_(centre_C.view(per_channel)).mul_(gain_C.view(per_channel))
+        inside[channel] = _intensities(level.to(device))
+    centre_C, gain_C = _scale(dataset, device)
+    inside.sub_(centre_C).mul_(gain_C)
     return whole
 
 
@@ -244,6 +231,23 @@ def _is_beyond(shape_BA: Tensor, corner_BA: Tensor, size: Sequence[int]) -> Tens
 def _scaled(chance: Tensor, count: Tensor) -> Tensor:
     """Random numbers in [0, 1) as whole numbers in [0, count), int64."""
     return (chance.double() * count).long()
+
+
+def _scale(dataset: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What to take from stored intensities, then to multiply them with: (C, 1, ...) each."""
+    extent = dataset.high - dataset.low
+    per_channel = (-1, *[1] * len(dataset.size))
+    centre_C = [dataset.low + mean * extent for mean in dataset.mean]
+    gain_C = [1 / (std * extent) for std in dataset.std]
+    centre, gain = (torch.tensor(values, device=device) for values in (centre_C, gain_C))
+    return centre.view(per_channel), gain.view(per_channel)
+
+
+def _intensities(stored: Tensor) -> Tensor:
+    """Stored integers as float32, of 16 bits without their sign."""
+    if stored.dtype == torch.int16:
+        stored = stored.int().bitwise_and_(0xFFFF)
+    return stored.float()
 
 
 def _signed(images: npt.NDArray[Any]) -> npt.NDArray[Any]:

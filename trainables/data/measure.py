@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from trainables.data.source import NOT_LABELLED, Array, Source, Whole, begins, rows_of
+from trainables.data.source import NOT_LABELLED, Array, Source, Whole, rows_of
 from trainables.errors import UserError
 from trainables.metrics import diameter
 
@@ -136,7 +136,7 @@ def _row(source: Source, array: Array, row: int, channels: int = 1) -> Array:
     if source.whole is None:
         pixels: Array = array[row]
         return pixels
-    first, shape = begins(source.whole.shapes), source.whole.shapes[row]
+    first, shape = source.whole.begins, source.whole.shapes[row]
     part = array[int(first[row]) * channels : int(first[row + 1]) * channels]
     return part.reshape((channels, *shape) if channels > 1 else shape)
 
@@ -171,9 +171,8 @@ def spots_of(
     axes = len(whole.shapes[0])
     spots = np.zeros((len(whole.shapes), num_classes, SPOTS, axes), np.uint16)
     has_class = np.zeros((len(whole.shapes), num_classes), bool)
-    first = begins(whole.shapes)
     for volume, shape in enumerate(whole.shapes):
-        labels = masks[int(first[volume]) : int(first[volume + 1])]
+        labels = masks[int(whole.begins[volume]) : int(whole.begins[volume + 1])]
         for label in range(1, num_classes):
             places = np.flatnonzero(labels == label)
             if len(places):

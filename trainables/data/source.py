@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +47,11 @@ class Whole:
     )
     tolerance: float  # mm within which surfaces agree
     decode_bytes: int  # memory that decoding the largest takes
+
+    @cached_property
+    def begins(self) -> npt.NDArray[np.int64]:
+        """The first voxel of each, one behind the other, and the end of the last."""
+        return begins(self.shapes)
 
 
 @dataclass(frozen=True)

@@ -248,9 +248,12 @@ def _open_volumes(folder: Path, size: tuple[int, ...], rows: dict[str, Any]) -> 
 
 
 def _row_names(names: Sequence[str], volumes: Volumes) -> list[str]:
-    corners = [volumes.corners[volumes.owner == i].tolist() for i in range(len(names))]
+    counts = np.bincount(volumes.owner, minlength=len(names))
+    corners = np.split(volumes.corners, np.cumsum(counts)[:-1])
     return [
-        word for name, found in zip(names, corners, strict=True) for word in tile_names(name, found)
+        word
+        for name, found in zip(names, corners, strict=True)
+        for word in tile_names(name, found.tolist())
     ]
 
 
@@ -267,7 +270,7 @@ def _decode_into(source: Source, folder: Path, fingerprint: str) -> None:
     of_masks: tuple[int, ...] = (num_images, *pixels)
     first = np.zeros(0, np.int64)
     if source.whole is not None:
-        first = begins(source.whole.shapes)
+        first = source.whole.begins
         tail = pixels[-1]  # the last line of a padded crop goes on behind the last voxel
         of_images, of_masks = (int(first[-1]) * channels + tail,), (int(first[-1]) + tail,)
     images = _create(folder / "images.npy", of_images, np.dtype(source.dtype))
