@@ -363,13 +363,13 @@ def read_results(folder: StudyFolder) -> dict[str, Result]:
     return results
 
 
-def read_rows(folder: StudyFolder, trial: str | None = None) -> pd.DataFrame:
-    """Rows of one trial or of all, in the order of suggestions and then of commits.
+def read_rows(folder: StudyFolder, *trials: str) -> pd.DataFrame:
+    """Rows of these trials in their order, or of all by number; a trial's by commit.
 
     (trial, phase, step, metric) is unique: of rows measured again after a crash, the first
     committed one counts.
     """
-    rows: pd.DataFrame = _published_rows(folder, trial).to_pandas()
+    rows: pd.DataFrame = _published_rows(folder, *trials).to_pandas()
     return rows
 
 
@@ -627,9 +627,8 @@ def _gap(names: list[str]) -> str | None:
     return None
 
 
-def _published_rows(folder: StudyFolder, trial: str | None = None) -> pa.Table:
-    trials = [trial] if trial is not None else _trials_with_rows(folder)
-    parts = [part for name in trials for part in _parts(folder, name)]
+def _published_rows(folder: StudyFolder, *trials: str) -> pa.Table:
+    parts = [part for name in trials or _trials_with_rows(folder) for part in _parts(folder, name)]
     with ThreadPoolExecutor() as pool:
         tables = list(pool.map(_read_part, parts))
     rows = pa.concat_tables([SCHEMA.empty_table(), *tables])

@@ -41,6 +41,7 @@ from trainables.errors import StorageError, UserError
 FRESH_SECONDS = 1.0  # for which a look counts as new
 PATIENCE_SECONDS = 0.4  # that a request waits for a look
 MOST_STUDIES = 1000
+READ_AT_ONCE = 100  # trials; reading one by one takes several times as long
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -179,7 +180,9 @@ class _Watched:
         self._results: dict[str, Result] = {}
         self._reached: dict[str, Reached] = {}
         self._rows: dict[str, pd.DataFrame] = {}
-        self._stamps: dict[str, tuple[Any, ...]] = {}  # trial -> what its files looked like
+        self._stamps: dict[
+            str, tuple[tuple[int, int], tuple[str, ...]]
+        ] = {}  # trial -> what its files looked like
         self._settled: set[str] = set()  # trials of which nothing new can come
         self._num_trials = 0
         self._is_held = False
@@ -288,31 +291,43 @@ class _Watched:
                 self._revision += 1
         # those that are not over first: they are what people wait for
         left = [s.trial for s in self._suggestions if s.trial not in self._settled]
-        for trial in sorted(left, key=lambda trial: trial in self._results):
-            self._read_trial(trial)
+        left.sort(key=lambda trial: trial in self._results)
+        for start in range(0, len(left), READ_AT_ONCE):
+            self._read_some(left[start : start + READ_AT_ONCE])
 
-    def _read_trial(self, trial: str) -> None:
+    def _read_some(self, trials: list[str]) -> None:
+        """Read those of the trials whose files look other than at the last look."""
         folder = self.folder
-        rows_folder, outcome = folder.rows(trial), folder.outcome(trial)
-        stamp = (_stamp(outcome), _listing(rows_folder))
-        if stamp == self._stamps.get(trial):
+        stamps = {trial: self._look_of(trial) for trial in trials}
+        new = [trial for trial in trials if stamps[trial] != self._stamps.get(trial)]
+        if not new:
             return
-        result = self._result(trial)
-        for path in (rows_folder, *(rows_folder / name for name in stamp[1])):
-            _refuse_links(folder, path)
-        rows = read_rows(folder, trial)
-        reached = _reached(rows, [metric for metric, _ in objectives_of(self._spec)])
-        shown = rows[(rows["phase"] + "/" + rows["metric"]).isin(list(reached.values))]
+        results = {trial: self._result(trial) for trial in new}
+        for trial in new:
+            names = stamps[trial][1]
+            for path in (folder.rows(trial), *(folder.rows(trial) / name for name in names)):
+                _refuse_links(folder, path)
+        rows = read_rows(folder, *new)
+        metrics = [metric for metric, _ in objectives_of(self._spec)]
+        reached = _reached(rows, metrics)
+        is_shown = (rows["phase"] + "/" + rows["metric"]).isin(metrics)
+        shown = dict(list(rows[is_shown].groupby("trial", sort=False)))
         with self._known:
-            if result is not None:
-                self._results[trial] = result
-            self._reached[trial] = reached
-            self._rows[trial] = shown
-            self._stamps[trial] = stamp
-            self._changed = max(self._changed, _written(outcome), _written(rows_folder))
-            if result is not None and result.outcome not in RETRIABLE:
-                self._settled.add(trial)
+            for trial in new:
+                result = results[trial]
+                if result is not None:
+                    self._results[trial] = result
+                self._reached[trial] = reached.get(trial, Reached())
+                self._rows[trial] = shown.get(trial, rows[:0])
+                self._stamps[trial] = stamps[trial]
+                files = (folder.outcome(trial), folder.rows(trial))
+                self._changed = max(self._changed, *map(_written, files))
+                if result is not None and result.outcome not in RETRIABLE:
+                    self._settled.add(trial)
             self._revision += 1
+
+    def _look_of(self, trial: str) -> tuple[tuple[int, int], tuple[str, ...]]:
+        return _stamp(self.folder.outcome(trial)), _listing(self.folder.rows(trial))
 
     def _result(self, trial: str) -> Result | None:
         _refuse_links(self.folder, self.folder.trial(trial))
@@ -338,19 +353,24 @@ def refuse_links_out(folder: StudyFolder, path: Path) -> None:
         raise NotFound("it is a link that leads elsewhere") from None
 
 
-def _reached(rows: pd.DataFrame, metrics: list[str]) -> Reached:
-    if rows.empty:
-        return Reached()
+def _reached(rows: pd.DataFrame, metrics: list[str]) -> dict[str, Reached]:
+    """By trial; trials without rows are absent."""
     ordered = rows.sort_values(["phase", "progress"], kind="stable")  # pretrain, then segment
-    newest = ordered.groupby(ordered["phase"] + "/" + ordered["metric"])["value"].last()
-    last = ordered.iloc[-1]
-    speed = newest.get(f"{last['phase']}/images_per_second")
-    return Reached(
-        str(last["phase"]),
-        float(last["progress"]),
-        {metric: float(newest[metric]) for metric in metrics if metric in newest.index},
-        None if speed is None else float(speed),
-    )
+    newest: dict[str, dict[str, float]] = {}
+    last: dict[str, tuple[str, float]] = {}
+    columns = [ordered[name] for name in ("trial", "phase", "metric", "progress", "value")]
+    for trial, phase, metric, progress, value in zip(*columns, strict=True):
+        newest.setdefault(trial, {})[f"{phase}/{metric}"] = value
+        last[trial] = (phase, progress)
+    return {
+        trial: Reached(
+            phase,
+            progress,
+            {metric: newest[trial][metric] for metric in metrics if metric in newest[trial]},
+            newest[trial].get(f"{phase}/images_per_second"),
+        )
+        for trial, (phase, progress) in last.items()
+    }
 
 
 def _refuse_links(folder: StudyFolder, path: Path) -> None:
