@@ -8,6 +8,7 @@ last line of its log. A head node that restarts forgets its jobs; the study's st
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import time
@@ -39,6 +40,27 @@ class Unknown(RuntimeError):
     """The cluster knows no job of the study."""
 
 
+class Home(NamedTuple):
+    """Tells the jobs of a study from those of a study of that name in another storage."""
+
+    storage: str  # the folder of studies, as the cluster sees it
+    drivers: frozenset[str]  # jobs that have driven it, by its own account
+
+    def has(self, job: str, storage: str) -> bool:
+        """Whether a job, submitted with such a storage, is or was one of the study's."""
+        return job in self.drivers or os.path.realpath(storage) == os.path.realpath(self.storage)
+
+
+class Known(NamedTuple):
+    """A job of a study, for programs."""
+
+    study: str
+    job: str
+    status: str
+    link: str
+    storage: str  # "" where it was submitted by hand
+
+
 class Standing(NamedTuple):
     """A job of a study, for people."""
 
@@ -59,6 +81,7 @@ def submit(
     question: str,
     storage: str | None,
     studies: str | None = None,
+    home: Home | None = None,
 ) -> tuple[str, str]:
     """Submit a study file; returns (submission id, link to the job in the dashboard).
 
@@ -67,7 +90,7 @@ def submit(
     known, is told to whoever resumes. Alive: a job of this study is.
     """
     with _client(address) as client:
-        earlier = jobs_of(client, study)
+        earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
         runtime_env = {**_code(), "working_dir": str(yaml.resolve().parent)}
         if storage:
@@ -78,7 +101,12 @@ def submit(
 
 
 def resubmit(
-    address: str, study: str, *, storage: str | None = None, question: str = ""
+    address: str,
+    study: str,
+    *,
+    storage: str | None = None,
+    question: str = "",
+    home: Home | None = None,
 ) -> tuple[str, str]:
     """Submit the study's last job again: the ledger makes that a resume.
 
@@ -87,7 +115,7 @@ def resubmit(
     done. Unknown: neither is there.
     """
     with _client(address) as client:
-        earlier = jobs_of(client, study)
+        earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
         last = earlier[-1] if earlier else None
         if last is not None and _has_its_files(client, last):
@@ -107,21 +135,27 @@ def resubmit(
         return _submit(client, address, entrypoint, _code(), metadata, earlier)
 
 
-def stop(address: str, study: str, *, timeout: float = 60) -> str | None:
+def stop(address: str, study: str, *, home: Home | None = None, timeout: float = 60) -> str | None:
     """Stop the study's running job and wait until it has ended; its id, None if none ran."""
     with _client(address) as client:
-        for job in jobs_of(client, study):
-            if job.status in ALIVE:
-                client.stop_job(job.submission_id)
-                deadline = time.monotonic() + timeout
-                while client.get_job_status(job.submission_id) in ALIVE:
-                    if time.monotonic() > deadline:
-                        raise RuntimeError(
-                            f"job {job.submission_id} still runs after {timeout:g} s; see its log: "
-                            f"maskstudy logs {study} --address {address}"
-                        )
-                    time.sleep(0.5)
-                return str(job.submission_id)
+        alive = [job for job in jobs_of(client, study, home) if job.status in ALIVE]
+        if len(alive) > 1:
+            named = " and ".join(str(job.submission_id) for job in alive)
+            raise RuntimeError(
+                f"{len(alive)} studies called {study!r} run at {address}: jobs {named}; say which "
+                f"with --storage, the folder that the study's folder lies in"
+            )
+        for job in alive:
+            client.stop_job(job.submission_id)
+            deadline = time.monotonic() + timeout
+            while client.get_job_status(job.submission_id) in ALIVE:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"job {job.submission_id} still runs after {timeout:g} s; see its log: "
+                        f"maskstudy logs {study} --address {address}"
+                    )
+                time.sleep(0.5)
+            return str(job.submission_id)
     return None
 
 
@@ -142,21 +176,28 @@ def call(address: str, entrypoint: str, *, variables: dict[str, str], timeout: f
         return told
 
 
-def logs(address: str, study: str, write: Callable[[str], None], *, follow: bool = False) -> None:
+def logs(
+    address: str,
+    study: str,
+    write: Callable[[str], None],
+    *,
+    home: Home | None = None,
+    follow: bool = False,
+) -> None:
     """Write the log of the study's newest job; with `follow`, until the job ends."""
     with _client(address) as client:
-        known = jobs_of(client, study)
-        if not known:
+        mine = jobs_of(client, study, home)
+        if not mine:
             raise Unknown(
                 f"{address} knows no job of study {study!r}; those it knows: "
                 f"{', '.join(sorted({name for name, _ in _known(client)})) or 'none'}"
             )
         if not follow:
-            write(_plain(client.get_job_logs(known[-1].submission_id)))
+            write(_plain(client.get_job_logs(mine[-1].submission_id)))
             return
 
         async def tail() -> None:
-            async for lines in client.tail_job_logs(known[-1].submission_id):
+            async for lines in client.tail_job_logs(mine[-1].submission_id):
                 write(_plain(lines))
 
         asyncio.run(tail())
@@ -174,22 +215,31 @@ def standings(address: str, study: str | None = None) -> list[Standing]:
         return [_standing(client, address, name, job) for name, job in chosen]
 
 
-def newest(address: str) -> dict[str, tuple[str, str, str]]:
-    """Study -> id, status and link of its newest job, without a look at its log."""
+def known(address: str) -> list[Known]:
+    """All jobs of studies, the oldest first, without a look at what they have said."""
     with _client(address) as client:
-        return {
-            name: (
+        return [
+            Known(
+                name,
                 str(job.submission_id),
                 str(job.status.value),
                 _link(address, str(job.submission_id)),
+                (job.metadata or {}).get("storage", ""),
             )
             for name, job in _known(client)
-        }
+        ]
 
 
-def jobs_of(client: JobSubmissionClient, study: str) -> list[JobDetails]:
+def jobs_of(client: JobSubmissionClient, study: str, home: Home | None = None) -> list[JobDetails]:
     """The study's jobs that this cluster remembers, oldest first."""
-    return [job for name, job in _known(client) if name == study]
+    mine = [job for name, job in _known(client) if name == study]
+    if home is None:
+        return mine
+    return [
+        job
+        for job in mine
+        if home.has(str(job.submission_id), (job.metadata or {}).get("storage", ""))
+    ]
 
 
 def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:

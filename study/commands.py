@@ -27,6 +27,7 @@ from study.ledger import (
     damage,
     is_held,
     read_environment,
+    read_jobs,
     read_rows,
     read_spec,
     read_suggestions,
@@ -252,10 +253,21 @@ def _resume_as_job(name: str, address: str, storage: Path | None) -> None:
         jobs.resubmit,
         address,
         name,
+        home=_home(name, storage),
         storage=str(place.absolute()) if place is not None else None,
         question=question_of(folder) if folder is not None else "",
     )
     console.print(f"resumed as job {job}\n{link}", markup=False)
+
+
+def _home(name: str, storage: Path | None) -> Any:
+    """What tells the study's jobs from those of another storage; None if no storage was named."""
+    from cluster.jobs import Home
+
+    if storage is None:
+        return None
+    folder = _seen_here(storage / name)
+    return Home(str(storage.absolute()), read_jobs(folder) if folder is not None else frozenset())
 
 
 def _seen_here(root: Path) -> StudyFolder | None:
@@ -338,6 +350,7 @@ def submit(path: Path, address: str, storage: str | None) -> None:
         path,
         study=spec.study,
         question=spec.question or "",
+        home=_home(spec.study, studies),
         storage=storage,
         studies=str(studies) if studies is not None else None,
     )
@@ -355,7 +368,7 @@ def stop(name: str, address: str | None, storage: Path | None) -> None:
     if address:
         from cluster import jobs
 
-        job = _jobs(jobs.stop, address, name)
+        job = _jobs(jobs.stop, address, name, home=_home(name, storage))
         text = f"stopped job {job}" if job else f"no job of study {name!r} is running"
         console.print(text, markup=False)
         return

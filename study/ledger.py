@@ -416,6 +416,15 @@ def read_holder(folder: StudyFolder) -> dict[str, Any] | None:
         return {"epoch": newest}
 
 
+def read_jobs(folder: StudyFolder) -> frozenset[str]:
+    """Ids of the Ray jobs that have driven the study."""
+    jobs = []
+    for epoch in range(1, _newest_epoch(folder) + 1):
+        with contextlib.suppress(LedgerError):  # it never signed
+            jobs.append(_read_json(folder.epoch(epoch)).get("job"))
+    return frozenset(job for job in jobs if isinstance(job, str))
+
+
 def sealed(content: dict[str, Any]) -> bytes:
     """Indented JSON for people, with the SHA-256 of its content in the last field."""
     assert "sha256" not in content

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from cluster import jobs
 from study.folder import StudyFolder
 from study.ledger import Outcome, is_held, read_results, read_rows
 from tests.synthetic import write_study
@@ -57,6 +58,7 @@ def test_the_console_is_listed_by_the_dashboard_and_stops_and_resumes_a_study(
     assert status_of(f"{base}/api/studies", token, Host="evil.example") == 400
     assert status_of(f"{base}/api/studies", token, Host=f"localhost:{port}") == 200
 
+    tiny_study.write_text(tiny_study.read_text().replace("trials: 4", "trials: 24"))
     maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
     folder = StudyFolder(studies / "tiny")
 
@@ -65,15 +67,23 @@ def test_the_console_is_listed_by_the_dashboard_and_stops_and_resumes_a_study(
         return answer
 
     wait_until(lambda: folder.spec.is_file() and len(read_results(folder)) >= 1, 300)
+    other = jobs.JobSubmissionClient(address).submit_job(
+        entrypoint="sleep 600", metadata={"study": "tiny", "storage": "/another/storage"}
+    )
+    wait_until(lambda: status_in_jobs(address, other) == "RUNNING", 60)
     wait_until(lambda: told()["state"] == "running" and told()["job"] is not None, 60)
     assert told()["job"]["link"].startswith(f"{address}/#/jobs/tiny-1-")
+    which = maskstudy("stop", "tiny", "--address", address, check=False)
+    assert which.returncode == 2 and other in which.stderr
     assert "has been stopped" in post(f"{base}/api/studies/tiny/stop", token)["said"]
+    assert status_in_jobs(address, other) == "RUNNING", "a namesake's job was stopped"
     wait_until(lambda: not is_held(folder), 60)
     before = read_rows(folder)
     ended = read_results(folder)
-    assert len(ended) < 5, "it was not stopped midway"
+    assert len(ended) < 25, "it was not stopped midway"
     wait_until(lambda: told()["state"] == "interrupted", 120)
 
+    # the namesake's job neither keeps the study from going on nor counts as one of its own
     assert "goes on as job tiny-2-" in post(f"{base}/api/studies/tiny/resume", token)["said"]
     wait_until(lambda: told()["state"] == "finished", 400)
     results = read_results(folder)
@@ -83,6 +93,12 @@ def test_the_console_is_listed_by_the_dashboard_and_stops_and_resumes_a_study(
     assert not rows.duplicated(["trial", "phase", "step", "metric"]).any()
     assert len(rows.merge(before, how="inner")) == len(before)
     assert "nothing" not in get(f"{base}/api/studies/tiny/log", token)["source"]
+    maskstudy("stop", "tiny", "--address", address, "--storage", "/another/storage")
+    assert status_in_jobs(address, other) == "STOPPED"
+
+
+def status_in_jobs(address: str, job: str) -> str:
+    return str(jobs.JobSubmissionClient(address).get_job_status(job).value)
 
 
 def maskstudy_console(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,14 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from study.folder import StudyFolder
-from study.ledger import is_held, read_holder
+from study.ledger import is_held, read_holder, read_jobs
 from trainables.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from cluster.jobs import Home, Known
 
 CODE = Path(__file__).resolve().parent.parent.parent
 BIRTH_SECONDS = 30.0  # that a driver gets to take the study; it may still come later
@@ -35,11 +39,11 @@ class Hands:
     address: str | None
     storage: Path
     _drivers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    _jobs: dict[str, dict[str, str]] = field(default_factory=dict)
+    _jobs: list[Known] = field(default_factory=list)
     _jobs_read: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def job(self, study: str) -> dict[str, str] | None:
+    def job(self, folder: StudyFolder) -> dict[str, str] | None:
         """id, status, link of the study's last job; None where no cluster knows one."""
         if self.address is None:
             return None
@@ -47,30 +51,35 @@ class Hands:
             if time.monotonic() - self._jobs_read > JOBS_SECONDS:
                 self._jobs_read = time.monotonic()
                 threading.Thread(target=self._read_jobs, daemon=True).start()
-        return self._jobs.get(study)
+        name, home = folder.root.name, self.home(folder)
+        mine = [job for job in self._jobs if job.study == name and home.has(job.job, job.storage)]
+        if not mine:
+            return None
+        return {"id": mine[-1].job, "status": mine[-1].status, "link": mine[-1].link}
+
+    def home(self, folder: StudyFolder) -> Home:
+        """What tells this study's jobs from those of one of that name elsewhere."""
+        from cluster.jobs import Home
+
+        return Home(str(self.storage), read_jobs(folder))
 
     def _read_jobs(self) -> None:
         from cluster import jobs
 
         assert self.address is not None
-        try:
-            newest = jobs.newest(self.address)
-        except RuntimeError:
-            return  # the head is away; what it said last stands
-        self._jobs = {
-            study: {"id": job, "status": status, "link": link}
-            for study, (job, status, link) in newest.items()
-        }
+        # while the head is away, what it said last stands
+        with suppress(RuntimeError):
+            self._jobs = jobs.known(self.address)
 
     def log(self, study: StudyFolder) -> tuple[str, str]:
         """Where the last driver's words come from, and the last of them."""
-        job = self.job(study.root.name)
+        job = self.job(study)
         if job is not None and self.address is not None:
             from cluster import jobs
 
             words: list[str] = []
             try:
-                jobs.logs(self.address, study.root.name, words.append)
+                jobs.logs(self.address, study.root.name, words.append, home=self.home(study))
             except RuntimeError as error:
                 return f"job {job['id']}", f"its log cannot be read: {error}"
             return f"job {job['id']}", _last_lines("".join(words))
@@ -92,7 +101,7 @@ def resume(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     from cluster import jobs
 
     # the storage says what to do where the head has forgotten its jobs
-    again = partial(jobs.resubmit, storage=str(hands.storage))
+    again = partial(jobs.resubmit, storage=str(hands.storage), home=hands.home(folder))
     job, _ = _jobs(again, hands.address, name)
     hands._jobs_read = 0.0
     return f"{name} goes on as job {job}"
@@ -104,12 +113,11 @@ def stop(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     from study import requests
 
     name = folder.root.name
-    # a driver that is no job, and a job of the same name for another storage, are not mixed up
     is_by_hand = is_held(folder) and (read_holder(folder) or {}).get("job") is None
     if hands.address is not None and not is_by_hand:
         from cluster import jobs
 
-        job = _jobs(jobs.stop, hands.address, name)
+        job = _jobs(partial(jobs.stop, home=hands.home(folder)), hands.address, name)
         hands._jobs_read = 0.0
         if job is not None:
             return f"{name} has been stopped (job {job}); nothing is lost"

@@ -181,7 +181,7 @@ class _Console:
 
     def study(self, request: Request) -> Response:
         found = self._found(request)
-        return _json(views.study(found, *self.outlooks.of(found), self.hands.job(found.name)))
+        return _json(views.study(found, *self.outlooks.of(found), self.hands.job(found.folder)))
 
     def trials(self, request: Request) -> Response:
         asked = request.query_params
@@ -234,7 +234,7 @@ class _Console:
         return self.index.look(request.path_params["study"])
 
     def _summary(self, found: Snapshot) -> dict[str, Any]:
-        return views.summary(found, *self.outlooks.of(found), self.hands.job(found.name))
+        return views.summary(found, *self.outlooks.of(found), self.hands.job(found.folder))
 
 
 class _Made(NamedTuple):
