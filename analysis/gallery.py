@@ -11,6 +11,8 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,8 +173,11 @@ def data_uri(path: Path, columns: int = 1, shown: slice = slice(None)) -> str:
     return _encoded(_cut(_decoded(path), columns, shown))
 
 
-def slices(folder: Path, kind: str) -> Slices | None:
-    """The sheet of a folder that belongs to a kind of picture; None if none was drawn."""
+def slices(folder: Path, kind: str, *, pixels: bool = True) -> Slices | None:
+    """The sheet of a folder that belongs to a kind of picture; None if none was drawn.
+
+    `pixels=False` leaves them out: `says` is then empty if the sheet's header is sound.
+    """
     path = folder / f"{kind}-slices.png"
     if not path.is_file():
         return None
@@ -181,11 +186,12 @@ def slices(folder: Path, kind: str) -> Slices | None:
             raise ValueError(f"it has more than {MOST_SHEET_BYTES} bytes")
         about = _numbers(folder / SLICES).get(path.name)
         columns, planes, frames = _frames(about)
-        pixels = _decoded(path)
-        height, width = pixels.shape[:2]
+        with _opened(path) as image:
+            width, height = image.size
         if height % frames:
             raise ValueError(f"its {height} lines are not {frames} frames")
-        return Slices(_encoded(pixels), "", columns, planes, frames, width / (height // frames))
+        uri = data_uri(path) if pixels else None
+        return Slices(uri, "", columns, planes, frames, width / (height // frames))
     except UNREADABLE as error:
         return Slices(None, unreadable(path, error), [], [], 0, 1)
 
@@ -215,13 +221,20 @@ def _encoded(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def _decoded(path: Path) -> npt.NDArray[np.uint8]:
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A PNG whose header promises no more than what may be decoded."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=("PNG",)) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
                 raise ValueError(f"{width} x {height} pixels, at most {MOST_PIXELS} are shown")
-            return np.asarray(image.convert("RGB"))
+            yield image
 
 
 def _cut(pixels: npt.NDArray[np.uint8], columns: int, shown: slice) -> npt.NDArray[np.uint8]:

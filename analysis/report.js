@@ -100,28 +100,14 @@
     });
   }
 
-  // a sheet holds frames below each other, of which its window shows one
   const together = document.getElementById("together");
-  const sheets = [...document.querySelectorAll(".slices")].map((box) => ({
-    kind: box.dataset.kind,
-    slider: box.querySelector("input"),
-    words: box.querySelector(".at"),
-    image: box.querySelector("img"),
-  }));
-  const turn = ({ slider, words, image }, depth) => {
-    const frames = Number(slider.max);
-    const frame = Math.min(frames - 1, Math.floor(depth * frames));
-    slider.value = frame + 1;
-    words.textContent = `slice ${frame + 1} of ${frames}, ${Math.round((100 * (frame + 0.5)) / frames)} %`;
-    slider.setAttribute("aria-valuetext", words.textContent);
-    image.style.transform = `translateY(${(-100 * frame) / frames}%)`;
-  };
+  const sheets = [...document.querySelectorAll(".slices")];
   for (const sheet of sheets) {
-    turn(sheet, 0.5);
-    sheet.slider.addEventListener("input", () => {
-      const depth = (sheet.slider.value - 0.5) / sheet.slider.max;
+    leafTo(sheet, 0.5);
+    sheet.querySelector("input").addEventListener("input", () => {
+      const depth = depthOf(sheet);
       for (const other of sheets) {
-        if (other === sheet || (together.checked && other.kind === sheet.kind)) turn(other, depth);
+        if (other === sheet || (together.checked && other.dataset.kind === sheet.dataset.kind)) leafTo(other, depth);
       }
     });
   }

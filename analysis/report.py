@@ -136,6 +136,7 @@ def render(tables: StudyTables) -> str:
         light=Markup(theme.css_variables(dark=False)),
         dark=Markup(theme.css_variables(dark=True)),
         font=Markup(theme.FONT),
+        slices_style=Markup(slices_style()),
         answer=answer(tables),
         tiles=_tiles(tables),
         sections=_sections(drawn),
@@ -166,12 +167,17 @@ def render(tables: StudyTables) -> str:
 
 def report_scripts() -> tuple[str, str]:
     """The two scripts of every report."""
-    return get_plotlyjs(), with_colours(_resource("report.js"))
+    return get_plotlyjs(), with_common(_resource("report.js"))
 
 
-def with_colours(script: str) -> str:
-    """A page's script behind the one that turns names of colours into values."""
-    return _resource("colours.js") + script
+def with_common(script: str) -> str:
+    """A page's script behind what the pages share."""
+    return _resource("common.js") + script
+
+
+def slices_style() -> str:
+    """How sheets of slices and their sliders look."""
+    return _resource("slices.css")
 
 
 def policy(scripts: Iterable[str]) -> str:

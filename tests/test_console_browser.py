@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.synthetic import hostile_study, write_study
+from tests.synthetic import draw_slices, hostile_study, write_study
 from tests.test_browser import CHROMIUM
 from tests.test_console import TOKEN, served, settled
 
@@ -140,6 +140,48 @@ def test_a_phone_shows_everything_without_scrolling_sideways(
             assert (
                 person.page.locator("main script, main img[onerror], main svg[onload]").count() == 0
             )
+        assert person.complaints == []
+
+
+def test_the_slices_of_a_volume_are_leafed_through_by_keyboard(
+    tmp_path: Path, browser: Any
+) -> None:
+    folder = write_study(tmp_path / "volumes", trials=4)
+    draw_slices(folder)
+    trial = next(folder.trials.glob("*/pictures/segmentation-slices.png")).parent.parent.name
+    with served(tmp_path) as ask:
+        settled(ask, "volumes")
+        person = Person(browser, viewport={"width": 390, "height": 844})
+        page = person.page
+        page.goto(f"http://127.0.0.1:{ask.port}/study/volumes/trial/{trial}#token={TOKEN}")
+        page.wait_for_selector("html[data-shown=yes]")
+        box = page.locator("figure:has-text('segmentation, slice by slice') .slices")
+        assert box.locator(".planes").inner_text().split() == ["sagittal", "coronal", "axial"]
+        assert box.locator(".at").inner_text() == "slice 13 of 24, 52 %"
+        image = box.locator("img")
+        image.scroll_into_view_if_needed()
+        page.wait_for_function("image => image.naturalHeight > 0", arg=image.element_handle())
+        shape = "i => [i.clientHeight / i.parentElement.clientHeight, i.clientWidth]"
+        frames, width = image.evaluate(shape)
+        assert abs(frames - 24) < 0.3 and width > 200
+        box.locator("input").focus()
+        person.press("ArrowRight", "ArrowRight")
+        assert box.locator(".at").inner_text() == "slice 15 of 24, 60 %"
+        lines = image.evaluate(
+            "i => new DOMMatrix(getComputedStyle(i).transform).f / i.clientHeight"
+        )
+        assert abs(lines + 14 / 24) < 0.01
+        assert box.locator("input").get_attribute("aria-valuetext") == "slice 15 of 24, 60 %"
+        # something new of the trial is shown: the slice and the focus stay
+        drawn = folder.pictures(trial) / "segmentation.png"
+        (folder.pictures(trial) / "masks-050.png").write_bytes(drawn.read_bytes())
+        page.wait_for_selector("h3:has-text('hidden at 50')")
+        assert box.locator(".at").inner_text() == "slice 15 of 24, 60 %"
+        assert page.evaluate("document.activeElement.type") == "range"
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        folder_of_shots = os.environ.get("MASKSTUDY_PICTURES")
+        if folder_of_shots:
+            page.screenshot(path=Path(folder_of_shots) / "console-slices.png", full_page=True)
         assert person.complaints == []
 
 

@@ -30,7 +30,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from analysis import theme
-from analysis.report import as_json, policy, render, report_scripts, with_colours
+from analysis.report import as_json, policy, render, report_scripts, slices_style, with_common
 from analysis.tables import load
 from study.console import views
 from study.console.actions import ACTIONS, Hands
@@ -116,8 +116,8 @@ class _Console:
             font=Markup(theme.FONT),
         )
         self._static = {
-            "console.css": style,
-            "console.js": with_colours(_resource("console.js")),
+            "console.css": style + slices_style(),
+            "console.js": with_common(_resource("console.js")),
             "login.js": _resource("login.js"),
             "plotly.js": get_plotlyjs(),
         }

@@ -435,7 +435,27 @@
     const content = el("div");
     main.append(el("p", { class: "eyebrow" }, link("/", "All studies"), " / ", link(path("study", study), study), ` / trial ${name}`), content);
     let before = "";
+    const depths = new Map(); // where each sheet of slices was left
     const facts = (pairs) => el("dl", { class: "facts" }, Object.entries(pairs).flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, `${value}`)]));
+    const heads = (picture) => el("div", { class: "columns", "aria-hidden": "true" }, picture.columns.map((column) => el("span", {}, column)));
+    const image = (picture, trial) => el("img", { src: `${api}/${encodeURIComponent(picture.name)}.png`, alt: `${picture.title} of ${trial.label}: ${picture.columns.join(" | ")}`, loading: "lazy" });
+    const leafed = (picture, trial) => {
+      const depth = depths.get(picture.name) ?? 0.5;
+      const slider = el("input", { type: "range", min: 1, max: picture.frames, "data-key": picture.name, "aria-label": `${picture.title}, of ${trial.label}`, autocomplete: "off" });
+      const box = el("div", { class: "slices" },
+        heads(picture),
+        el("div", { class: "planes", "aria-hidden": "true" }, picture.planes.map(([name]) => el("span", {}, name))),
+        el("div", { class: "window" }, image(picture, trial)),
+        el("div", { class: "turn" }, slider, el("span", { class: "at", "aria-hidden": "true" })));
+      box.querySelectorAll(".planes span").forEach((plane, index) => { plane.style.flex = `${picture.planes[index][1]} 1 0`; });
+      box.querySelector(".window").style.aspectRatio = `${picture.aspect}`;
+      slider.addEventListener("input", () => {
+        depths.set(picture.name, depthOf(box));
+        leafTo(box, depthOf(box));
+      });
+      leafTo(box, depth);
+      return box;
+    };
     every(POLL, async () => {
       const trial = await call(api);
       const now = JSON.stringify(trial);
@@ -452,8 +472,7 @@
         plots.length ? el("section", {}, el("h2", {}, "Curves"), el("div", { class: "grid" }, boxes)) : null,
         trial.pictures.length ? el("section", {}, el("h2", {}, "Pictures"), el("div", { class: "grid" }, trial.pictures.map((picture) => el("figure", {},
           el("h3", {}, picture.title),
-          el("div", { class: "columns", "aria-hidden": "true" }, picture.columns.map((column) => el("span", {}, column))),
-          el("img", { src: `${api}/${encodeURIComponent(picture.name)}.png`, alt: `${picture.title} of ${trial.label}: ${picture.columns.join(" | ")}`, loading: "lazy" }))))) : null,
+          picture.frames ? leafed(picture, trial) : [heads(picture), image(picture, trial)])))) : null,
         el("section", {}, el("h2", {}, "Measured"), el("div", { class: "box scroll" }, table("The newest value of each metric", [head("phase"), head("metric"), head("value", true), head("at", true)],
           trial.metrics.map((metric) => el("tr", {}, cell(metric.phase), cell(metric.title), cell(metric.shown, { number: true }), cell(percent(metric.progress.at(-1)), { number: true })))))),
         el("section", {}, el("h2", {}, "Settings"), el("div", { class: "box" }, facts(trial.settings))));

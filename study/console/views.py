@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures import Drawn, curves, ratio_patch
-from analysis.gallery import CHANGING, KINDS, UNREADABLE, data_uri, shots, unreadable
+from analysis.gallery import CHANGING, KINDS, UNREADABLE, data_uri, shots, slices, unreadable
 from analysis.report import OUTCOMES, error_text, plain_figure
 from analysis.tables import Measure, StudyTables, flatten, title_of
 from analysis.theme import GROUPS, colour, figure, plain, text
@@ -197,11 +197,16 @@ def pictures(found: Snapshot, name: str) -> list[dict[str, Any]]:
     """What may be asked of `picture`, with the heads of its columns."""
     folder = found.folder.pictures(_suggestion(found, name).trial)
     refuse_links_out(found.folder, folder)
-    shown = [
-        {"name": kind, "title": kind, "columns": columns.split(" | ")}
-        for kind, columns in KINDS.items()
-        if (folder / f"{kind}.png").is_file()
-    ]
+    shown: list[dict[str, Any]] = []
+    for kind, heads in KINDS.items():
+        if (folder / f"{kind}.png").is_file():
+            shown.append({"name": kind, "title": kind, "columns": heads.split(" | ")})
+        sheet = slices(folder, kind, pixels=False)
+        if sheet is not None and not sheet.says:
+            leafed = {"planes": sheet.planes, "frames": sheet.frames, "aspect": sheet.aspect}
+            title = f"{kind}, slice by slice"
+            named = {"name": f"{kind}-slices", "title": title, "columns": sheet.columns}
+            shown.append({**named, **leafed})
     for shot in shots(folder) if folder.is_dir() else []:
         columns = shot.columns if len(shot.columns) > CHANGING else []
         title = f"hidden at {shot.when} of pretraining"
