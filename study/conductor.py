@@ -25,7 +25,7 @@ from study.ledger import (
     read_rows,
     read_suggestions,
 )
-from study.progress import Progress
+from study.progress import Progress, describe
 from study.resume import (
     AskSampler,
     Continue,
@@ -160,6 +160,15 @@ class Conductor:
         shown = {o.metric: values[o.metric] for o in self.spec.objectives if o.metric in values}
         self.progress.rung(suggestion, phase, progress, shown)
         return stop
+
+    def hung(self, suggestion: Suggestion, attempt: str, worker: str, stacks: str) -> None:
+        """Keep where a worker was that made no progress; its group has ended itself."""
+        path = self.ledger.keep_stacks(suggestion.trial, f"{attempt}-{worker}", stacks)
+        minutes = self.spec.resources.hang_minutes
+        self.progress.say(
+            f"{describe(suggestion)}: no progress for {minutes:g} min, its workers are started "
+            f"anew; where {worker} hung: {path.relative_to(self.ledger.folder.root)}"
+        )
 
     def done(self, suggestion: Suggestion, outcome: str, error: str | None) -> None:
         """Keep how a trial ended. Outcome "lost": the infrastructure failed, not the trial."""

@@ -105,6 +105,7 @@ def _start_slots(conductor: Conductor, connection: Connection, scratch: Path) ->
         "gpus_per_worker": resources.gpus_per_worker,
     }
     measure_peak = None if resources.peak_flops else peak_flops
+    hang_seconds = 60 * resources.hang_minutes
     try:
         fit = num_slots(
             cpus=connection.cpus, gpus=connection.gpus, asked=resources.concurrent, **each
@@ -119,7 +120,14 @@ def _start_slots(conductor: Conductor, connection: Connection, scratch: Path) ->
     )
     prefix = f"{conductor.spec.study}-{conductor.ledger.epoch}-slot"
     return [
-        Slot(f"{prefix}-{index}", run_job, storage=scratch, measure_peak=measure_peak, **each)
+        Slot(
+            f"{prefix}-{index}",
+            run_job,
+            storage=scratch,
+            measure_peak=measure_peak,
+            hang_seconds=hang_seconds,
+            **each,
+        )
         for index in range(count)
     ]
 
@@ -245,6 +253,11 @@ class _Scheduler(_Adapter, FIFOScheduler):  # type: ignore[misc]
                 stop = self.conductor.rows(suggestion, result["rows"], result["attempt"])
             desk = self.slots[trial.config["slot"]].desk
             desk.decide.remote(result["number"], stop)
+        elif "stacks" in result:
+            suggestion = self.conductor.suggestions[trial.config["number"]]
+            attempt = f"{trial.config['job']['attempt']}.{result['group']}"
+            with self.keeping_errors():
+                self.conductor.hung(suggestion, attempt, result["worker"], result["stacks"])
         return str(self.CONTINUE)
 
 

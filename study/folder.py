@@ -8,6 +8,7 @@ folder can be moved, copied and renamed.
     trials/<id>/config.json            a copy of its suggestion
     trials/<id>/rows/                  immutable Parquet parts <epoch>-<sequence>-<crc32>.parquet
     trials/<id>/outcome.json           how it ended; error.txt beside it if it failed
+    trials/<id>/stacks/                where its workers were whenever they made no progress
     trials/<id>/{checkpoints,pictures,encoder}/
     results.parquet  arms.parquet      all rows and all arms; may be deleted and come back
     requests/<time>-<kind>-<hex>.json  what people ask of the study and no driver has read yet
@@ -75,6 +76,9 @@ class StudyFolder:
 
     def encoder(self, trial: str) -> Path:
         return self.trial(trial) / "encoder"
+
+    def stacks(self, trial: str) -> Path:
+        return self.trial(trial) / "stacks"
 
     def outcome(self, trial: str) -> Path:
         return self.trial(trial) / "outcome.json"

@@ -269,6 +269,12 @@ class Ledger:
             if error is None:
                 _remove_quietly(self.folder.error(result.trial))  # an earlier attempt's
 
+    def keep_stacks(self, trial: str, name: str, stacks: str) -> Path:
+        """Keep where a worker of a trial hung; the file."""
+        path = self.folder.stacks(trial) / f"{name}.txt"
+        self._put(path, _without_absolute_paths(stacks, self.folder).encode())
+        return path
+
     def answer(self, answer: Answer) -> None:
         """Keep what became of a request, before anything comes of it."""
         self._put(self.folder.answer(answer.number), sealed(asdict(answer)))

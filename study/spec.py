@@ -102,6 +102,10 @@ class Resources(Strict):
         float | None,
         Field(gt=0, description="operations per second of one worker; null: measured"),
     ] = None
+    hang_minutes: Annotated[
+        float,
+        Field(gt=0, description="without progress, after which workers are started anew"),
+    ] = 30.0
 
 
 class StudySpec(Strict):

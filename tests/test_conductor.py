@@ -150,6 +150,18 @@ def test_failures_of_the_infrastructure_are_retried_and_then_given_up(
     assert len(read_suggestions(folder)) == 2
 
 
+def test_where_a_worker_hung_is_kept_beside_its_trial(
+    conductor: Conductor, folder: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    control = conductor.next()
+    assert isinstance(control, Suggestion)
+    conductor.hung(control, "000001-0001.1", "rank0", "in for_ever")
+    (path,) = folder.stacks(control.trial).iterdir()
+    assert path.name == "000001-0001.1-rank0.txt"
+    assert path.read_text() == "in for_ever"
+    assert f"trials/{control.trial}/stacks/{path.name}" in capsys.readouterr().out
+
+
 def test_nothing_is_started_beyond_the_budget_while_the_last_trial_runs(
     conductor: Conductor,
 ) -> None:

@@ -221,7 +221,8 @@ def test_measures_by_hand():
 def test_what_the_trial_hides_is_asked_of_its_teacher(tmp_path):
     """Two teachers, one model: the probe is the same, native scores and pictures are not."""
     config, data = toy.trial(masking__strategy="attmask"), toy.discs()
-    context = toy.context(tmp_path, toy.Diary())
+    signs = []
+    context = toy.context(tmp_path, toy.Diary(), alive=lambda: signs.append(None))
     judge = Judge(config, data, toy.PROBE, context)
     model, *teachers = (build_mae(config, data.size, 1, seed) for seed in (0, 1, 2))
     scores, pictures = [], []
@@ -230,6 +231,7 @@ def test_what_the_trial_hides_is_asked_of_its_teacher(tmp_path):
         judge.draw_masks(model, teacher, 0.5)
         pictures.append((tmp_path / "pictures" / "masks-050.png").read_bytes())
     first, second = scores
+    assert len(signs) == 2 * -(-toy.PROBE.images // judge.chunk)
     assert first["probe_psnr"] == second["probe_psnr"]
     assert first["native_psnr_hidden"] != second["native_psnr_hidden"]
     assert pictures[0] != pictures[1]

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray's, about itself
 ]
+
+
+HANG = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,14 @@ def sums_over_ranks(
     report: Any,
     heartbeat: Any,
     saved: Any,
+    alive: Any,
 ) -> str:
     """Stands for a trial: every rank adds its rank; rank 0 reports the sum and its process."""
     value = torch.tensor([float(rank + 1)])
+    if rank in job.get("stops", []) and is_first_time(job, rank):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if rank in job.get("loops", []) and is_first_time(job, rank):
+        for_ever()
     if "dies" in job and rank == 0 and attempt.endswith(job["dies"]):
         os.kill(os.getpid(), signal.SIGKILL)
     if world_size > 1:
@@ -67,10 +76,23 @@ def sums_over_ranks(
     return "stopped" if stop else "complete"
 
 
+def is_first_time(job: dict[str, Any], rank: int) -> bool:
+    mark = Path(job["marks"]) / f"{job['serial']}-{rank}"
+    if mark.exists():
+        return False
+    mark.write_text(str(os.getpid()))
+    return True
+
+
+def for_ever() -> None:
+    while True:
+        time.sleep(0.01)
+
+
 def play(slot: Slot, stop: bool = False, **job: Any) -> list[dict[str, Any]]:
     """Place a job, answer every report, return all events."""
-    serial = f"{time.monotonic_ns()}"
-    ray.get(slot.desk.place.remote({"trial": "t", "serial": serial, "attempt": "1", **job}))
+    job = {"trial": "t", "serial": f"{time.monotonic_ns()}", "attempt": "1", **job}
+    ray.get(slot.desk.place.remote(job))
     events: list[dict[str, Any]] = []
     while not events or "outcome" not in events[-1]:
         events.append(ray.get(slot.desk.next_event.remote(len(events)), timeout=240))
@@ -88,6 +110,7 @@ def slot(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sl
         cpus_per_worker=1,
         gpus_per_worker=0,
         storage=tmp_path_factory.mktemp("slot"),
+        hang_seconds=HANG,
     )
     yield slot
     assert slot.close(30), "the workers did not go home"
@@ -119,6 +142,39 @@ def test_an_error_on_one_rank_ends_the_trial_but_not_the_slot(slot: Slot) -> Non
     assert failed[-1]["outcome"] == "failed"
     assert "a planted error" in failed[-1]["error"]
     assert play(slot)[-1]["outcome"] == "complete"
+
+
+def test_workers_that_hang_say_where_and_the_job_goes_on_in_a_new_group(
+    slot: Slot, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    job = {"trial": "t", "serial": "hangs", "attempt": "1", "loops": [1], "marks": str(tmp_path)}
+    ray.get(slot.desk.place.remote(job))
+    ray.get(slot.desk.next_event.remote(1), timeout=60)
+    assert HANG < time.monotonic() - began < HANG + 5
+    events = play(slot, **job)
+    first, second = sorted(events[:2], key=lambda event: str(event["worker"]))
+    assert (first["worker"], second["worker"]) == ("rank0", "rank1")
+    assert "all_reduce" in first["stacks"]
+    assert "for_ever" in second["stacks"]
+    assert [event.get("attempt") for event in events[2:]] == ["1.2", None]
+    assert events[-1]["outcome"] == "complete"
+
+
+def test_a_stopped_worker_is_killed_and_so_are_all_if_all_are_stopped(
+    slot: Slot, tmp_path: Path
+) -> None:
+    one = play(slot, stops=[1], marks=str(tmp_path))
+    assert [event.get("worker") for event in one] == ["rank0", None, None]
+    both = play(slot, stops=[0, 1], marks=str(tmp_path))
+    assert [event.get("worker") for event in both] == ["all", None, None]
+    assert one[-1]["outcome"] == both[-1]["outcome"] == "complete"
+    deadline = time.monotonic() + 20
+    stopped = [Path("/proc", mark.read_text()) for mark in tmp_path.iterdir()]
+    assert len(stopped) == 3
+    while any(process.exists() for process in stopped):
+        assert time.monotonic() < deadline, "a stopped worker was left behind"
+        time.sleep(0.2)
 
 
 def test_running_out_of_memory_is_an_outcome_of_its_own() -> None:

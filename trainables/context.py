@@ -30,6 +30,7 @@ class Context:
     world_size: int = 1
     checkpoint_seconds: float = 30.0
     saved: Callable[[float], None] = lambda seconds: None  # a checkpoint took so long; cheap
+    alive: Callable[[], None] = lambda: None  # work goes on that is no step; any rank, cheap
 
     @property
     def is_main(self) -> bool:

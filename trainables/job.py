@@ -54,6 +54,7 @@ def run_job(
     report: Callable[[list[Row]], bool],
     heartbeat: Callable[[str, float, float], None],
     saved: Callable[[float], None],
+    alive: Callable[[], None],
 ) -> str:
     """Train the job's trial; see `run_trial` for what comes back."""
     context = Context(
@@ -64,21 +65,22 @@ def run_job(
         report=report,
         heartbeat=heartbeat,
         saved=saved,
+        alive=alive,
         rank=rank,
         world_size=world_size,
     )
-    dataset = _dataset_on_this_node(job)
+    dataset = _dataset_on_this_node(job, alive)
     config = TrialConfig.model_validate(job["config"])
     probe = ProbeConfig.model_validate(job["probe"])
     return run_trial(config, job["seed"], dataset, probe, context)
 
 
-def _dataset_on_this_node(job: dict[str, Any]) -> Dataset:
+def _dataset_on_this_node(job: dict[str, Any], alive: Callable[[], None]) -> Dataset:
     """The decoded data, from this node's cache or decoded here for all trials to come."""
     folder = default_cache() / job["fingerprint"]
     if damage(folder) is not None:
         config = TypeAdapter(DataConfig).validate_python(job["data"])
-        folder = prepare(config, Path(job["data_root"]), default_cache())
+        folder = prepare(config, Path(job["data_root"]), default_cache(), alive)
         if folder.name != job["fingerprint"]:
             raise UserError(
                 f"{job['data_root']}: the data on this node differs from the driver's "

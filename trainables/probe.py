@@ -80,6 +80,7 @@ class Judge:
         zero = torch.zeros((), dtype=torch.float64, device=self.context.device)
         sums, counts = dict.fromkeys(names, zero), dict.fromkeys(names, zero)
         for places_B in torch.split(mine, self.chunk):
+            self.context.alive()
             values, is_counted = measure(
                 self._reconstruct(model),
                 teacher or model,

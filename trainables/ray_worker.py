@@ -11,18 +11,22 @@ context and data stay warm.
 
 Stopping is cooperative: rank 0 waits at a rung for the decision, and nobody kills a live worker
 group. When a worker dies, Ray Train starts the group anew; the new workers find the unfinished job
-on the desk and go on from its last checkpoint.
+on the desk and go on from its last checkpoint. A group that makes no progress for too long ends
+itself and says where it hung (`watch`); one that is too far gone for that is ended by its desk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
+import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +35,21 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from trainables.watch import GRACE_SECONDS, watched
+
 Job = dict[str, Any]
 Event = dict[str, Any]
 MAX_GROUP_STARTS = 3  # worker groups that one job may lose before it is given up
+HANG_SECONDS = 1800.0
+PEERS_SECONDS = 2.0  # that a worker which hangs waits for the others to say where they do
+A_DAY = 86_400  # of waiting in a collective: whether a group hangs is judged by its desk
 
 
 class Desk:
     """Where the driver and one worker group meet. An asyncio actor; it dies with the driver."""
 
-    def __init__(self) -> None:
+    def __init__(self, hang_seconds: float = HANG_SECONDS) -> None:
+        self.hang_seconds = hang_seconds
         self.job: Job | None = None
         self.open = True
         self.events: list[Event] = []
@@ -47,6 +57,11 @@ class Desk:
         self.changed = asyncio.Condition()
         self.group_starts = 0
         self.num_condemned = 0  # worker groups that are not to get another job
+        self.num_hung = 0  # of the groups that took the present job
+        self.num_told = 0  # workers of the present group that have said where they hang
+        self.progressed = 0.0  # by this process's monotonic clock
+        self.workers: list[Any] = []  # actors of the present group
+        self.guard: asyncio.Task[None] | None = None
         self.beat_: dict[str, Any] = {}
         self.vitals_ = {"entered": 0, "peak_flops": 0.0}
         self.vitals_ |= {"checkpoints": 0, "checkpoint_seconds": 0.0}
@@ -59,6 +74,7 @@ class Desk:
             if self.decision is not None and not self.decision.done():
                 self.decision.set_result(True)  # of a job whose relay died: nobody will answer
             self.job, self.events, self.group_starts, self.beat_ = job, [], 0, {}
+            self.num_hung = 0
             self.changed.notify_all()
 
     async def next_event(self, after: int) -> Event:
@@ -92,9 +108,10 @@ class Desk:
         """The newest beat, and what the slot has done in its life: `entered` counts workers."""
         return {**self.vitals_, "beat": self.beat_}
 
-    async def enter(self, peak_flops: float = 0.0) -> int:
-        """A worker has come; what it gets is its ticket for `take`."""
+    async def enter(self, peak_flops: float = 0.0, worker: Any = None, size: int = 1) -> int:
+        """A worker of a group of that size has come; what it gets is its ticket for `take`."""
         self.vitals_["entered"] += 1
+        self.workers = [*self.workers, worker][-size:]
         self.vitals_["peak_flops"] = max(self.vitals_["peak_flops"], peak_flops)
         return self.num_condemned
 
@@ -116,17 +133,20 @@ class Desk:
                 if not self.open or self.job is None:
                     return None
                 if rank == 0:
-                    self.group_starts += 1
+                    self.group_starts, self.num_told = self.group_starts + 1, 0
                 if self.group_starts <= MAX_GROUP_STARTS:
+                    self._watch_over(self.job["serial"])
                     return {**self.job, "group": self.group_starts}
                 lost = f"{MAX_GROUP_STARTS} worker groups died in it"
+                if self.num_hung:
+                    lost += f", {self.num_hung} of them hung"
                 self.num_condemned += 1  # another rank may have taken the job before this one
                 self._add({"outcome": "lost", "error": lost})
 
     async def report(self, serial: str, rows: list[dict[str, Any]], attempt: str) -> bool:
         """Hand in rows; returns, once they are durable, whether the trial is to stop here."""
         async with self.changed:
-            if self.job is None or self.job["serial"] != serial or self._is_over():
+            if not self._is_running(serial):
                 return True
             self.decision = asyncio.get_running_loop().create_future()
             self._add({"rows": rows, "attempt": attempt})
@@ -137,9 +157,50 @@ class Desk:
     ) -> None:
         """Hand in how the job ended, and how long after the decision its first step was done."""
         async with self.changed:
-            if self.job is not None and self.job["serial"] == serial and not self._is_over():
+            if self._is_running(serial):
                 end = {"outcome": outcome, "error": error}
                 self._add({**end, "first_step_seconds": first_step_seconds})
+
+    async def patience(self, serial: str, silent: float) -> float:
+        """Seconds the job may still go on without progress; `silent`: a worker's since its last."""
+        if not self._is_running(serial):
+            return self.hang_seconds
+        now = time.monotonic()
+        is_our_turn = self.decision is not None and not self.decision.done()
+        self.progressed = max(self.progressed, now if is_our_turn else now - silent)
+        return self.progressed + self.hang_seconds - now
+
+    async def hang(self, serial: str, worker: str, stacks: str) -> None:
+        """A worker of a group that hangs says where; returns when all have, or soon."""
+        async with self.changed:
+            if not self._is_running(serial):
+                return
+            self.num_hung += self.num_told == 0
+            self.num_told += 1
+            self._add({"stacks": stacks, "worker": worker, "group": self.group_starts})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PEERS_SECONDS):
+                    await self.changed.wait_for(lambda: self.num_told >= len(self.workers))
+
+    def _watch_over(self, serial: str) -> None:
+        """From now on, workers that hang and do not end themselves are ended from here."""
+        self.progressed = time.monotonic()
+        if self.guard is not None:
+            self.guard.cancel()
+        self.guard = asyncio.create_task(self._guard(serial))
+
+    async def _guard(self, serial: str) -> None:
+        while (left := await self.patience(serial, math.inf) + GRACE_SECONDS) > 0:
+            await asyncio.sleep(left)
+            if not self._is_running(serial):
+                return
+        if not self.num_told:
+            await self.hang(serial, "all", "no worker answers; see their logs on the nodes")
+        for worker in self.workers:
+            ray.kill(worker)
+
+    def _is_running(self, serial: str) -> bool:
+        return self.job is not None and self.job["serial"] == serial and not self._is_over()
 
     def _has_job(self, finished: str | None) -> bool:
         return self.job is not None and self.job["serial"] != finished and not self._is_over()
@@ -162,7 +223,8 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
     measure_peak = settings["measure_peak"]
     peak = measure_peak(device) if measure_peak and rank == 0 else 0.0
-    ticket = ray.get(desk.enter.remote(peak))
+    actor = ray.get_runtime_context().current_actor
+    ticket = ray.get(desk.enter.remote(peak, actor, world_size))
     finished = None
     while True:
         job = ray.get(desk.take.remote(rank, ticket, finished))
@@ -195,31 +257,45 @@ def _train(
     world_size: int,
 ) -> tuple[str, float | None]:
     """(outcome, seconds from the decision for this job to its first step's end, by wall clocks)."""
-    attempt = f"{job['attempt']}.{job['group']}"
+    attempt, serial = f"{job['attempt']}.{job['group']}", job["serial"]
     first_step: list[float] = []
 
+    def ask(silent: float) -> float:
+        return float(ray.get(desk.patience.remote(serial, silent), timeout=30))
+
+    def tell(stacks: str) -> None:
+        where = f"rank {rank} of {world_size} on {socket.gethostname()}, process {os.getpid()}\n\n"
+        told = desk.hang.remote(serial, f"rank{rank}", where + stacks)
+        ray.get(told, timeout=GRACE_SECONDS)
+
     def report(rows: list[dict[str, Any]]) -> bool:
-        return bool(ray.get(desk.report.remote(job["serial"], rows, attempt)))
+        answer = bool(ray.get(desk.report.remote(serial, rows, attempt)))
+        alive()
+        return answer
 
     def heartbeat(phase: str, progress: float, images_per_second: float) -> None:
+        alive()
         if not first_step:
             first_step.append(time.time() - job.get("decided", time.time()))
         beat = {"phase": phase, "progress": progress, "images_per_second": images_per_second}
         desk.beat.remote({"trial": job["trial"], "time": time.time(), **beat})
 
     def saved(seconds: float) -> None:
+        alive()
         desk.saved.remote(seconds)
 
-    outcome = run_job(
-        job,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        attempt=attempt,
-        report=report,
-        heartbeat=heartbeat,
-        saved=saved,
-    )
+    with watched(ask, tell) as alive:
+        outcome = run_job(
+            job,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            attempt=attempt,
+            report=report,
+            heartbeat=heartbeat,
+            saved=saved,
+            alive=alive,
+        )
     return outcome, first_step[0] if first_step else None
 
 
@@ -253,9 +329,10 @@ class Slot:
         gpus_per_worker: float,
         storage: Path,
         measure_peak: Callable[[torch.device], float] | None = None,
+        hang_seconds: float = HANG_SECONDS,
     ) -> None:
         self.name = name
-        self.desk = ray.remote(num_cpus=0, max_concurrency=1000)(Desk).remote()
+        self.desk = ray.remote(num_cpus=0, max_concurrency=1000)(Desk).remote(hang_seconds)
         self.error: BaseException | None = None
         # fractions of one GPU are shared between trials, and NCCL refuses two ranks on one GPU
         backend = "nccl" if gpus_per_worker >= 1 else "gloo"
@@ -270,7 +347,7 @@ class Slot:
                 "measure_peak": measure_peak,
                 "threads": max(1, int(cpus_per_worker)),
             },
-            torch_config=TorchConfig(backend=backend),
+            torch_config=TorchConfig(backend=backend, timeout_s=A_DAY),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpus_per_worker > 0,

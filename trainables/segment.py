@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -289,11 +289,13 @@ def predictions(
         for volume in dataset.volumes_of(split)[rank::world_size].tolist():
             truth = torch.from_numpy(dataset.mask_of(volume))[None]
             spacing = tuple(dataset.volumes.spacings[volume].tolist())
-            yield truth, predict_volume(model, dataset, volume, settings, device), spacing
+            predicted = predict_volume(model, dataset, volume, settings, device, context.alive)
+            yield truth, predicted, spacing
         return
     rows = dataset.rows(split)[rank::world_size]
     images = to_device(dataset, rows, device)
     for places_B in torch.split(torch.arange(len(rows), device=device), settings.batch):
+        context.alive()
         pixels, labels = images.batch(places_B)
         assert labels is not None
         yield labels, predict(model, pixels, settings, device), (1.0,) * len(dataset.size)
@@ -301,7 +303,12 @@ def predictions(
 
 @torch.no_grad()
 def predict_volume(
-    model: UNETR, dataset: Dataset, volume: int, settings: SegmentConfig, device: torch.device
+    model: UNETR,
+    dataset: Dataset,
+    volume: int,
+    settings: SegmentConfig,
+    device: torch.device,
+    alive: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The likeliest class of every voxel of a whole volume, uint8 (1, *shape) on the host.
 
@@ -316,6 +323,7 @@ def predict_volume(
         place = torch.device("cpu")
 
     def scores_of(window: Tensor) -> Tensor:
+        alive()
         with distributed.autocast(settings.precision, device):
             scores: Tensor = model(window)
         return scores.float()
@@ -365,7 +373,7 @@ def draw(
             folder / "segmentation-slices.png",
             (levels - dataset.low) / (dataset.high - dataset.low),
             dataset.mask_of(volume),
-            predict_volume(model, dataset, volume, settings, context.device)[0],
+            predict_volume(model, dataset, volume, settings, context.device, context.alive)[0],
             dataset.volumes.spacings[volume].tolist(),
         )
 

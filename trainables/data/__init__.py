@@ -27,9 +27,14 @@ else:
     DataConfig = named(SOURCES, key="source")
 
 
-def prepare(config: Choice, root: Path, cache: Path) -> Path:
-    """Decode once into `cache/<fingerprint>`; paths count from `root`, the folder of the YAML."""
-    return write(SOURCES[config.name](root, **config.options()), cache)
+def prepare(
+    config: Choice, root: Path, cache: Path, alive: Callable[[], None] = lambda: None
+) -> Path:
+    """Decode once into `cache/<fingerprint>`; paths count from `root`, the folder of the YAML.
+
+    `alive` is called whenever another part is decoded.
+    """
+    return write(SOURCES[config.name](root, **config.options()), cache, alive)
 
 
 __all__ = [

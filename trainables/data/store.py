@@ -24,7 +24,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,7 +142,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("MASKSTUDY_CACHE") or "~/.cache/maskstudy").expanduser()
 
 
-def write(source: Source, cache: Path) -> Path:
+def write(source: Source, cache: Path, alive: Callable[[], None] = lambda: None) -> Path:
     """The folder of the decoded source; decoded by the first process that asks for it."""
     fingerprint = source.fingerprint()
     folder = cache / fingerprint
@@ -160,7 +160,7 @@ def write(source: Source, cache: Path) -> Path:
             shutil.rmtree(aside, ignore_errors=True)  # of a process that died
             aside.mkdir()
             try:
-                _decode_into(source, aside, fingerprint)
+                _decode_into(source, aside, fingerprint, alive)
                 if folder.exists():
                     shutil.rmtree(folder)
                 os.rename(aside, folder)
@@ -263,7 +263,7 @@ def _part_of(flat: Array, volumes: Volumes, volume: int, channels: tuple[int, ..
     return flat[begin * each : (begin + math.prod(shape)) * each].reshape(*channels, *shape)
 
 
-def _decode_into(source: Source, folder: Path, fingerprint: str) -> None:
+def _decode_into(source: Source, folder: Path, fingerprint: str, alive: Callable[[], None]) -> None:
     started = time.monotonic()
     num_images, pixels, channels = len(source.names), source.size, source.channels
     of_images: tuple[int, ...] = (num_images, channels, *pixels)
@@ -285,6 +285,7 @@ def _decode_into(source: Source, folder: Path, fingerprint: str) -> None:
         rows = slice(source.parts[part].start, source.parts[part].stop)
         try:
             decoded = source.decode(part)
+            alive()
         except UserError as error:
             return str(error)
         if source.whole is not None:
