@@ -16,6 +16,7 @@ ADVISED_RAY = (2, 55)  # fixes CVE-2026-41486; older versions are refused
 class Connection:
     """What the driver is connected to."""
 
+    head: str  # host:port
     dashboard: str | None
     cpus: float
     gpus: float
@@ -46,6 +47,7 @@ def connect(*, env_vars: dict[str, str]) -> Connection:
         )
     resources = ray.cluster_resources()
     return Connection(
+        head=ray.get_runtime_context().gcs_address,
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +27,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from cluster.connect import Connection, connect
+from cluster.head import watch_head
 from cluster.metrics import Publisher
 from cluster.placement import num_slots
 from study.conductor import Conductor
@@ -39,6 +41,7 @@ from trainables.speed import peak_flops
 
 POLL_SECONDS = 0.5  # of heartbeats and of the request to stop
 PUBLISH_SECONDS = 5  # of metrics; Ray passes them on every 10 s
+EXIT_LOST = 69  # the head is gone
 FAREWELL_SECONDS = 20  # that idle workers get to go home
 
 
@@ -63,6 +66,18 @@ def drive(conductor: Conductor) -> None:
     # Ray insists on storage that all nodes see; nothing in it is read back
     shared = None if connection.nodes == 1 else conductor.ledger.folder.root.resolve()
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
+
+    def give_up(seconds: float) -> None:
+        conductor.progress.stop()
+        conductor.progress.say(
+            f"the head at {connection.head} has not answered for {seconds:.0f} s; what was "
+            f"acknowledged is kept; {how_to_resume}"
+        )
+        sys.stdout.flush()
+        shutil.rmtree(scratch, ignore_errors=True)
+        os._exit(EXIT_LOST)  # calls of Ray that wait for the head cannot be interrupted
+
+    watch = watch_head(connection.head, give_up)
     try:
         with _interruptible():
             _drive(conductor, connection, scratch)
@@ -70,6 +85,7 @@ def drive(conductor: Conductor) -> None:
         conductor.progress.say(f"interrupted, nothing is lost; {how_to_resume}")
         raise
     finally:
+        watch.set()
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
 
