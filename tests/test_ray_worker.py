@@ -135,6 +135,7 @@ def test_a_killed_worker_costs_one_attempt_and_its_peer_does_not_fail_the_trial(
     events = play(slot, dies=".1")
     assert events[-1]["outcome"] == "complete"
     assert events[-2]["attempt"] == "1.2"
+    assert not any("stacks" in event for event in events), "a dead worker is taken for a hung one"
 
 
 def test_an_error_on_one_rank_ends_the_trial_but_not_the_slot(slot: Slot) -> None:

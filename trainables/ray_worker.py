@@ -194,9 +194,12 @@ class Desk:
             await asyncio.sleep(left)
             if not self._is_running(serial):
                 return
+        workers = self.workers
+        if await _has_died(workers):
+            return  # nothing hangs: Ray Train is about to replace the group
         if not self.num_told:
             await self.hang(serial, "all", "no worker answers; see their logs on the nodes")
-        for worker in self.workers:
+        for worker in workers:
             ray.kill(worker)
 
     def _is_running(self, serial: str) -> bool:
@@ -211,6 +214,18 @@ class Desk:
 
     def _is_over(self) -> bool:
         return bool(self.events) and "outcome" in self.events[-1]
+
+
+async def _has_died(workers: list[Any]) -> bool:
+    """Whether one of these actors is dead; one that does not answer is not."""
+    for worker in workers:
+        with suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(PEERS_SECONDS):
+                    await worker.__ray_ready__.remote()
+            except ray.exceptions.RayActorError:
+                return True
+    return False
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -316,6 +331,17 @@ def _is_lost_peer(error: Exception, world_size: int) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
+class Trainer(TorchTrainer):  # type: ignore[misc]
+    """Without Ray Train's cleaner of placement groups, a process that outlives a killed driver.
+
+    Where the cluster has no dashboard it does so for ever. Our groups end with the driver's job.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if "PlacementGroupCleaner" not in type(each).__name__]
+
+
 class Slot:
     """One warm worker group, seen from the driver."""
 
@@ -339,7 +365,7 @@ class Slot:
         resources = {"CPU": cpus_per_worker}
         if gpus_per_worker:
             resources["GPU"] = gpus_per_worker
-        self._trainer = TorchTrainer(
+        self._trainer = Trainer(
             work,
             train_loop_config={
                 "desk": self.desk,
