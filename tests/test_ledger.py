@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 import zlib
 from collections.abc import Callable
@@ -331,6 +332,38 @@ def test_of_four_drivers_at_once_one_holds_the_study(folder, processes):
     for driver in drivers:
         driver.join()
     assert told == ["holds", "refused", "refused", "refused"]
+
+
+def hold_and_write(root: Path, holds: Any, goes_on: Any) -> None:
+    with Ledger.open(StudyFolder(root), {"who": "the holder"}) as writer:
+        writer.suggest(suggestion(0))
+        holds.set()
+        goes_on.wait()
+        writer.commit(suggestion(0), [row(1)], "a")
+
+
+def test_a_driver_that_is_stopped_holds_the_study_and_goes_on_when_it_is_continued(
+    folder: StudyFolder, processes: Any
+) -> None:
+    holds, goes_on = processes.Event(), processes.Event()
+    holder = processes.Process(target=hold_and_write, args=(folder.root, holds, goes_on))
+    holder.start()
+    assert holds.wait(30)
+    os.kill(holder.pid, signal.SIGSTOP)
+    goes_on.set()
+    before = files(folder)
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(HeldError, match="the holder"):
+            Ledger.open(folder, {})
+    assert time.monotonic() - began < 3 * 5
+    assert files(folder) == before
+    os.kill(holder.pid, signal.SIGCONT)
+    holder.join(30)
+    assert holder.exitcode == 0
+    assert read_rows(folder).value.tolist() == [0.5]
+    with Ledger.open(folder, {}) as taken_over:
+        assert taken_over.epoch == 2
 
 
 def test_clocks_do_not_matter(two_trials, monkeypatch):
