@@ -223,6 +223,26 @@ def test_a_worker_that_waits_for_a_decision_nobody_makes_is_freed_by_the_next_jo
     asyncio.run(asyncio.wait_for(story(), 5))
 
 
+def test_a_job_hangs_when_no_worker_makes_progress_but_not_while_the_driver_decides() -> None:
+    async def story() -> None:
+        desk = Desk(hang_seconds=0.5)
+        await desk.place({"serial": "1", "trial": "t"})
+        await desk.take(0, await desk.enter(), None)
+        reporting = asyncio.create_task(desk.report("1", [{"value": 1.0}], "a"))
+        await desk.next_event(0)
+        await asyncio.sleep(0.7)
+        assert await desk.patience("1", 0.7) == pytest.approx(0.5, abs=0.1)
+        await desk.decide(0, False)
+        assert not await reporting
+        await asyncio.sleep(0.7)
+        assert await desk.patience("1", 0.7) < 0
+        assert await desk.patience("1", 0.1) > 0, "its peer has just done something"
+        assert await desk.patience("1", 0.7) > 0
+        assert await desk.patience("0", 9.0) == 0.5, "that was another job"
+
+    asyncio.run(asyncio.wait_for(story(), 5))
+
+
 def test_a_relay_that_starts_again_hears_all_events_once_more() -> None:
     async def story() -> None:
         desk = Desk()
