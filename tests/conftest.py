@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from study.folder import StudyFolder
+
 # before torch and ray are imported, and for every process that a test starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -63,6 +65,17 @@ def tiny_study(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_STUDY)
     return path
+
+
+@pytest.fixture(scope="session")
+def by_two_workers(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """What a study comes to that nobody disturbs; for tests that start Ray."""
+    from tests.test_study import TWO_WORKERS, folder_of, run, write_study
+
+    path = write_study(tmp_path_factory.mktemp("undisturbed"), TWO_WORKERS)
+    code, printed = run(path)
+    assert code == 0, printed
+    return folder_of(path)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from cluster import jobs
+from cluster.head import TIMEOUT
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, is_held, read_results, read_rows, read_suggestions
 
@@ -51,6 +52,7 @@ def running_head(home: Path, storage: Path) -> Iterator[str]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "MASKSTUDY_STORAGE": str(storage),
         "RAY_TMPDIR": scratch,
+        TIMEOUT: "5",  # seconds that drivers wait for this head when it is gone
     }
     log = (home / "head.log").open("w")
     node = subprocess.Popen(
@@ -204,8 +206,8 @@ def test_a_head_that_was_killed_has_forgotten_its_jobs_and_the_storage_has_not(
     with running_head(home, storage) as address:
         maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
         wait_until(lambda: folder.spec.exists() and len(read_results(folder)) >= 1, 200)
-    # its driver looks for the head for a minute before it gives up; until then it holds the study
-    wait_until(lambda: not is_held(folder), 150)
+    # its driver looks for the head for a while before it gives up; until then it holds the study
+    wait_until(lambda: not is_held(folder), 15)
     kept = read_results(folder)
     assert len(kept) < 4
     with running_head(home, storage) as address:
