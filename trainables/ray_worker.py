@@ -23,17 +23,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Job = dict[str, Any]
 Event = dict[str, Any]
 MAX_GROUP_STARTS = 3  # worker groups that one job may lose before it is given up
+WITHDRAWN = "withdrawn"  # the outcome of a job that was taken off the desk: its trial goes on
 
 
 class Desk:
@@ -50,6 +53,7 @@ class Desk:
         self.beat_: dict[str, Any] = {}
         self.vitals_ = {"entered": 0, "peak_flops": 0.0}
         self.vitals_ |= {"checkpoints": 0, "checkpoint_seconds": 0.0}
+        self.nodes: set[str] = set()  # of the present worker group; none: there is no group
 
     async def place(self, job: Job) -> None:
         """Lay down the next job; the same job again (same serial) changes nothing."""
@@ -89,14 +93,32 @@ class Desk:
         self.vitals_["checkpoint_seconds"] += seconds
 
     async def vitals(self) -> dict[str, Any]:
-        """The newest beat, and what the slot has done in its life: `entered` counts workers."""
-        return {**self.vitals_, "beat": self.beat_}
+        """The newest beat, where the group is, and what the slot has done in its life.
 
-    async def enter(self, peak_flops: float = 0.0) -> int:
+        `entered` counts workers. No `nodes`: the group has not come yet, or is gone.
+        """
+        return {**self.vitals_, "beat": self.beat_, "nodes": sorted(self.nodes)}
+
+    async def enter(self, peak_flops: float = 0.0, node: str = "") -> int:
         """A worker has come; what it gets is its ticket for `take`."""
         self.vitals_["entered"] += 1
         self.vitals_["peak_flops"] = max(self.vitals_["peak_flops"], peak_flops)
+        self.nodes.add(node)
         return self.num_condemned
+
+    async def lost(self) -> None:
+        """The worker group is gone, says Ray Train; the next one enters anew."""
+        async with self.changed:
+            self.num_condemned += 1
+            self.nodes.clear()
+            self.changed.notify_all()
+
+    async def withdraw(self, serial: str) -> None:
+        """Take a job off the desk that no workers are there for, so that another slot has it."""
+        async with self.changed:
+            is_mine = self.job is not None and self.job["serial"] == serial
+            if is_mine and not self.nodes and not self._is_over():
+                self._add({"outcome": WITHDRAWN, "lost": self._num_lost()})
 
     async def condemn(self, ticket: int) -> None:
         """An error has put the ranks of this worker group out of step: it gets no other job."""
@@ -117,7 +139,7 @@ class Desk:
                     return None
                 if rank == 0:
                     self.group_starts += 1
-                if self.group_starts <= MAX_GROUP_STARTS:
+                if self._num_lost() <= MAX_GROUP_STARTS:
                     return {**self.job, "group": self.group_starts}
                 lost = f"{MAX_GROUP_STARTS} worker groups died in it"
                 self.num_condemned += 1  # another rank may have taken the job before this one
@@ -141,6 +163,11 @@ class Desk:
                 end = {"outcome": outcome, "error": error}
                 self._add({**end, "first_step_seconds": first_step_seconds})
 
+    def _num_lost(self) -> int:
+        """Worker groups that have begun the job, on this desk and before on others."""
+        assert self.job is not None
+        return self.group_starts + int(self.job.get("lost", 0))
+
     def _has_job(self, finished: str | None) -> bool:
         return self.job is not None and self.job["serial"] != finished and not self._is_over()
 
@@ -162,7 +189,8 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
     measure_peak = settings["measure_peak"]
     peak = measure_peak(device) if measure_peak and rank == 0 else 0.0
-    ticket = ray.get(desk.enter.remote(peak))
+    node = ray.get_runtime_context().get_node_id()
+    ticket = ray.get(desk.enter.remote(peak, node))
     finished = None
     while True:
         job = ray.get(desk.take.remote(rank, ticket, finished))
@@ -240,6 +268,17 @@ def _is_lost_peer(error: Exception, world_size: int) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
+class _Obituary(UserCallback):  # type: ignore[misc]
+    """Runs where Ray Train controls a worker group, and tells the desk when that is gone."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        with suppress(ray.exceptions.RayError):  # a desk that is gone tells that the driver is
+            ray.get(self.desk.lost.remote(), timeout=30)
+
+
 class Slot:
     """One warm worker group, seen from the driver."""
 
@@ -255,7 +294,14 @@ class Slot:
         measure_peak: Callable[[torch.device], float] | None = None,
     ) -> None:
         self.name = name
-        self.desk = ray.remote(num_cpus=0, max_concurrency=1000)(Desk).remote()
+        # beside the driver: elsewhere it would be lost with its node, and the slot with it
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.desk_name = f"{name}-desk"
+        self.desk = (
+            ray.remote(num_cpus=0, max_concurrency=1000)(Desk)
+            .options(name=self.desk_name, scheduling_strategy=here)
+            .remote()
+        )
         self.error: BaseException | None = None
         # fractions of one GPU are shared between trials, and NCCL refuses two ranks on one GPU
         backend = "nccl" if gpus_per_worker >= 1 else "gloo"
@@ -281,6 +327,7 @@ class Slot:
                 name=name,
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=-1),
+                callbacks=[_Obituary(self.desk)],
             ),
         )
         self._thread = threading.Thread(target=self._fit, name=name, daemon=True)
@@ -292,7 +339,7 @@ class Slot:
         except BaseException as error:  # reported by the driver's loop, which owns the exit code
             self.error = error
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float = 0) -> bool:
         """Send the workers home and wait; True when they went in time."""
         self.desk.close.remote()
         self._thread.join(timeout)
