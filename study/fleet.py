@@ -25,7 +25,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from cluster.connect import Nodes, nodes
+from cluster.connect import Nodes, draining, nodes
 from cluster.placement import MOST, Gang, in_words, num_gangs, refusal
 from study.conductor import Conductor
 from trainables.errors import UserError
@@ -139,9 +139,10 @@ class Fleet:
                 self._note(berth)
         if time.monotonic() - self._surveyed > SURVEY_SECONDS:
             try:
-                seen = nodes()
+                seen, leaving = nodes(), draining()
             except Exception:  # whatever Ray throws while its head is away: no slot can begin
                 return
+            self._evacuate(berths, leaving)
             with self._lock:
                 self._shrink()
                 self._grow(seen)
@@ -175,6 +176,13 @@ class Fleet:
                 self._say(f"{berth.slot.name} waits: its workers find no room ({self.gang})")
             if berth.is_parked and berth.serial is not None:
                 berth.slot.desk.withdraw.remote(berth.serial)
+
+    def _evacuate(self, berths: list[_Berth], leaving: set[str]) -> None:
+        """Have the workers on nodes that are to be taken away save, and go on elsewhere."""
+        for berth in berths:
+            if leaving.intersection(berth.vitals.get("nodes", ())):
+                berth.slot.desk.leave.remote(berth.vitals["ticket"])
+                self._say(f"{berth.slot.name} leaves a node that is to be taken away")
 
     def _num_wanted(self) -> int:
         """Slots for all that is left to do, within what the user allows."""

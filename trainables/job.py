@@ -54,6 +54,7 @@ def run_job(
     report: Callable[[list[Row]], bool],
     heartbeat: Callable[[str, float, float], None],
     saved: Callable[[float], None],
+    is_leaving: Callable[[str, int], bool],
 ) -> str:
     """Train the job's trial; see `run_trial` for what comes back."""
     context = Context(
@@ -64,6 +65,7 @@ def run_job(
         report=report,
         heartbeat=heartbeat,
         saved=saved,
+        is_leaving=is_leaving,
         rank=rank,
         world_size=world_size,
     )

@@ -11,7 +11,8 @@ context and data stay warm.
 
 Stopping is cooperative: rank 0 waits at a rung for the decision, and nobody kills a live worker
 group. When a worker dies, Ray Train starts the group anew; the new workers find the unfinished job
-on the desk and go on from its last checkpoint.
+on the desk and go on from its last checkpoint. When a node is to be taken away, the driver tells
+the desk, the group saves after the next step that it asks for, and goes on elsewhere.
 """
 
 from __future__ import annotations
@@ -33,9 +34,14 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, get
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from trainables.context import LEAVING
+
 Job = dict[str, Any]
 Event = dict[str, Any]
 MAX_GROUP_STARTS = 3  # worker groups that one job may lose before it is given up
+MAX_DEPARTURES = 100  # of worker groups from nodes that were told to go, in one job
+MAX_LOOKS = 1000  # answers that are kept for ranks that ask later
+LOOK_SECONDS = 1.0  # about so often workers ask whether their node has to go
 WITHDRAWN = "withdrawn"  # the outcome of a job that was taken off the desk: its trial goes on
 
 
@@ -54,6 +60,10 @@ class Desk:
         self.vitals_ = {"entered": 0, "peak_flops": 0.0}
         self.vitals_ |= {"checkpoints": 0, "checkpoint_seconds": 0.0}
         self.nodes: set[str] = set()  # of the present worker group; none: there is no group
+        self.departures = 0  # of groups in the present job, before their nodes went
+        self.leaving = -1  # the newest ticket whose worker group has to leave
+        self.looks: dict[tuple[str, str, int], tuple[bool, int]] = {}  # the newest MAX_LOOKS
+        self.looked = ("", "", 0, 0.0)  # attempt, phase and step of the newest, and when
 
     async def place(self, job: Job) -> None:
         """Lay down the next job; the same job again (same serial) changes nothing."""
@@ -62,7 +72,8 @@ class Desk:
                 return
             if self.decision is not None and not self.decision.done():
                 self.decision.set_result(True)  # of a job whose relay died: nobody will answer
-            self.job, self.events, self.group_starts, self.beat_ = job, [], 0, {}
+            self.job, self.events, self.beat_ = job, [], {}
+            self.group_starts = self.departures = 0
             self.changed.notify_all()
 
     async def next_event(self, after: int) -> Event:
@@ -97,7 +108,8 @@ class Desk:
 
         `entered` counts workers. No `nodes`: the group has not come yet, or is gone.
         """
-        return {**self.vitals_, "beat": self.beat_, "nodes": sorted(self.nodes)}
+        place = {"nodes": sorted(self.nodes), "ticket": self.num_condemned}
+        return {**self.vitals_, "beat": self.beat_, **place}
 
     async def enter(self, peak_flops: float = 0.0, node: str = "") -> int:
         """A worker has come; what it gets is its ticket for `take`."""
@@ -112,6 +124,37 @@ class Desk:
             self.num_condemned += 1
             self.nodes.clear()
             self.changed.notify_all()
+
+    async def leave(self, ticket: int) -> None:
+        """Have a worker group save and go, as a node of it is to be taken away."""
+        async with self.changed:
+            self.leaving = max(self.leaving, ticket)
+            self.changed.notify_all()
+
+    async def look(self, ticket: int, attempt: str, phase: str, step: int) -> tuple[bool, int]:
+        """Whether a group's ranks leave after this step, and after which one to ask again.
+
+        Who asks first decides for all, so that no rank waits for one that has left. The steps
+        between are at most doubled, as first ones are slow.
+        """
+        key = attempt, phase, step
+        if key not in self.looks:
+            *before, last, when = self.looked
+            now = time.monotonic()
+            steps = step - last if before == [attempt, phase] else 0
+            at_speed = int(steps / max(now - when, 1e-3) * LOOK_SECONDS)
+            self.looks[key] = self._is_done_for(ticket), step + max(1, min(2 * steps, at_speed))
+            self.looked = attempt, phase, step, now
+            if len(self.looks) > MAX_LOOKS:
+                del self.looks[next(iter(self.looks))]
+        return self.looks[key]
+
+    async def left(self, ticket: int) -> None:
+        """A worker of a group has saved and goes: that is not held against the job."""
+        async with self.changed:
+            if ticket >= self.num_condemned:
+                self.num_condemned = ticket + 1
+                self.departures += 1
 
     async def withdraw(self, serial: str) -> None:
         """Take a job off the desk that no workers are there for, so that another slot has it."""
@@ -131,9 +174,9 @@ class Desk:
         async with self.changed:
             while True:
                 await self.changed.wait_for(
-                    lambda: not self.open or ticket < self.num_condemned or self._has_job(finished)
+                    lambda: not self.open or self._is_done_for(ticket) or self._has_job(finished)
                 )
-                if ticket < self.num_condemned:
+                if self._is_done_for(ticket):
                     raise RuntimeError("this worker group is being replaced")
                 if not self.open or self.job is None:
                     return None
@@ -166,7 +209,11 @@ class Desk:
     def _num_lost(self) -> int:
         """Worker groups that have begun the job, on this desk and before on others."""
         assert self.job is not None
-        return self.group_starts + int(self.job.get("lost", 0))
+        excused = min(self.departures, MAX_DEPARTURES)
+        return self.group_starts - excused + int(self.job.get("lost", 0))
+
+    def _is_done_for(self, ticket: int) -> bool:
+        return ticket < self.num_condemned or ticket <= self.leaving
 
     def _has_job(self, finished: str | None) -> bool:
         return self.job is not None and self.job["serial"] != finished and not self._is_over()
@@ -198,7 +245,7 @@ def work(settings: dict[str, Any]) -> None:
             return
         serial = finished = job["serial"]
         try:
-            outcome, first_step = _train(run_job, job, desk, device, rank, world_size)
+            outcome, first_step = _train(run_job, job, desk, ticket, device, rank, world_size)
         except Exception as error:  # whatever a trial throws is that trial's outcome
             if not _is_lost_peer(error, world_size):
                 ray.get(desk.finish.remote(serial, *_as_outcome(error)))
@@ -207,6 +254,9 @@ def work(settings: dict[str, Any]) -> None:
                 ray.get(desk.condemn.remote(ticket))
                 raise
         else:
+            if outcome == LEAVING:
+                ray.get(desk.left.remote(ticket))
+                raise RuntimeError("this worker group leaves its node")
             if rank == 0:
                 ray.get(desk.finish.remote(serial, outcome, None, first_step))
         gc.collect()
@@ -218,6 +268,7 @@ def _train(
     run_job: Callable[..., str],
     job: Job,
     desk: Any,
+    ticket: int,
     device: torch.device,
     rank: int,
     world_size: int,
@@ -238,6 +289,14 @@ def _train(
     def saved(seconds: float) -> None:
         desk.saved.remote(seconds)
 
+    next_look: dict[str, int] = {}  # by phase
+
+    def is_leaving(phase: str, step: int) -> bool:
+        if step < next_look.get(phase, 0):
+            return False
+        leaves, next_look[phase] = ray.get(desk.look.remote(ticket, attempt, phase, step))
+        return bool(leaves)
+
     outcome = run_job(
         job,
         device=device,
@@ -247,6 +306,7 @@ def _train(
         report=report,
         heartbeat=heartbeat,
         saved=saved,
+        is_leaving=is_leaving,
     )
     return outcome, first_step[0] if first_step else None
 
@@ -352,6 +412,8 @@ def quiet_environment() -> dict[str, str]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get(
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
         ),
+        # the driver looks for nodes that have to go: no need for a process of every slot that does
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
     }
