@@ -173,8 +173,9 @@ class Fleet:
             patience = PATIENCE_SECONDS if was_there else FIRST_PATIENCE_SECONDS
             if not berth.is_parked and now - berth.absent_since > patience:
                 berth.is_parked = True
-                self._say(f"{berth.slot.name} waits: its workers find no room ({self.gang})")
-            if berth.is_parked and berth.serial is not None:
+                self._say(f"{berth.slot.name} waits for its workers: it needs {self.gang}")
+            has_heir = any(other.absent_since is None for other in self._berths.values())
+            if berth.is_parked and berth.serial is not None and has_heir:
                 berth.slot.desk.withdraw.remote(berth.serial)
 
     def _evacuate(self, berths: list[_Berth], leaving: set[str]) -> None:
@@ -219,7 +220,11 @@ class Fleet:
 
     def _shrink(self) -> None:
         """Send home slots that nothing is left for."""
-        surplus = len(self._berths) - self._num_wanted()
+        # a trial whose workers are not there may yet be handed to a slot that has nothing to do
+        waiting = sum(
+            berth.is_taken and berth.absent_since is not None for berth in self._berths.values()
+        )
+        surplus = len(self._berths) - self._num_wanted() - waiting
         idle = [name for name, berth in self._berths.items() if not berth.is_taken]
         idle.sort(key=lambda name: self._berths[name].absent_since is None)  # the absent first
         for name in idle[: max(0, surplus)]:
