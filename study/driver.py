@@ -50,7 +50,7 @@ def drive(conductor: Conductor) -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     try:
         connection = connect(env_vars=quiet_environment())
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, ray.exceptions.AuthenticationError) as error:
         address = os.environ.get("RAY_ADDRESS", "a cluster of this machine's own")
         raise UserError(f"Ray at {address}: {error}") from error
     # the dashboard shows a job's log, and cannot resume by itself

@@ -79,6 +79,17 @@ def test_a_cluster_with_a_token_serves_who_has_it_and_tells_others_what_is_missi
             timeout=300,
         )
         gcs = json.loads(told.stdout)["gcs"]
+        with monkeypatch.context() as stranger:
+            stranger.setenv("RAY_ADDRESS", gcs)
+            for mode, given in (("disabled", None), ("token", "0" * 64)):
+                stranger.setenv("RAY_AUTH_MODE", mode)
+                if given:
+                    stranger.setenv("RAY_AUTH_TOKEN", given)
+                refused = maskstudy("run", str(path), "--no-report", check=False)
+                assert refused.returncode == 2, refused.stdout
+                assert f"Ray at {gcs}" in refused.stderr
+                assert "RAY_AUTH_MODE=token" in refused.stderr
+                assert "Traceback" not in refused.stderr
         join = ["start", f"--address={gcs}", "--block", "--num-cpus=1", "--disable-usage-stats"]
         with (tmp_path / "node.log").open("w") as log:
             node = subprocess.Popen([str(BIN / "ray"), *join], stdout=log, stderr=log)

@@ -213,6 +213,15 @@ def test_every_checkpoint_tells_how_long_it_took(tmp_path):
     assert all(0 < seconds < 60 for seconds in told)
 
 
+def test_another_number_of_workers_goes_on_from_the_mean_of_the_running_losses(tmp_path):
+    resume = {pretrain.RUNNING_LOSS: torch.tensor([1.0, 4.0])}, {}
+    three = toy.context(tmp_path, toy.Diary(), world_size=3, rank=2)
+    assert pretrain.running_loss(resume, three) == 2.5
+    second = toy.context(tmp_path, toy.Diary(), world_size=2, rank=1)
+    assert pretrain.running_loss(resume, second) == 4.0
+    assert pretrain.running_loss(None, second) == pretrain.running_loss(({}, {}), second) == 0
+
+
 def work(rank, folder):
     """Stop in the middle of segmentation, then go on from what rank 0 finds."""
     torch.set_num_threads(1)
