@@ -66,7 +66,7 @@ def submit(
     dependencies. `storage` becomes its MASKSTUDY_STORAGE; `studies`, where its folder of studies is
     known, is told to whoever resumes. Alive: a job of this study is.
     """
-    with _client(address) as client:
+    with connected(address) as client:
         earlier = jobs_of(client, study)
         _refuse_if_alive(earlier, study)
         runtime_env = {**_code(), "working_dir": str(yaml.resolve().parent)}
@@ -86,7 +86,7 @@ def resubmit(
     as the cluster sees it, holds what is needed: the frozen study file, and everything that was
     done. Unknown: neither is there.
     """
-    with _client(address) as client:
+    with connected(address) as client:
         earlier = jobs_of(client, study)
         _refuse_if_alive(earlier, study)
         last = earlier[-1] if earlier else None
@@ -109,7 +109,7 @@ def resubmit(
 
 def stop(address: str, study: str, *, timeout: float = 60) -> str | None:
     """Stop the study's running job and wait until it has ended; its id, None if none ran."""
-    with _client(address) as client:
+    with connected(address) as client:
         for job in jobs_of(client, study):
             if job.status in ALIVE:
                 client.stop_job(job.submission_id)
@@ -127,7 +127,7 @@ def stop(address: str, study: str, *, timeout: float = 60) -> str | None:
 
 def call(address: str, entrypoint: str, *, variables: dict[str, str], timeout: float) -> str:
     """Run a command as a job, give back its log, and forget the job."""
-    with _client(address) as client:
+    with connected(address) as client:
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": variables})
         deadline = time.monotonic() + timeout
         while not client.get_job_status(job).is_terminal():
@@ -144,7 +144,7 @@ def call(address: str, entrypoint: str, *, variables: dict[str, str], timeout: f
 
 def logs(address: str, study: str, write: Callable[[str], None], *, follow: bool = False) -> None:
     """Write the log of the study's newest job; with `follow`, until the job ends."""
-    with _client(address) as client:
+    with connected(address) as client:
         known = jobs_of(client, study)
         if not known:
             raise Unknown(
@@ -164,7 +164,7 @@ def logs(address: str, study: str, write: Callable[[str], None], *, follow: bool
 
 def standings(address: str, study: str | None = None) -> list[Standing]:
     """All jobs of a study, or the newest job of every study; the oldest first."""
-    with _client(address) as client:
+    with connected(address) as client:
         newest = {name: job for name, job in _known(client)}
         chosen = (
             list(newest.items())
@@ -176,7 +176,7 @@ def standings(address: str, study: str | None = None) -> list[Standing]:
 
 def newest(address: str) -> dict[str, tuple[str, str, str]]:
     """Study -> id, status and link of its newest job, without a look at its log."""
-    with _client(address) as client:
+    with connected(address) as client:
         return {
             name: (
                 str(job.submission_id),
@@ -207,7 +207,7 @@ def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:
 
 
 @contextmanager
-def _client(address: str) -> Iterator[JobSubmissionClient]:
+def connected(address: str) -> Iterator[JobSubmissionClient]:
     """A client of the Jobs API; its errors become texts for people."""
     if not re.match(r"https?://[^/\s]", address):
         raise RuntimeError(

@@ -60,7 +60,7 @@ class Fleet:
         self.gang = Gang(each.workers, each.cpus_per_worker, each.gpus_per_worker)
         self._berths: dict[str, _Berth] = {}
         self._homeward: list[_Berth] = []
-        self._scouts: list[PlacementGroup] = []  # ask an autoscaling cluster for room
+        self._asked: list[PlacementGroup] = []  # of an autoscaling cluster
         self._lock = threading.RLock()
         self._num_begun = 0
         self._surveyed = 0.0
@@ -149,16 +149,17 @@ class Fleet:
             self._surveyed = time.monotonic()
 
     def close(self, timeout: float) -> None:
-        """Send everybody home, and wait together."""
+        """Send everybody home, and wait together for those that are there."""
         with self._lock:
-            self._recall_scouts(0)
+            self._ask(0)
             self._homeward += self._berths.values()
             self._berths.clear()
         for berth in self._homeward:
             berth.slot.close()
         deadline = time.monotonic() + timeout
         for berth in self._homeward:
-            berth.slot.close(max(0.0, deadline - time.monotonic()))
+            if berth.absent_since is None:
+                berth.slot.close(max(0.0, deadline - time.monotonic()))
 
     def _note(self, berth: _Berth) -> None:
         """Whether a slot's workers are there; a trial that waits for them too long goes back."""
@@ -194,29 +195,24 @@ class Fleet:
     def _grow(self, seen: Nodes) -> None:
         """Begin slots for which there is room, and ask for room where that helps."""
         num_before, wanted = len(self._berths), self._num_wanted()
-        lacking = wanted - num_before
-        if any(not berth.is_taken and not berth.is_parked for berth in self._berths.values()):
-            lacking = 0  # there is one that has nothing to do
-        autoscale = self._resources.autoscale
-        if autoscale and num_before:
-            granted = [
-                scout
-                for scout in self._scouts
-                if placement_group_table(scout)["state"] == "CREATED"
-            ][: max(0, lacking)]
-            for scout in granted:
-                self._scouts.remove(scout)
-                remove_placement_group(scout)
-                self._start_slot()
-        else:
-            # those that have not come yet will take what seems free
-            coming = sum(berth.absent_since is not None for berth in self._berths.values())
-            room = num_gangs(seen.free, self.gang) - coming
-            for _ in range(min(lacking, room)):
-                self._start_slot()
-        if autoscale:
-            self._recall_scouts(max(0, min(wanted, autoscale) - len(self._berths)))
+        idle = [b for b in self._berths.values() if not b.is_taken and not b.is_parked]
+        lacking = 0 if idle else wanted - num_before
+        for _ in range(min(lacking, self._room(seen))):
+            self._start_slot()
+        asked = min(wanted, self._resources.autoscale or 0) - len(self._berths)
+        has_nothing_to_do = any(berth.absent_since is None for berth in idle)
+        self._ask(0 if has_nothing_to_do else max(0, asked))
         self._tell(seen, num_before)
+
+    def _room(self, seen: Nodes) -> int:
+        """Slots that can begin now. What was asked for and given is free for them from here on."""
+        given = [pg for pg in self._asked if placement_group_table(pg)["state"] == "CREATED"]
+        for group in given:
+            self._asked.remove(group)
+            remove_placement_group(group)
+        # those that have not come yet will take what seems free
+        coming = sum(berth.absent_since is not None for berth in self._berths.values())
+        return len(given) or num_gangs(seen.free, self.gang) - coming
 
     def _shrink(self) -> None:
         """Send home slots that nothing is left for."""
@@ -231,13 +227,13 @@ class Fleet:
             self._homeward.append(self._berths.pop(name))
             self._homeward[-1].slot.close()
 
-    def _recall_scouts(self, wanted: int) -> None:
+    def _ask(self, count: int) -> None:
         """Have so many groups of workers wait in Ray's queue, which autoscalers look at."""
-        while len(self._scouts) > wanted:
-            remove_placement_group(self._scouts.pop())
-        while len(self._scouts) < wanted:
+        while len(self._asked) > count:
+            remove_placement_group(self._asked.pop())
+        while len(self._asked) < count:
             each = {"CPU": self.gang.cpus} | ({"GPU": self.gang.gpus} if self.gang.gpus else {})
-            self._scouts.append(placement_group([each] * self.gang.workers))
+            self._asked.append(placement_group([each] * self.gang.workers))
 
     def _start_slot(self) -> None:
         conductor, resources = self._conductor, self._resources
@@ -267,7 +263,7 @@ class Fleet:
                 f"{verb} {count - num_before} x {self.gang.workers} workers"
             )
         elif count == 0:
-            asked = ", asked of the autoscaler" if self._scouts else ""
+            asked = ", asked of the autoscaler" if self._asked else ""
             self._say(
                 f"waits for room: a trial needs {self.gang}{asked}; "
                 f"{in_words(seen.free)} of {in_words(seen.total)} are free"
