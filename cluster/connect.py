@@ -21,7 +21,7 @@ class Connection:
     """What the driver is connected to."""
 
     dashboard: str | None
-    nodes: int
+    is_private: bool  # started here, and never more than this machine
     job_id: str | None  # inside a submitted job
 
 
@@ -48,7 +48,7 @@ def connect(*, env_vars: dict[str, str]) -> Connection:
         )
     return Connection(
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
-        nodes=sum(node["Alive"] for node in ray.nodes()),
+        is_private=address == "local",
         job_id=submission_id(),
     )
 

@@ -59,8 +59,8 @@ def drive(conductor: Conductor) -> None:
         where = f"--address {connection.dashboard} {where}"
     how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)
-    # Ray insists on storage that all nodes see; nothing in it is read back
-    shared = None if connection.nodes == 1 else conductor.ledger.folder.root.resolve()
+    # Ray insists on storage that all nodes see, those to come too; nothing in it is read back
+    shared = None if connection.is_private else conductor.ledger.folder.root.resolve()
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
     try:
         with _interruptible():
