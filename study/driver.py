@@ -61,6 +61,8 @@ def drive(conductor: Conductor) -> None:
     conductor.progress.say(how_to_resume)
     # Ray insists on storage that all nodes see, those to come too; nothing in it is read back
     shared = None if connection.is_private else conductor.ledger.folder.root.resolve()
+    for left in conductor.ledger.folder.root.glob(".ray-*"):  # by a driver that was killed
+        shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
     try:
         with _interruptible():
