@@ -64,19 +64,20 @@ def drive(conductor: Conductor) -> None:
     for left in conductor.ledger.folder.root.glob(".ray-*"):  # by a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
+    fleet = Fleet(conductor, scratch)
     try:
         with _interruptible():
-            _drive(conductor, scratch)
+            _drive(conductor, fleet, scratch)
     except KeyboardInterrupt:
         conductor.progress.say(f"interrupted, nothing is lost; {how_to_resume}")
         raise
     finally:
         ray.shutdown()
+        fleet.join(FAREWELL_SECONDS)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _drive(conductor: Conductor, scratch: Path) -> None:
-    fleet = Fleet(conductor, scratch)
+def _drive(conductor: Conductor, fleet: Fleet, scratch: Path) -> None:
     fleet.begin()
     errors: list[Exception] = []  # of ours, before Tune made text of them
     tuner = _tuner(conductor, fleet, errors, scratch)

@@ -36,6 +36,7 @@ from trainables.speed import peak_flops
 SURVEY_SECONDS = 2  # between looks at the nodes
 PATIENCE_SECONDS = 30  # that a lost worker group gets to come back before its trial is handed on
 FIRST_PATIENCE_SECONDS = 120  # that a new one gets to come
+HANDOVER_SECONDS = 5  # that both get while another slot has nothing to do
 
 
 @dataclass
@@ -161,6 +162,11 @@ class Fleet:
             if berth.absent_since is None:
                 berth.slot.close(max(0.0, deadline - time.monotonic()))
 
+    def join(self, timeout: float) -> None:
+        """After Ray's end: wait for threads of slots that did not go home, before Python ends."""
+        for berth in [*self._homeward, *self._berths.values()]:
+            berth.slot.join(timeout)
+
     def _note(self, berth: _Berth) -> None:
         """Whether a slot's workers are there; a trial that waits for them too long goes back."""
         now = time.monotonic()
@@ -170,13 +176,14 @@ class Fleet:
                 return
             if berth.absent_since is None:
                 berth.absent_since = now
-            was_there = berth.vitals["entered"] > 0
-            patience = PATIENCE_SECONDS if was_there else FIRST_PATIENCE_SECONDS
+            heirs = [other for other in self._berths.values() if other.absent_since is None]
+            patience = PATIENCE_SECONDS if berth.vitals["entered"] else FIRST_PATIENCE_SECONDS
+            if not all(heir.is_taken for heir in heirs):
+                patience = HANDOVER_SECONDS
             if not berth.is_parked and now - berth.absent_since > patience:
                 berth.is_parked = True
                 self._say(f"{berth.slot.name} waits for its workers: it needs {self.gang}")
-            has_heir = any(other.absent_since is None for other in self._berths.values())
-            if berth.is_parked and berth.serial is not None and has_heir:
+            if berth.is_parked and berth.serial is not None and heirs:
                 berth.slot.desk.withdraw.remote(berth.serial)
 
     def _evacuate(self, berths: list[_Berth], leaving: set[str]) -> None:
@@ -212,7 +219,7 @@ class Fleet:
             remove_placement_group(group)
         # those that have not come yet will take what seems free
         coming = sum(berth.absent_since is not None for berth in self._berths.values())
-        return len(given) or num_gangs(seen.free, self.gang) - coming
+        return num_gangs(seen.free, self.gang) + len(given) - coming
 
     def _shrink(self) -> None:
         """Send home slots that nothing is left for."""

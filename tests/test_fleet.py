@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from ray.cluster_utils import AutoscalingCluster, Cluster
+from ray.cluster_utils import Cluster
 
 from study.ledger import read_results, read_rows
 from tests.test_jobs import free_ports
@@ -200,9 +200,28 @@ def autoscaling_cluster(max_nodes: int) -> Iterator[str]:
     gcs, dashboard, client, agent = free_ports(4)
     scratch = tempfile.mkdtemp(prefix="ms-", dir="/tmp")
     address = f"127.0.0.1:{gcs}"
-    one = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": max_nodes}
-    config = AutoscalingCluster({"CPU": 0}, {"one": one}, idle_timeout_minutes=5)._config
-    config["provider"]["gcs_address"] = address
+    node_types = {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "one": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": max_nodes},
+    }
+    config = {
+        "cluster_name": "fake",
+        "max_workers": max_nodes,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": node_types,
+        "head_node_type": "head",
+        "idle_timeout_minutes": 5,
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        **{f"{when}_commands": [] for when in ("initialization", "setup")},
+        **{f"{who}_setup_commands": [] for who in ("head", "worker")},
+        **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
+        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+    }
     (Path(scratch) / "config.json").write_text(json.dumps(config))
     node = subprocess.Popen(
         [

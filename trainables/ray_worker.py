@@ -402,6 +402,10 @@ class Slot:
     def close(self, timeout: float = 0) -> bool:
         """Send the workers home and wait; True when they went in time."""
         self.desk.close.remote()
+        return self.join(timeout)
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread that waits for the workers; True when it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
