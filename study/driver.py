@@ -51,8 +51,14 @@ def drive(conductor: Conductor) -> None:
     try:
         connection = connect(env_vars=quiet_environment())
     except (RuntimeError, ConnectionError, ray.exceptions.AuthenticationError) as error:
-        address = os.environ.get("RAY_ADDRESS", "a cluster of this machine's own")
-        raise UserError(f"Ray at {address}: {error}") from error
+        address = os.environ.get("RAY_ADDRESS")
+        if address is None:
+            raise UserError(f"Ray on this machine: {error}") from error
+        raise UserError(
+            f"Ray at {address}: {error}; expected a head that runs there and can be reached, and, "
+            f"where it wants a token, RAY_AUTH_MODE=token with the token in ~/.ray/auth_token or "
+            f"RAY_AUTH_TOKEN"
+        ) from error
     # the dashboard shows a job's log, and cannot resume by itself
     where = f"--storage {conductor.ledger.folder.root.parent.absolute()}"
     if connection.job_id and connection.dashboard:

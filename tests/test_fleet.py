@@ -201,7 +201,7 @@ def autoscaling_cluster(max_nodes: int) -> Iterator[str]:
     scratch = tempfile.mkdtemp(prefix="ms-", dir="/tmp")
     address = f"127.0.0.1:{gcs}"
     node_types = {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "one": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": max_nodes},
     }
     config = {
@@ -214,7 +214,7 @@ def autoscaling_cluster(max_nodes: int) -> Iterator[str]:
             "disable_launch_config_check": True,
         },
         "available_node_types": node_types,
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "idle_timeout_minutes": 5,
         **{key: {} for key in ("auth", "docker", "file_mounts")},
         **{f"{when}_commands": [] for when in ("initialization", "setup")},
