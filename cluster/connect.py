@@ -6,8 +6,12 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
+
+from cluster.placement import Room
 
 ADVISED_RAY = (2, 55)  # fixes CVE-2026-41486; older versions are refused
 
@@ -18,9 +22,7 @@ class Connection:
 
     head: str  # host:port
     dashboard: str | None
-    cpus: float
-    gpus: float
-    nodes: int
+    is_private: bool  # started here, and never more than this machine
     job_id: str | None  # inside a submitted job
 
 
@@ -45,15 +47,40 @@ def connect(*, env_vars: dict[str, str]) -> Connection:
             logging_level=logging.WARNING,
             runtime_env={"env_vars": env_vars},
         )
-    resources = ray.cluster_resources()
     return Connection(
         head=ray.get_runtime_context().gcs_address,
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
-        cpus=resources.get("CPU", 0.0),
-        gpus=resources.get("GPU", 0.0),
-        nodes=sum(node["Alive"] for node in ray.nodes()),
+        is_private=address == "local",
         job_id=submission_id(),
     )
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes that are alive and stay."""
+
+    total: list[Room]
+    free: list[Room]
+
+
+def nodes() -> Nodes:
+    """What every node has and what of it is free, as the head knows it, a moment ago."""
+    leaving = draining()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    free = available_resources_per_node()
+    return Nodes(
+        [_room(node, node["Resources"]) for node in alive],
+        [_room(node, free.get(node["NodeID"], {})) for node in alive],
+    )
+
+
+def draining() -> set[str]:
+    """Ids of nodes that are told to go: a spot instance reclaimed, or `ray drain-node`."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def _room(node: dict[str, Any], resources: dict[str, float]) -> Room:
+    return Room(node["NodeName"], resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
 def submission_id() -> str | None:

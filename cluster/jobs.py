@@ -89,7 +89,7 @@ def submit(
     dependencies. `storage` becomes its MASKSTUDY_STORAGE; `studies`, where its folder of studies is
     known, is told to whoever resumes. Alive: a job of this study is.
     """
-    with _client(address) as client:
+    with connected(address) as client:
         earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
         runtime_env = {**_code(), "working_dir": str(yaml.resolve().parent)}
@@ -114,7 +114,7 @@ def resubmit(
     as the cluster sees it, holds what is needed: the frozen study file, and everything that was
     done. Unknown: neither is there.
     """
-    with _client(address) as client:
+    with connected(address) as client:
         earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
         last = earlier[-1] if earlier else None
@@ -137,7 +137,7 @@ def resubmit(
 
 def stop(address: str, study: str, *, home: Home | None = None, timeout: float = 60) -> str | None:
     """Stop the study's running job and wait until it has ended; its id, None if none ran."""
-    with _client(address) as client:
+    with connected(address) as client:
         alive = [job for job in jobs_of(client, study, home) if job.status in ALIVE]
         if len(alive) > 1:
             named = " and ".join(str(job.submission_id) for job in alive)
@@ -161,7 +161,7 @@ def stop(address: str, study: str, *, home: Home | None = None, timeout: float =
 
 def call(address: str, entrypoint: str, *, variables: dict[str, str], timeout: float) -> str:
     """Run a command as a job, give back its log, and forget the job."""
-    with _client(address) as client:
+    with connected(address) as client:
         job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": variables})
         deadline = time.monotonic() + timeout
         while not client.get_job_status(job).is_terminal():
@@ -185,7 +185,7 @@ def logs(
     follow: bool = False,
 ) -> None:
     """Write the log of the study's newest job; with `follow`, until the job ends."""
-    with _client(address) as client:
+    with connected(address) as client:
         mine = jobs_of(client, study, home)
         if not mine:
             raise Unknown(
@@ -205,7 +205,7 @@ def logs(
 
 def standings(address: str, study: str | None = None) -> list[Standing]:
     """All jobs of a study, or the newest job of every study; the oldest first."""
-    with _client(address) as client:
+    with connected(address) as client:
         newest = {name: job for name, job in _known(client)}
         chosen = (
             list(newest.items())
@@ -217,7 +217,7 @@ def standings(address: str, study: str | None = None) -> list[Standing]:
 
 def known(address: str) -> list[Known]:
     """All jobs of studies, the oldest first, without a look at what they have said."""
-    with _client(address) as client:
+    with connected(address) as client:
         return [
             Known(
                 name,
@@ -257,7 +257,7 @@ def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:
 
 
 @contextmanager
-def _client(address: str) -> Iterator[JobSubmissionClient]:
+def connected(address: str) -> Iterator[JobSubmissionClient]:
     """A client of the Jobs API; its errors become texts for people."""
     if not re.match(r"https?://[^/\s]", address):
         raise RuntimeError(

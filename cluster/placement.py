@@ -1,32 +1,82 @@
-"""How many trials run at once."""
+"""How many trials have room, counted node by node. Knows no Ray."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MOST = 1000  # trials at once
 
 
-def num_slots(
-    *,
-    cpus: float,
-    gpus: float,
-    workers: int,
-    cpus_per_worker: float,
-    gpus_per_worker: float,
-    asked: int | None,
-) -> int:
-    """Trials that fit side by side; `asked` is the user's upper limit.
+@dataclass(frozen=True)
+class Room:
+    """What a node has, or has free."""
 
-    Raises ValueError when not even one fits.
-    """
-    fits = math.inf
-    if cpus_per_worker:
-        fits = min(fits, cpus // (workers * cpus_per_worker))
-    if gpus_per_worker:
-        fits = min(fits, gpus / (workers * gpus_per_worker))
-    if fits < 1:
-        raise ValueError(
-            f"a trial needs {workers} workers with {cpus_per_worker:g} CPUs and "
-            f"{gpus_per_worker:g} GPUs each, but the cluster has {cpus:g} CPUs and {gpus:g} GPUs; "
-            f"lower `resources:` in the study, or add nodes"
-        )
-    return int(min(fits, asked or math.inf, 1000))
+    name: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The workers of one trial: placed together or not at all, each of them whole on one node."""
+
+    workers: int
+    cpus: float  # of each worker
+    gpus: float
+
+    def __str__(self) -> str:
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
+        each = " each" if self.workers > 1 else ""
+        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
+        return f"{workers} with {self.cpus:g} CPUs{gpus}{each}"
+
+
+def num_gangs(rooms: Iterable[Room], gang: Gang) -> int:
+    """Gangs that fit side by side; the workers of one may lie on several nodes."""
+    return sum(num_workers(room, gang) for room in rooms) // gang.workers
+
+
+def num_workers(room: Room, gang: Gang) -> int:
+    """Workers that fit on one node."""
+    fits = float(MOST * gang.workers)
+    if gang.cpus:
+        fits = min(fits, _times(gang.cpus, room.cpus))
+    if gang.gpus >= 1:
+        fits = min(fits, _times(gang.gpus, room.gpus))
+    elif gang.gpus:
+        # Ray never makes one worker's share of pieces of two GPUs
+        fits = min(fits, _times(gang.gpus, 1) * int(room.gpus) + _times(gang.gpus, room.gpus % 1))
+    return int(fits)
+
+
+def refusal(rooms: Iterable[Room], gang: Gang) -> str | None:
+    """Why these nodes, with nothing else on them, cannot hold one gang; None: they can."""
+    rooms = list(rooms)
+    if num_gangs(rooms, gang) >= 1:
+        return None
+    way_out = (
+        "lower `resources:` in the study, add nodes, or set resources.autoscale where nodes come "
+        "when they are asked for"
+    )
+    places = sum(num_workers(room, gang) for room in rooms)
+    if places:
+        return f"a trial needs {gang}, but all nodes together hold {places} of them; {way_out}"
+    largest = max(rooms, key=lambda room: (room.gpus if gang.gpus else 0, room.cpus))
+    return (
+        f"a trial needs {gang}, and each must fit on one node, but the largest of "
+        f"{len(rooms)} nodes, {largest.name}, has {largest.cpus:g} CPUs and {largest.gpus:g} GPUs; "
+        f"{way_out}"
+    )
+
+
+def in_words(rooms: Iterable[Room]) -> str:
+    """All CPUs and GPUs of these nodes."""
+    rooms = list(rooms)
+    gpus = sum(room.gpus for room in rooms)
+    return f"{sum(room.cpus for room in rooms):g} CPUs" + (f", {gpus:g} GPUs" if gpus else "")
+
+
+def _times(part: float, whole: float) -> int:
+    """How often a part goes into a whole, to the ten-thousandth, as Ray counts."""
+    return round(whole * 10_000) // round(part * 10_000)

@@ -194,6 +194,11 @@ class Conductor:
         self.brain.tell(result)
         self.progress.finished(suggestion, result.outcome, error)
 
+    def hand_back(self, suggestion: Suggestion) -> None:
+        """Its slot has lost its workers: the trial is to be given out again; nothing is counted."""
+        del self.running[suggestion.trial]
+        self.progress.handed_back(suggestion)
+
     @property
     def num_failed(self) -> int:
         return sum(result.outcome is Outcome.FAILED for result in self.results.values())

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,17 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from cluster.connect import Connection, connect
+from cluster.connect import connect
 from cluster.head import watch_head
 from cluster.metrics import Publisher
-from cluster.placement import num_slots
+from cluster.placement import MOST
 from study.conductor import Conductor
+from study.fleet import Fleet
 from study.ledger import Suggestion
 from study.resume import Finished, Wait
 from study.telemetry import Telemetry
 from trainables.errors import UserError
-from trainables.job import run_job
-from trainables.ray_worker import Slot, quiet_environment
-from trainables.speed import peak_flops
+from trainables.ray_worker import WITHDRAWN, quiet_environment
 
 POLL_SECONDS = 0.5  # of heartbeats and of the request to stop
 PUBLISH_SECONDS = 5  # of metrics; Ray passes them on every 10 s
@@ -54,18 +53,27 @@ def drive(conductor: Conductor) -> None:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     try:
         connection = connect(env_vars=quiet_environment())
-    except (RuntimeError, ConnectionError) as error:
-        address = os.environ.get("RAY_ADDRESS", "a cluster of this machine's own")
-        raise UserError(f"Ray at {address}: {error}") from error
+    except (RuntimeError, ConnectionError, ray.exceptions.AuthenticationError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        if address is None:
+            raise UserError(f"Ray on this machine: {error}") from error
+        raise UserError(
+            f"Ray at {address}: {error}; expected a head that runs there and can be reached, and, "
+            f"where it wants a token, RAY_AUTH_MODE=token with the token in ~/.ray/auth_token or "
+            f"RAY_AUTH_TOKEN"
+        ) from error
     # the dashboard shows a job's log, and cannot resume by itself
     where = f"--storage {conductor.ledger.folder.root.parent.absolute()}"
     if connection.job_id and connection.dashboard:
         where = f"--address {connection.dashboard} {where}"
     how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)
-    # Ray insists on storage that all nodes see; nothing in it is read back
-    shared = None if connection.nodes == 1 else conductor.ledger.folder.root.resolve()
+    # Ray insists on storage that all nodes see, those to come too; nothing in it is read back
+    shared = None if connection.is_private else conductor.ledger.folder.root.resolve()
+    for left in conductor.ledger.folder.root.glob(".ray-*"):  # by a driver that was killed
+        shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
+    fleet = Fleet(conductor, scratch)
 
     def give_up(seconds: float) -> None:
         conductor.progress.stop()
@@ -80,88 +88,51 @@ def drive(conductor: Conductor) -> None:
     watch = watch_head(connection.head, give_up)
     try:
         with _interruptible():
-            _drive(conductor, connection, scratch)
+            _drive(conductor, fleet, scratch)
     except KeyboardInterrupt:
         conductor.progress.say(f"interrupted, nothing is lost; {how_to_resume}")
         raise
     finally:
         watch.set()
         ray.shutdown()
+        fleet.join(FAREWELL_SECONDS)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
-    slots = _start_slots(conductor, connection, scratch)
+def _drive(conductor: Conductor, fleet: Fleet, scratch: Path) -> None:
+    fleet.begin()
     errors: list[Exception] = []  # of ours, before Tune made text of them
-    tuner = _tuner(conductor, slots, errors, scratch)
+    tuner = _tuner(conductor, fleet, errors, scratch)
     conductor.progress.start()
     try:
-        with _watching(conductor, slots):
+        with _watching(conductor, fleet):
             tuner.fit()
     except KeyboardInterrupt:
-        for slot in slots:
-            if slot.error is not None:
-                raise RuntimeError(f"the worker group {slot.name} is gone") from slot.error
+        lost = fleet.lost()
+        if lost is not None:
+            raise RuntimeError(f"the worker group {lost.name} is gone") from lost.error
         raise
     except Exception as error:
         raise (errors[0] if errors else error) from None
     finally:
         conductor.progress.stop()
     conductor.progress.say_first_steps()
-    for slot in slots:
-        slot.close(FAREWELL_SECONDS)
-
-
-def _start_slots(conductor: Conductor, connection: Connection, scratch: Path) -> list[Slot]:
-    """As many warm worker groups as fit; they come up while Tune does."""
-    resources, progress = conductor.spec.resources, conductor.progress
-    each: dict[str, Any] = {
-        "workers": resources.workers,
-        "cpus_per_worker": resources.cpus_per_worker,
-        "gpus_per_worker": resources.gpus_per_worker,
-    }
-    measure_peak = None if resources.peak_flops else peak_flops
-    hang_seconds = 60 * resources.hang_minutes
-    try:
-        fit = num_slots(
-            cpus=connection.cpus, gpus=connection.gpus, asked=resources.concurrent, **each
-        )
-    except ValueError as error:
-        raise UserError(f"resources: {error}") from error
-    count = min(fit, max(1, progress.total - progress.num_done))
-    progress.slots = count
-    progress.say(
-        f"{count} trial(s) at once on {connection.cpus:g} CPUs, {connection.gpus:g} GPUs; "
-        f"starting {count} x {resources.workers} workers"
-    )
-    prefix = f"{conductor.spec.study}-{conductor.ledger.epoch}-slot"
-    return [
-        Slot(
-            f"{prefix}-{index}",
-            run_job,
-            storage=scratch,
-            measure_peak=measure_peak,
-            hang_seconds=hang_seconds,
-            **each,
-        )
-        for index in range(count)
-    ]
+    fleet.close(FAREWELL_SECONDS)
 
 
 def _tuner(
-    conductor: Conductor, slots: list[Slot], errors: list[Exception], scratch: Path
+    conductor: Conductor, fleet: Fleet, errors: list[Exception], scratch: Path
 ) -> ray.tune.Tuner:
-    relay = ray.tune.with_resources(
-        ray.tune.with_parameters(_relay, desks=[slot.desk for slot in slots]),
-        {"memory": 1 << 20},  # Tune wants a resource; the slots have the CPUs
-    )
+    # Tune wants a resource, and the slots have the CPUs; beside the driver, where no node is lost
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    place = ray.tune.PlacementGroupFactory([{"memory": 1 << 20}], bundle_label_selector=[here])
     return ray.tune.Tuner(
-        relay,
+        ray.tune.with_resources(_relay, place),
         tune_config=ray.tune.TuneConfig(
-            search_alg=_Searcher(conductor, slots, errors),
-            scheduler=_Scheduler(conductor, slots, errors),
+            search_alg=_Searcher(conductor, fleet, errors),
+            scheduler=_Scheduler(conductor, fleet, errors),
             num_samples=-1,
-            max_concurrent_trials=len(slots),
+            max_concurrent_trials=MOST,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -174,12 +145,12 @@ def _tuner(
     )
 
 
-def _relay(config: dict[str, Any], desks: list[Any]) -> None:
+def _relay(config: dict[str, Any]) -> None:
     """The Tune trial: lay the job on the slot's desk, pass on every event.
 
     Started again after a failure it passes on all events once more; the ledger keeps each once.
     """
-    desk = desks[config["slot"]]
+    desk = ray.get_actor(config["desk"])
     ray.get(desk.place.remote(config["job"]))
     number = 0
     while True:
@@ -193,9 +164,9 @@ def _relay(config: dict[str, Any], desks: list[Any]) -> None:
 class _Adapter:
     """What both adapters know. Tune pickles them at its start; their state is the ledger."""
 
-    def __init__(self, conductor: Conductor, slots: list[Slot], errors: list[Exception]) -> None:
+    def __init__(self, conductor: Conductor, fleet: Fleet, errors: list[Exception]) -> None:
         super().__init__()
-        self.conductor, self.slots, self.errors = conductor, slots, errors
+        self.conductor, self.fleet, self.errors = conductor, fleet, errors
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
@@ -213,28 +184,30 @@ class _Adapter:
 class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
     """Tune asks for trials here, and says when one has ended."""
 
-    def __init__(self, conductor: Conductor, slots: list[Slot], errors: list[Exception]) -> None:
-        super().__init__(conductor, slots, errors)
-        self._free = list(reversed(range(len(slots))))
-        self._taken: dict[str, tuple[int, Suggestion]] = {}  # by Tune's id
-        self._warm: set[int] = set()  # slots that have ended a trial
+    def __init__(self, conductor: Conductor, fleet: Fleet, errors: list[Exception]) -> None:
+        super().__init__(conductor, fleet, errors)
+        self._taken: dict[str, tuple[str, Suggestion]] = {}  # by Tune's id
+        self._lost: dict[str, int] = {}  # trial -> worker groups it had lost when handed back
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        slot = self.fleet.take()
         with self.keeping_errors():
+            if slot is None:
+                is_over = self.fleet.is_idle and isinstance(self.conductor.next_step(), Finished)
+                return str(Searcher.FINISHED) if is_over else None
             step = self.conductor.next()
-        if isinstance(step, Finished):
-            return str(Searcher.FINISHED)
-        if isinstance(step, Wait):
-            return None
-        slot = self._free.pop()
+            if isinstance(step, Finished | Wait):
+                self.fleet.free(slot, has_ended=False)
+                return str(Searcher.FINISHED) if isinstance(step, Finished) else None
+            job = {**self.conductor.job(step), "lost": self._lost.get(step.trial, 0)}
         self._taken[trial_id] = (slot, step)
-        job = self.conductor.job(step)
         # the workers need not wait until Tune has started the relay, which places the same job
-        self.slots[slot].desk.place.remote(job)
-        return {"slot": slot, "job": job, "number": step.number}
+        self.fleet.place(slot, job)
+        desk = self.fleet.desk_name(slot)
+        return {"slot": slot, "desk": desk, "job": job, "number": step.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass
@@ -243,13 +216,16 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         slot, suggestion = self._taken.pop(trial_id)
-        self._free.append(slot)
         if error or result is None or "outcome" not in result:
             result = {"outcome": "lost", "error": "its relay in Ray Tune died"}
+        is_warm = self.fleet.free(slot, has_ended=result["outcome"] != WITHDRAWN)
         with self.keeping_errors():
+            if result["outcome"] == WITHDRAWN:
+                self._lost[suggestion.trial] = result["lost"]
+                self.conductor.hand_back(suggestion)
+                return
             waited = result.get("first_step_seconds")
-            self.conductor.progress.first_step(waited, is_warm=slot in self._warm)
-            self._warm.add(slot)
+            self.conductor.progress.first_step(waited, is_warm=is_warm)
             self.conductor.done(suggestion, result["outcome"], result.get("error"))
 
     def save(self, checkpoint_path: str) -> None:
@@ -267,8 +243,7 @@ class _Scheduler(_Adapter, FIFOScheduler):  # type: ignore[misc]
             suggestion = self.conductor.suggestions[trial.config["number"]]
             with self.keeping_errors():
                 stop = self.conductor.rows(suggestion, result["rows"], result["attempt"])
-            desk = self.slots[trial.config["slot"]].desk
-            desk.decide.remote(result["number"], stop)
+            self.fleet.decide(trial.config["slot"], result["number"], stop)
         elif "stacks" in result:
             suggestion = self.conductor.suggestions[trial.config["number"]]
             attempt = f"{trial.config['job']['attempt']}.{result['group']}"
@@ -298,11 +273,10 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
+def _watching(conductor: Conductor, fleet: Fleet) -> Iterator[None]:
     """Beside Tune's loop: show heartbeats, publish metrics, and heed `maskstudy stop`."""
     ended = threading.Event()
     telemetry = Telemetry(conductor, Publisher(conductor.spec.study).publish)
-    vitals: dict[str, dict[str, Any]] = {}  # by slot
     stop_request = conductor.ledger.folder.stop_request
 
     def watch() -> None:
@@ -312,23 +286,21 @@ def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
             if was_asked:
                 stop_request.unlink(missing_ok=True)
                 conductor.progress.say("asked to stop")
-            if was_asked or any(slot.error is not None for slot in slots):
+            if was_asked or fleet.lost() is not None:
                 os.kill(os.getpid(), signal.SIGINT)  # Tune's loop has the main thread
                 return
-            for slot in slots:
-                # a desk answers as long as the driver lives; at its end nobody looks any more
-                with suppress(ray.exceptions.RayError):
-                    vitals[slot.name] = ray.get(slot.desk.vitals.remote(), timeout=5)
-                    beat = vitals[slot.name]["beat"]
-                    if beat:
-                        conductor.progress.beat(
-                            beat["trial"],
-                            beat["phase"],
-                            beat["progress"],
-                            beat["images_per_second"],
-                        )
+            fleet.tick()
+            for vital in fleet.vitals():
+                beat = vital["beat"]
+                if beat:
+                    conductor.progress.beat(
+                        beat["trial"],
+                        beat["phase"],
+                        beat["progress"],
+                        beat["images_per_second"],
+                    )
             if time.monotonic() - published > PUBLISH_SECONDS:
-                telemetry.tick(list(vitals.values()))
+                telemetry.tick(fleet.vitals())
                 published = time.monotonic()
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
@@ -338,4 +310,4 @@ def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(10)
-        telemetry.tick(list(vitals.values()))
+        telemetry.tick(fleet.vitals())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cluster.placement import Gang, Room, num_gangs
 from study import space
 from study.checks import PER_CLASS, geometry_problems
 from trainables import cost
@@ -262,9 +263,8 @@ def _length(values: Iterable[Any]) -> int:
 
 def _concurrent(spec: StudySpec, cpus: float, gpus: float) -> int:
     resources = spec.resources
-    fit: int = int(cpus // (resources.workers * resources.cpus_per_worker))
-    if resources.gpus_per_worker:
-        fit = min(fit, int(gpus // (resources.workers * resources.gpus_per_worker)))
+    gang = Gang(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+    fit = num_gangs([Room("here", cpus, gpus)], gang)
     return min(fit, resources.concurrent or fit)
 
 

@@ -92,6 +92,10 @@ class Progress:
             f"{self._best_text()}{self._left_text()}"
         )
 
+    def handed_back(self, suggestion: Suggestion) -> None:
+        self.lines[suggestion.trial].phase = "waiting"
+        self._event(f"handed back: {describe(suggestion)}, which goes on where there is room")
+
     def first_step(self, seconds: float | None, *, is_warm: bool) -> None:
         """How long a trial waited for its first step; `is_warm`: not the first of its slot."""
         if seconds is not None:

@@ -98,6 +98,10 @@ class Resources(Strict):
     concurrent: Annotated[
         Positive | None, Field(description="trials at once; null: as many as fit")
     ] = None
+    autoscale: Annotated[
+        Positive | None,
+        Field(description="trials at once to ask an autoscaling cluster for; null: ask for none"),
+    ] = None
     peak_flops: Annotated[
         float | None,
         Field(gt=0, description="operations per second of one worker; null: measured"),

@@ -42,7 +42,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
 
 
 @contextmanager
-def running_head(home: Path, storage: Path) -> Iterator[str]:
+def running_head(
+    home: Path, storage: Path, is_ready: Callable[[str], bool] | None = None
+) -> Iterator[str]:
     """A job's driver joins the newest cluster of its temporary folder, so each head has its own."""
     gcs, dashboard, client, agent = free_ports(4)
     scratch = tempfile.mkdtemp(prefix="ms-", dir="/tmp")  # short, for the names of sockets
@@ -77,7 +79,7 @@ def running_head(home: Path, storage: Path) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_for_jobs_api(address, node)
+        wait_for_jobs_api(address, node, is_ready or answers)
         yield address
     finally:
         os.killpg(node.pid, signal.SIGTERM)
@@ -275,16 +277,22 @@ def maskstudy(*arguments: str, check: bool = True) -> subprocess.CompletedProces
     return done
 
 
-def wait_for_jobs_api(address: str, node: subprocess.Popen[bytes]) -> None:
-    def answers() -> bool:
+def wait_for_jobs_api(
+    address: str, node: subprocess.Popen[bytes], is_ready: Callable[[str], bool]
+) -> None:
+    def is_up() -> bool:
         assert node.poll() is None, "the head node has died"
-        try:
-            jobs.JobSubmissionClient(address).list_jobs()
-        except (ConnectionError, RuntimeError):
-            return False
-        return True
+        return is_ready(address)
 
-    wait_until(answers, 120)
+    wait_until(is_up, 120)
+
+
+def answers(address: str) -> bool:
+    try:
+        jobs.JobSubmissionClient(address).list_jobs()
+    except (ConnectionError, RuntimeError):
+        return False
+    return True
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

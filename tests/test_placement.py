@@ -1,47 +1,62 @@
-"""How many trials run at once, and which Ray is refused.  pytest tests/test_placement.py"""
+"""How many trials have room on which nodes, and which Ray is refused.
+
+pytest tests/test_placement.py
+"""
 
 from __future__ import annotations
 
 import pytest
 
 from cluster.connect import check_version
-from cluster.placement import num_slots
+from cluster.placement import Gang, Room, in_words, num_gangs, refusal
+
+
+def rooms(*sizes: tuple[float, float]) -> list[Room]:
+    return [Room(f"node-{number}", cpus, gpus) for number, (cpus, gpus) in enumerate(sizes)]
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "workers", "cpus_each", "gpus_each", "asked", "expected"),
+    ("nodes", "gang", "expected"),
     [
-        (2, 0, 1, 1, 0, None, 2),
-        (2, 0, 2, 1, 0, None, 1),
-        (16, 4, 2, 1, 1, None, 2),
-        (16, 1, 1, 1, 0.25, None, 4),
-        (16, 4, 1, 8, 1, None, 2),
-        (16, 0, 1, 1, 0, 3, 3),
+        ([(2, 0)], Gang(1, 1, 0), 2),
+        ([(2, 0)], Gang(2, 1, 0), 1),
+        ([(16, 4)], Gang(2, 1, 1), 2),
+        ([(16, 1)], Gang(1, 1, 0.25), 4),
+        ([(16, 4)], Gang(1, 8, 1), 2),
+        ([(16, 4)], Gang(1, 1, 0.6), 4),  # two of 0.6 on one GPU are more than it
+        ([(16, 0.7)], Gang(1, 1, 0.6), 1),  # free beside somebody else
+        ([(16, 4)], Gang(1, 1, 2), 2),
+        ([(3, 0), (3, 0)], Gang(1, 2, 0), 2),  # 6 CPUs, but no third worker of 2
+        ([(1, 0), (1, 0), (1, 0)], Gang(2, 1, 0), 1),  # over two nodes
+        ([(8, 0), (1, 4)], Gang(1, 4, 1), 0),  # CPUs here, GPUs there
+        ([(0, 0), (4, 0)], Gang(2, 0.1, 0), 20),  # tenths, counted exactly
+        ([(2000, 0)], Gang(1, 1, 0), 1000),
     ],
 )
-def test_as_many_trials_as_fit_and_no_more_than_asked(
-    cpus: float,
-    gpus: float,
-    workers: int,
-    cpus_each: float,
-    gpus_each: float,
-    asked: int | None,
-    expected: int,
+def test_trials_are_counted_by_workers_that_are_whole_on_a_node(
+    nodes: list[tuple[float, float]], gang: Gang, expected: int
 ) -> None:
-    found = num_slots(
-        cpus=cpus,
-        gpus=gpus,
-        workers=workers,
-        cpus_per_worker=cpus_each,
-        gpus_per_worker=gpus_each,
-        asked=asked,
-    )
-    assert found == expected
+    assert num_gangs(rooms(*nodes), gang) == expected
+    assert (refusal(rooms(*nodes), gang) is None) == (expected > 0)
 
 
-def test_a_trial_that_does_not_fit_is_refused_with_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"needs 4 workers .* has 2 CPUs and 0 GPUs"):
-        num_slots(cpus=2, gpus=0, workers=4, cpus_per_worker=1, gpus_per_worker=0, asked=None)
+def test_a_worker_that_fits_on_no_node_is_refused_with_the_largest() -> None:
+    told = refusal(rooms((3, 0), (4, 0), (2, 0)), Gang(2, 6, 0))
+    assert told is not None
+    assert "2 workers with 6 CPUs each" in told
+    assert "the largest of 3 nodes, node-1, has 4 CPUs" in told
+    assert "resources.autoscale" in told
+
+
+def test_a_gang_of_which_a_part_fits_is_refused_with_that_part() -> None:
+    told = refusal(rooms((2, 0), (1, 0)), Gang(4, 1, 0))
+    assert told is not None
+    assert "all nodes together hold 3 of them" in told
+
+
+def test_what_nodes_have_is_told_without_gpus_that_are_not_there() -> None:
+    assert in_words(rooms((2, 0), (1.5, 0))) == "3.5 CPUs"
+    assert in_words(rooms((2, 1), (1, 0))) == "3 CPUs, 1 GPUs"
 
 
 def test_a_ray_with_known_advisories_is_refused() -> None:

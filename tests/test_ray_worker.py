@@ -17,7 +17,14 @@ import ray
 import torch
 from ray import cloudpickle
 
-from trainables.ray_worker import MAX_GROUP_STARTS, Desk, Slot, _as_outcome, quiet_environment
+from trainables.ray_worker import (
+    MAX_GROUP_STARTS,
+    WITHDRAWN,
+    Desk,
+    Slot,
+    _as_outcome,
+    quiet_environment,
+)
 
 pytestmark = [
     pytest.mark.ray,
@@ -55,6 +62,7 @@ def sums_over_ranks(
     heartbeat: Any,
     saved: Any,
     alive: Any,
+    is_leaving: Any,
 ) -> str:
     """Stands for a trial: every rank adds its rank; rank 0 reports the sum and its process."""
     value = torch.tensor([float(rank + 1)])
@@ -239,6 +247,65 @@ def test_a_job_hangs_when_no_worker_makes_progress_but_not_while_the_driver_deci
         assert await desk.patience("1", 0.1) > 0, "its peer has just done something"
         assert await desk.patience("1", 0.7) > 0
         assert await desk.patience("0", 9.0) == 0.5, "that was another job"
+
+    asyncio.run(asyncio.wait_for(story(), 5))
+
+
+def test_ranks_that_ask_one_after_another_leave_after_the_same_step() -> None:
+    async def story() -> None:
+        desk = Desk()
+        ticket = await desk.enter(node="a")
+        assert await desk.look(ticket, "1.1", "pretrain", 1) == (False, 2)
+        await desk.leave(ticket)
+        assert await desk.look(ticket, "1.1", "pretrain", 1) == (False, 2), "the other had gone on"
+        for _ in range(2):
+            assert (await desk.look(ticket, "1.1", "pretrain", 2))[0]
+            await desk.left(ticket)
+        await desk.lost()
+        assert (await desk.vitals())["nodes"] == []
+        newer = await desk.enter(node="b")
+        assert newer > ticket
+        assert not (await desk.look(newer, "1.2", "pretrain", 3))[0]
+        assert (await desk.look(ticket, "1.1", "pretrain", 3))[0], "its group was given up"
+
+    asyncio.run(asyncio.wait_for(story(), 5))
+
+
+def test_workers_ask_about_once_a_second_however_long_their_steps_are() -> None:
+    async def story() -> list[int]:
+        desk, step, asked = Desk(), 1, []
+        for _ in range(12):
+            asked.append(step)
+            now = time.monotonic()
+            desk.looked = (*desk.looked[:3], now - 0.01 * (step - desk.looked[2]))  # 10 ms a step
+            _, step = await desk.look(0, "1.1", "pretrain", step)
+        return asked
+
+    asked = asyncio.run(asyncio.wait_for(story(), 5))
+    assert asked[:4] == [1, 2, 4, 8]
+    assert asked[-1] - asked[-2] == pytest.approx(100, abs=2)
+
+
+def test_departures_are_not_held_against_a_job_and_its_losses_go_with_it() -> None:
+    async def story() -> None:
+        desk = Desk()
+        await desk.place({"serial": "1", "trial": "t", "lost": MAX_GROUP_STARTS - 1})
+        for _ in range(5):
+            ticket = await desk.enter(node="n")
+            assert await desk.take(0, ticket, None) is not None
+            await desk.leave(ticket)
+            with pytest.raises(RuntimeError, match="is being replaced"):
+                await desk.take(1, ticket, "0")  # idle workers go as well
+            await desk.left(ticket)
+            await desk.lost()
+        await desk.withdraw("2")
+        assert await desk.take(0, await desk.enter(node="n"), None) is not None
+        await desk.withdraw("1")  # its workers are there
+        assert desk.events == []
+        await desk.lost()
+        await desk.withdraw("1")
+        event = await desk.next_event(0)
+        assert event == {"outcome": WITHDRAWN, "lost": MAX_GROUP_STARTS}
 
     asyncio.run(asyncio.wait_for(story(), 5))
 

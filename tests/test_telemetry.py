@@ -24,6 +24,7 @@ from trainables.ray_worker import Desk
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "manifests" / "grafana.json"
 VITALS = {"entered": 2, "peak_flops": 50.0, "checkpoints": 3, "checkpoint_seconds": 1.5, "beat": {}}
+VITALS |= {"nodes": ["n"], "ticket": 0}
 
 
 @pytest.fixture

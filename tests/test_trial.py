@@ -12,6 +12,7 @@ from torch import multiprocessing as workers
 
 from tests import toy
 from trainables import checkpoint, pretrain, segment
+from trainables.context import LEAVING
 from trainables.trial import run_trial
 
 torch.set_num_threads(1)
@@ -87,6 +88,45 @@ def test_an_interrupted_trial_ends_bit_by_bit_as_an_uninterrupted_one(
     assert ("pretrain", 4) not in second.calls
     if end.get("segment", 0) > 4:  # it went on within the phase
         assert ("segment", 2) not in second.calls
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [("pretrain", 1), ("pretrain", 5), ("pretrain", 6)],  # within the first and second epoch
+        [("pretrain", 4), ("pretrain", 10), ("segment", 8)],  # at a rung, and two more times
+        [("pretrain", 14), ("segment", 1), ("segment", 9)],  # after the last step nothing is left
+    ],
+    ids=str,
+)
+def test_a_trial_that_has_to_leave_saves_after_that_step_and_no_step_is_done_twice(
+    tmp_path, monkeypatch, uninterrupted, places
+):
+    steps = []
+    for phase in (pretrain, segment):
+
+        def learning_rate(seen, *args, phase=phase.__name__, real=phase.learning_rate):
+            steps.append((phase, seen // 4))
+            return real(seen, *args)
+
+        monkeypatch.setattr(phase, "learning_rate", learning_rate)
+
+    values, outcomes = {}, []
+    for number in range(len(places) + 1):
+        diary, told = toy.Diary(), places[number:]
+        is_leaving = lambda phase, step, told=told: (phase, step) in told  # noqa: E731
+        attempt = f"a{number}"
+        outcomes.append(run(tmp_path, diary, attempt=attempt, is_leaving=is_leaving))
+        values = toy.repeatable(diary) | values
+        if outcomes[-1] == "complete":
+            break
+    at_ends = sum(place in (("pretrain", 14), ("segment", 9)) for place in places)
+    assert outcomes == [LEAVING] * (len(places) - at_ends) + ["complete"]
+    assert len(steps) == len(set(steps)) == 14 + 9
+    weights, expected, _ = uninterrupted
+    found = checkpoint.load_latest(tmp_path / "checkpoints")[0]
+    assert all(found[name].equal(weights[name]) for name in weights)
+    assert values == expected
 
 
 def test_the_segmenter_starts_from_the_pretrained_encoder(tmp_path, monkeypatch):
@@ -173,6 +213,15 @@ def test_every_checkpoint_tells_how_long_it_took(tmp_path):
     assert all(0 < seconds < 60 for seconds in told)
 
 
+def test_another_number_of_workers_goes_on_from_the_mean_of_the_running_losses(tmp_path):
+    resume = {pretrain.RUNNING_LOSS: torch.tensor([1.0, 4.0])}, {}
+    three = toy.context(tmp_path, toy.Diary(), world_size=3, rank=2)
+    assert pretrain.running_loss(resume, three) == 2.5
+    second = toy.context(tmp_path, toy.Diary(), world_size=2, rank=1)
+    assert pretrain.running_loss(resume, second) == 4.0
+    assert pretrain.running_loss(None, second) == pretrain.running_loss(({}, {}), second) == 0
+
+
 def work(rank, folder):
     """Stop in the middle of segmentation, then go on from what rank 0 finds."""
     torch.set_num_threads(1)
@@ -184,6 +233,14 @@ def work(rank, folder):
         outcome = run(folder / "trial", diary, attempt=attempt, rank=rank, world_size=2)
         told.append([outcome, diary.calls])
         told.append(sorted([*key, value] for key, value in toy.repeatable(diary).items()))
+    values = {}
+    for attempt, leave_at in (("b1", ("pretrain", 6)), ("b2", ("segment", 7)), ("b3", None)):
+        diary, ranks = toy.Diary(), {"rank": rank, "world_size": 2}
+        is_leaving = lambda *place, leave_at=leave_at: place == leave_at  # noqa: E731
+        outcome = run(folder / "left", diary, attempt=attempt, is_leaving=is_leaving, **ranks)
+        values |= toy.repeatable(diary)
+        told.append(outcome)
+    told.append(sorted([*key, value] for key, value in values.items()))
     (folder / f"{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
@@ -194,7 +251,7 @@ def test_two_workers_stop_and_go_on_together(tmp_path, uninterrupted):
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     calls = [list(place) for place in PRETRAIN + SEGMENT]
     assert first[0] == ["stopped", calls[:5]] and first[2] == ["complete", calls[4:]]
-    assert second == [["stopped", []], [], ["complete", []], []]
+    assert second == [["stopped", []], [], ["complete", []], [], *first[4:7], []]
     found = {tuple(key): value for *key, value in first[1] + first[3]}
     assert found.keys() == uninterrupted[1].keys()
     for name in ("loss", "probe_psnr"):
@@ -202,3 +259,5 @@ def test_two_workers_stop_and_go_on_together(tmp_path, uninterrupted):
         assert found[key] == pytest.approx(uninterrupted[1][key], rel=2e-3)
     key = ("segment", 9, "loss")
     assert found[key] == pytest.approx(uninterrupted[1][key], rel=0.02)
+    assert first[4:7] == [LEAVING, LEAVING, "complete"]
+    assert {tuple(key): value for *key, value in first[7]} == found

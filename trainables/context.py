@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+LEAVING = "leaving"  # the outcome of a trial that has saved because its workers have to go
+
 # keys: phase, step, epoch, progress, metric, value, goal, unit, seconds
 Row = dict[str, Any]
 
@@ -31,6 +33,8 @@ class Context:
     checkpoint_seconds: float = 30.0
     saved: Callable[[float], None] = lambda seconds: None  # a checkpoint took so long; cheap
     alive: Callable[[], None] = lambda: None  # work goes on that is no step; any rank, cheap
+    # (phase, steps done), asked on every rank after every step: save, and end with LEAVING; cheap
+    is_leaving: Callable[[str, int], bool] = lambda phase, step: False
 
     @property
     def is_main(self) -> bool:

@@ -50,6 +50,15 @@ def sum_over_workers(values: Tensor, context: Context) -> Tensor:
     return values
 
 
+def from_all_workers(value: Tensor, context: Context) -> Tensor:
+    """(workers,) of a number that each has its own of."""
+    if context.world_size == 1:
+        return value[None]
+    values = [torch.empty_like(value) for _ in range(context.world_size)]
+    dist.all_gather(values, value)
+    return torch.stack(values)
+
+
 def decided_by_main(decision: Any, context: Context) -> Any:
     """What rank 0 decided, on every rank."""
     if context.world_size == 1:

@@ -55,6 +55,7 @@ def run_job(
     heartbeat: Callable[[str, float, float], None],
     saved: Callable[[float], None],
     alive: Callable[[], None],
+    is_leaving: Callable[[str, int], bool],
 ) -> str:
     """Train the job's trial; see `run_trial` for what comes back."""
     context = Context(
@@ -66,6 +67,7 @@ def run_job(
         heartbeat=heartbeat,
         saved=saved,
         alive=alive,
+        is_leaving=is_leaving,
         rank=rank,
         world_size=world_size,
     )

@@ -5,6 +5,8 @@ How it goes on after an interruption:
 2. Order, masks and flips are functions of (seed, step, place in the batch), so they have no state.
 3. Steps after the checkpoint are done again and give the same numbers (bit by bit on a CPU).
 4. A checkpoint at a rung holds the rung's rows: they are reported again, and the answer obeyed.
+5. Told to leave, all workers save after the same step. Within an epoch the loss is a sum that is
+   still running on each of them: the checkpoint holds them all, so that rounding stays the same.
 
 B images of this worker's part of the batch · S pixels along every axis
 """
@@ -28,7 +30,7 @@ from trainables import checkpoint, counter, distributed, padding
 from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
 from trainables.config import ProbeConfig, TrialConfig
-from trainables.context import Context, Row
+from trainables.context import LEAVING, Context, Row
 from trainables.cost import mae_flops
 from trainables.cross_decoder import CrossBlock
 from trainables.data import Dataset, to_device
@@ -52,6 +54,7 @@ from trainables.timm_blocks import Block
 Weights = dict[str, Tensor]
 
 HEARTBEAT_SECONDS = 0.3
+RUNNING_LOSS = "loop/running_loss"  # a checkpoint's tensor
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def pretrain(
             return "stopped", model.encoder.state_dict()
 
     distributed.reset_peak_memory(device)
-    loss_sum = torch.zeros((), device=device)
+    loss_sum = running_loss(resume, context)
     if counters.step == 0:
         judge.draw_masks(model, teacher, 0.0)
     saved = started = beaten = time.perf_counter()
@@ -140,7 +143,13 @@ def pretrain(
             beaten, beaten_step = now, done
 
         is_rung = done in plan.rungs
+        is_leaving = context.is_leaving("pretrain", done)
         if not (is_rung or is_epoch_end(done, plan)):
+            if is_leaving:
+                counters = leave(counters, done, now - started)
+                losses = distributed.from_all_workers(loss_sum, context)
+                save(counters, model, learner.optimizer, teacher, context, losses)
+                return LEAVING, model.encoder.state_dict()
             continue
 
         # The only places where the host waits for the device
@@ -178,15 +187,13 @@ def pretrain(
                 rung_device_seconds=counters.device_seconds,
                 rows=rows,
             )
-        if context.is_main and (is_rung or now - saved > context.checkpoint_seconds):
-            saving = time.perf_counter()
-            name = f"{context.attempt}-pretrain-{done:08d}"
-            tensors = checkpoint.pack(model, learner.optimizer, teacher)
-            checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
+        if is_rung or is_leaving or now - saved > context.checkpoint_seconds:
+            save(counters, model, learner.optimizer, teacher, context)
             saved = time.perf_counter()
-            context.saved(saved - saving)
         if stop:
             return "stopped", model.encoder.state_dict()
+        if is_leaving and done < plan.steps:
+            return LEAVING, model.encoder.state_dict()
         started = time.perf_counter()
 
     if context.is_main:
@@ -406,6 +413,42 @@ def progress_values(counters: Counters, plan: Plan, context: Context) -> dict[st
         "planned_flops": plan.flops[-1],
         "peak_memory": distributed.peak_memory(context.device),
     }
+
+
+def save(
+    counters: Counters,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    teacher: nn.Module | None,
+    context: Context,
+    losses: Tensor | None = None,
+) -> None:
+    """Rank 0 writes a checkpoint; `losses` are the workers' sums since the counters' own."""
+    if not context.is_main:
+        return
+    saving = time.perf_counter()
+    name = f"{context.attempt}-{counters.phase}-{counters.step:08d}"
+    tensors = checkpoint.pack(model, optimizer, teacher)
+    if losses is not None:
+        tensors[RUNNING_LOSS] = losses
+    checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
+    context.saved(time.perf_counter() - saving)
+
+
+def leave(counters: Counters, done: int, seconds: float) -> Counters:
+    """The counters in the middle of an epoch, whose loss is not in them."""
+    return replace(counters, step=done, device_seconds=counters.device_seconds + seconds)
+
+
+def running_loss(
+    resume: tuple[dict[str, Tensor], dict[str, Any]] | None, context: Context
+) -> Tensor:
+    """This worker's sum of losses since the counters' own; 0 but in the middle of an epoch."""
+    if resume is None or RUNNING_LOSS not in resume[0]:
+        return torch.zeros((), device=context.device)
+    losses = resume[0][RUNNING_LOSS].to(context.device)
+    # for another number of workers the mean counts; the last bits of the loss are others then
+    return losses[context.rank] if len(losses) == context.world_size else losses.mean()
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ Stopping is cooperative: rank 0 waits at a rung for the decision, and nobody kil
 group. When a worker dies, Ray Train starts the group anew; the new workers find the unfinished job
 on the desk and go on from its last checkpoint. A group that makes no progress for too long ends
 itself and says where it hung (`watch`); one that is too far gone for that is ended by its desk.
+When a node is to be taken away, the driver tells the desk, the group saves after the next step that
+it asks for, and goes on elsewhere.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from trainables.context import LEAVING
 from trainables.watch import GRACE_SECONDS, watched
 
 Job = dict[str, Any]
@@ -43,6 +47,10 @@ MAX_GROUP_STARTS = 3  # worker groups that one job may lose before it is given u
 HANG_SECONDS = 1800.0
 PEERS_SECONDS = 2.0  # that a worker which hangs waits for the others to say where they do
 A_DAY = 86_400  # of waiting in a collective: whether a group hangs is judged by its desk
+MAX_DEPARTURES = 100  # of worker groups from nodes that were told to go, in one job
+MAX_LOOKS = 1000  # answers that are kept for ranks that ask later
+LOOK_SECONDS = 1.0  # about so often workers ask whether their node has to go
+WITHDRAWN = "withdrawn"  # the outcome of a job that was taken off the desk: its trial goes on
 
 
 class Desk:
@@ -65,6 +73,11 @@ class Desk:
         self.beat_: dict[str, Any] = {}
         self.vitals_ = {"entered": 0, "peak_flops": 0.0}
         self.vitals_ |= {"checkpoints": 0, "checkpoint_seconds": 0.0}
+        self.nodes: set[str] = set()  # of the present worker group; none: there is no group
+        self.departures = 0  # of groups in the present job, before their nodes went
+        self.leaving = -1  # the newest ticket whose worker group has to leave
+        self.looks: dict[tuple[str, str, int], tuple[bool, int]] = {}  # the newest MAX_LOOKS
+        self.looked = ("", "", 0, 0.0)  # attempt, phase and step of the newest, and when
 
     async def place(self, job: Job) -> None:
         """Lay down the next job; the same job again (same serial) changes nothing."""
@@ -73,8 +86,8 @@ class Desk:
                 return
             if self.decision is not None and not self.decision.done():
                 self.decision.set_result(True)  # of a job whose relay died: nobody will answer
-            self.job, self.events, self.group_starts, self.beat_ = job, [], 0, {}
-            self.num_hung = 0
+            self.job, self.events, self.beat_ = job, [], {}
+            self.group_starts = self.departures = self.num_hung = 0
             self.changed.notify_all()
 
     async def next_event(self, after: int) -> Event:
@@ -105,15 +118,67 @@ class Desk:
         self.vitals_["checkpoint_seconds"] += seconds
 
     async def vitals(self) -> dict[str, Any]:
-        """The newest beat, and what the slot has done in its life: `entered` counts workers."""
-        return {**self.vitals_, "beat": self.beat_}
+        """The newest beat, where the group is, and what the slot has done in its life.
 
-    async def enter(self, peak_flops: float = 0.0, worker: Any = None, size: int = 1) -> int:
+        `entered` counts workers. No `nodes`: the group has not come yet, or is gone.
+        """
+        place = {"nodes": sorted(self.nodes), "ticket": self.num_condemned}
+        return {**self.vitals_, "beat": self.beat_, **place}
+
+    async def enter(
+        self, peak_flops: float = 0.0, node: str = "", worker: Any = None, size: int = 1
+    ) -> int:
         """A worker of a group of that size has come; what it gets is its ticket for `take`."""
         self.vitals_["entered"] += 1
         self.workers = [*self.workers, worker][-size:]
         self.vitals_["peak_flops"] = max(self.vitals_["peak_flops"], peak_flops)
+        self.nodes.add(node)
         return self.num_condemned
+
+    async def lost(self) -> None:
+        """The worker group is gone, says Ray Train; the next one enters anew."""
+        async with self.changed:
+            self.num_condemned += 1
+            self.nodes.clear()
+            self.changed.notify_all()
+
+    async def leave(self, ticket: int) -> None:
+        """Have a worker group save and go, as a node of it is to be taken away."""
+        async with self.changed:
+            self.leaving = max(self.leaving, ticket)
+            self.changed.notify_all()
+
+    async def look(self, ticket: int, attempt: str, phase: str, step: int) -> tuple[bool, int]:
+        """Whether a group's ranks leave after this step, and after which one to ask again.
+
+        Who asks first decides for all, so that no rank waits for one that has left. The steps
+        between are at most doubled, as first ones are slow.
+        """
+        key = attempt, phase, step
+        if key not in self.looks:
+            *before, last, when = self.looked
+            now = time.monotonic()
+            steps = step - last if before == [attempt, phase] else 0
+            at_speed = int(steps / max(now - when, 1e-3) * LOOK_SECONDS)
+            self.looks[key] = self._is_done_for(ticket), step + max(1, min(2 * steps, at_speed))
+            self.looked = attempt, phase, step, now
+            if len(self.looks) > MAX_LOOKS:
+                del self.looks[next(iter(self.looks))]
+        return self.looks[key]
+
+    async def left(self, ticket: int) -> None:
+        """A worker of a group has saved and goes: that is not held against the job."""
+        async with self.changed:
+            if ticket >= self.num_condemned:
+                self.num_condemned = ticket + 1
+                self.departures += 1
+
+    async def withdraw(self, serial: str) -> None:
+        """Take a job off the desk that no workers are there for, so that another slot has it."""
+        async with self.changed:
+            is_mine = self.job is not None and self.job["serial"] == serial
+            if is_mine and not self.nodes and not self._is_over():
+                self._add({"outcome": WITHDRAWN, "lost": self._num_lost()})
 
     async def condemn(self, ticket: int) -> None:
         """An error has put the ranks of this worker group out of step: it gets no other job."""
@@ -126,15 +191,15 @@ class Desk:
         async with self.changed:
             while True:
                 await self.changed.wait_for(
-                    lambda: not self.open or ticket < self.num_condemned or self._has_job(finished)
+                    lambda: not self.open or self._is_done_for(ticket) or self._has_job(finished)
                 )
-                if ticket < self.num_condemned:
+                if self._is_done_for(ticket):
                     raise RuntimeError("this worker group is being replaced")
                 if not self.open or self.job is None:
                     return None
                 if rank == 0:
                     self.group_starts, self.num_told = self.group_starts + 1, 0
-                if self.group_starts <= MAX_GROUP_STARTS:
+                if self._num_lost() <= MAX_GROUP_STARTS:
                     self._watch_over(self.job["serial"])
                     return {**self.job, "group": self.group_starts}
                 lost = f"{MAX_GROUP_STARTS} worker groups died in it"
@@ -205,6 +270,15 @@ class Desk:
     def _is_running(self, serial: str) -> bool:
         return self.job is not None and self.job["serial"] == serial and not self._is_over()
 
+    def _num_lost(self) -> int:
+        """Worker groups that have begun the job, on this desk and before on others."""
+        assert self.job is not None
+        excused = min(self.departures, MAX_DEPARTURES)
+        return self.group_starts - excused + int(self.job.get("lost", 0))
+
+    def _is_done_for(self, ticket: int) -> bool:
+        return ticket < self.num_condemned or ticket <= self.leaving
+
     def _has_job(self, finished: str | None) -> bool:
         return self.job is not None and self.job["serial"] != finished and not self._is_over()
 
@@ -238,8 +312,8 @@ def work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
     measure_peak = settings["measure_peak"]
     peak = measure_peak(device) if measure_peak and rank == 0 else 0.0
-    actor = ray.get_runtime_context().current_actor
-    ticket = ray.get(desk.enter.remote(peak, actor, world_size))
+    node, actor = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().current_actor
+    ticket = ray.get(desk.enter.remote(peak, node, actor, world_size))
     finished = None
     while True:
         job = ray.get(desk.take.remote(rank, ticket, finished))
@@ -247,7 +321,7 @@ def work(settings: dict[str, Any]) -> None:
             return
         serial = finished = job["serial"]
         try:
-            outcome, first_step = _train(run_job, job, desk, device, rank, world_size)
+            outcome, first_step = _train(run_job, job, desk, ticket, device, rank, world_size)
         except Exception as error:  # whatever a trial throws is that trial's outcome
             if not _is_lost_peer(error, world_size):
                 ray.get(desk.finish.remote(serial, *_as_outcome(error)))
@@ -256,6 +330,9 @@ def work(settings: dict[str, Any]) -> None:
                 ray.get(desk.condemn.remote(ticket))
                 raise
         else:
+            if outcome == LEAVING:
+                ray.get(desk.left.remote(ticket))
+                raise RuntimeError("this worker group leaves its node")
             if rank == 0:
                 ray.get(desk.finish.remote(serial, outcome, None, first_step))
         gc.collect()
@@ -267,6 +344,7 @@ def _train(
     run_job: Callable[..., str],
     job: Job,
     desk: Any,
+    ticket: int,
     device: torch.device,
     rank: int,
     world_size: int,
@@ -299,6 +377,14 @@ def _train(
         alive()
         desk.saved.remote(seconds)
 
+    next_look: dict[str, int] = {}  # by phase
+
+    def is_leaving(phase: str, step: int) -> bool:
+        if step < next_look.get(phase, 0):
+            return False
+        leaves, next_look[phase] = ray.get(desk.look.remote(ticket, attempt, phase, step))
+        return bool(leaves)
+
     with watched(ask, tell) as alive:
         outcome = run_job(
             job,
@@ -310,6 +396,7 @@ def _train(
             heartbeat=heartbeat,
             saved=saved,
             alive=alive,
+            is_leaving=is_leaving,
         )
     return outcome, first_step[0] if first_step else None
 
@@ -342,6 +429,17 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         return [each for each in callbacks if "PlacementGroupCleaner" not in type(each).__name__]
 
 
+class _Obituary(UserCallback):  # type: ignore[misc]
+    """Runs where Ray Train controls a worker group, and tells the desk when that is gone."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        with suppress(ray.exceptions.RayError):  # a desk that is gone tells that the driver is
+            ray.get(self.desk.lost.remote(), timeout=30)
+
+
 class Slot:
     """One warm worker group, seen from the driver."""
 
@@ -358,7 +456,14 @@ class Slot:
         hang_seconds: float = HANG_SECONDS,
     ) -> None:
         self.name = name
-        self.desk = ray.remote(num_cpus=0, max_concurrency=1000)(Desk).remote(hang_seconds)
+        # beside the driver: elsewhere it would be lost with its node, and the slot with it
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.desk_name = f"{name}-desk"
+        self.desk = (
+            ray.remote(num_cpus=0, max_concurrency=1000)(Desk)
+            .options(name=self.desk_name, scheduling_strategy=here)
+            .remote(hang_seconds)
+        )
         self.error: BaseException | None = None
         # fractions of one GPU are shared between trials, and NCCL refuses two ranks on one GPU
         backend = "nccl" if gpus_per_worker >= 1 else "gloo"
@@ -384,6 +489,7 @@ class Slot:
                 name=name,
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=-1),
+                callbacks=[_Obituary(self.desk)],
             ),
         )
         self._thread = threading.Thread(target=self._fit, name=name, daemon=True)
@@ -395,9 +501,13 @@ class Slot:
         except BaseException as error:  # reported by the driver's loop, which owns the exit code
             self.error = error
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float = 0) -> bool:
         """Send the workers home and wait; True when they went in time."""
         self.desk.close.remote()
+        return self.join(timeout)
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread that waits for the workers; True when it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -408,6 +518,8 @@ def quiet_environment() -> dict[str, str]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get(
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
         ),
+        # the driver looks for nodes that have to go: no need for a process of every slot that does
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
     }

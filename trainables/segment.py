@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from torch.nn import functional
 from trainables import checkpoint, distributed, surfaces
 from trainables.augment import AUGMENTATIONS
 from trainables.config import SegmentConfig, TrialConfig
-from trainables.context import Context
+from trainables.context import LEAVING, Context
 from trainables.cost import segment_flops
 from trainables.data import Dataset, to_device, whole_volume
 from trainables.errors import UserError
@@ -48,7 +48,10 @@ from trainables.pretrain import (
     Plan,
     batches,
     is_epoch_end,
+    leave,
     rung_steps,
+    running_loss,
+    save,
     told_to_stop,
 )
 from trainables.probe import PICTURES, probe_rows
@@ -66,7 +69,7 @@ def segment(
     context: Context,
     resume: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> str:
-    """Train on labelled images, or go on from a checkpoint; "complete", "stopped" or "diverged"."""
+    """Train on labelled images, or go on from a checkpoint; for the outcome see `run_trial`."""
     device, settings = context.device, config.segment
     plan = make_plan(config, dataset, context)
     share = distributed.batch_slice(plan.batch, context, "segment.batch")
@@ -97,7 +100,7 @@ def segment(
     trained = distributed.data_parallel(model, context)
 
     distributed.reset_peak_memory(device)
-    loss_sum = torch.zeros((), device=device)
+    loss_sum = running_loss(resume, context)
     saved = started = beaten = time.perf_counter()
     first_step = beaten_step = counters.step
     for step, positions in batches(seed, plan, counters.step, images.rows.device):
@@ -129,7 +132,13 @@ def segment(
             beaten, beaten_step = now, done
 
         is_rung = done in plan.rungs
+        is_leaving = context.is_leaving("segment", done)
         if not (is_rung or is_epoch_end(done, plan)):
+            if is_leaving:
+                counters = leave(counters, done, now - started)
+                losses = distributed.from_all_workers(loss_sum, context)
+                save(counters, model, optimizer, None, context, losses)
+                return LEAVING
             continue
 
         # The only places where the host waits for the device
@@ -168,15 +177,13 @@ def segment(
                 rung_device_seconds=counters.device_seconds,
                 rows=rows,
             )
-        if context.is_main and (is_rung or now - saved > context.checkpoint_seconds):
-            saving = time.perf_counter()
-            name = f"{context.attempt}-segment-{done:08d}"
-            tensors = checkpoint.pack(model, optimizer)
-            checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
+        if is_rung or is_leaving or now - saved > context.checkpoint_seconds:
+            save(counters, model, optimizer, None, context)
             saved = time.perf_counter()
-            context.saved(saved - saving)
         if stop:
             return "stopped"
+        if is_leaving and done < plan.steps:
+            return LEAVING
         started = time.perf_counter()
 
     if context.is_main:

@@ -16,7 +16,7 @@ from trainables.segment import segment
 def run_trial(
     config: TrialConfig, seed: int, dataset: Dataset, probe: ProbeConfig, context: Context
 ) -> str:
-    """Run, or go on with, one trial: "complete", "stopped" at a rung, or "diverged".
+    """Run, or go on with, one trial: "complete", "stopped" at a rung, "diverged" or LEAVING.
 
     Pretraining is left out by the control `random-init`, segmentation when nothing is labelled.
     """

@@ -159,9 +159,9 @@ def _submit(
     say: Callable[[str], None],
 ) -> None:
     """Have a job deploy the console, as nothing but the dashboard may be reachable from here."""
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobStatus
 
-    from cluster.jobs import EXCLUDES, PACKAGES
+    from cluster.jobs import EXCLUDES, PACKAGES, connected
 
     arguments = ["console", "--storage", str(storage), "--address", address, "--host", host]
     arguments += ["--port", str(port)]
@@ -170,27 +170,28 @@ def _submit(
     say(f"deploying to the cluster at {address}")
     code = Path(__file__).resolve().parent.parent.parent
     try:
-        client = JobSubmissionClient(address)
-        job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "study", *arguments]),
-            runtime_env={
-                "py_modules": [str(code / package) for package in PACKAGES],
-                "excludes": EXCLUDES,
-                "env_vars": {TOKEN_DIGEST: digest},
-            },
-            metadata={"job_name": "deploy the study console"},
-        )
-        deadline = time.monotonic() + DEPLOY_SECONDS
-        while not (status := client.get_job_status(job)).is_terminal():
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"job {job} has not deployed the console within {DEPLOY_SECONDS:g} s; its log: "
-                    f"ray job logs {job} --address {address}"
-                )
-            time.sleep(0.5)
-        if status != JobStatus.SUCCEEDED:
-            raise UserError(f"job {job} could not deploy it:\n{client.get_job_logs(job)[-3000:]}")
-    except (RuntimeError, ConnectionError) as error:
+        with connected(address) as client:
+            job = client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "study", *arguments]),
+                runtime_env={
+                    "py_modules": [str(code / package) for package in PACKAGES],
+                    "excludes": EXCLUDES,
+                    "env_vars": {TOKEN_DIGEST: digest},
+                },
+                metadata={"job_name": "deploy the study console"},
+            )
+            deadline = time.monotonic() + DEPLOY_SECONDS
+            while not (status := client.get_job_status(job)).is_terminal():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"job {job} has not deployed the console within {DEPLOY_SECONDS:g} s; its "
+                        f"log: ray job logs {job} --address {address}"
+                    )
+                time.sleep(0.5)
+            if status != JobStatus.SUCCEEDED:
+                log = client.get_job_logs(job)[-3000:]
+                raise UserError(f"job {job} could not deploy it:\n{log}")
+    except RuntimeError as error:
         raise UserError(str(error)) from error
 
 

@@ -1,0 +1,283 @@
+"""The slots of a study: they come as room does, and go with it.
+
+A slot begins where its whole gang has room now, and Ray places its workers together or not at all:
+studies that share a cluster wait for each other, and none holds half of what it needs. A slot whose
+workers are gone and find no room hands its trial back, for another slot or for later. A slot that
+nothing is left for goes home, so that others have its room.
+
+The thread that watches calls `tick`; the one that runs the study takes and frees slots.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from cluster.connect import Nodes, draining, nodes
+from cluster.placement import MOST, Gang, in_words, num_gangs, refusal
+from study.conductor import Conductor
+from trainables.errors import UserError
+from trainables.job import run_job
+from trainables.ray_worker import Slot
+from trainables.speed import peak_flops
+
+SURVEY_SECONDS = 2  # between looks at the nodes
+PATIENCE_SECONDS = 30  # that a lost worker group gets to come back before its trial is handed on
+FIRST_PATIENCE_SECONDS = 120  # that a new one gets to come
+HANDOVER_SECONDS = 5  # that both get while another slot has nothing to do
+
+
+@dataclass
+class _Berth:
+    """A slot, and what is known of it."""
+
+    slot: Slot
+    absent_since: float | None  # its workers; None: they are there
+    serial: str | None = None  # of the job on its desk
+    is_taken: bool = False
+    is_parked: bool = False  # gets no trial before its workers are back
+    is_warm: bool = False  # has ended a trial
+    vitals: dict[str, Any] = field(default_factory=dict)
+
+
+class Fleet:
+    """All slots of a running study."""
+
+    def __init__(self, conductor: Conductor, scratch: Path) -> None:
+        self._conductor, self._scratch = conductor, scratch
+        self._resources = each = conductor.spec.resources
+        self.gang = Gang(each.workers, each.cpus_per_worker, each.gpus_per_worker)
+        self._berths: dict[str, _Berth] = {}
+        self._homeward: list[_Berth] = []
+        self._asked: list[PlacementGroup] = []  # of an autoscaling cluster
+        self._lock = threading.RLock()
+        self._num_begun = 0
+        self._surveyed = 0.0
+        self._told = ""
+
+    def begin(self) -> None:
+        """The first slots. UserError: the cluster can never hold one."""
+        seen = nodes()
+        problem = refusal(seen.total, self.gang)
+        if problem is not None and not self._resources.autoscale:
+            raise UserError(f"resources: {problem}")
+        self._grow(seen)
+
+    def take(self) -> str | None:
+        """The name of a slot that can be given a trial, workers that are there first."""
+        with self._lock:
+            free = [
+                name
+                for name, berth in self._berths.items()
+                if not berth.is_taken and not berth.is_parked
+            ]
+            free.sort(key=lambda name: self._berths[name].absent_since is not None)
+            if free:
+                self._berths[free[0]].is_taken = True
+            return free[0] if free else None
+
+    def place(self, name: str, job: dict[str, Any]) -> None:
+        """Lay a job on a slot's desk."""
+        with self._lock:
+            berth = self._berths[name]
+            berth.serial = job["serial"]
+        berth.slot.desk.place.remote(job)
+
+    def decide(self, name: str, event: int, stop: bool) -> None:
+        """Answer the rows that a slot has handed in."""
+        self._berths[name].slot.desk.decide.remote(event, stop)
+
+    def free(self, name: str, *, has_ended: bool) -> bool:
+        """The slot's trial is no longer there; returns whether an earlier one has ended there."""
+        with self._lock:
+            berth = self._berths[name]
+            was_warm = berth.is_warm
+            berth.is_taken, berth.serial, berth.is_warm = False, None, was_warm or has_ended
+            return was_warm
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no slot has a trial."""
+        with self._lock:
+            return not any(berth.is_taken for berth in self._berths.values())
+
+    def desk_name(self, name: str) -> str:
+        """By which Ray knows the slot's desk."""
+        return self._berths[name].slot.desk_name
+
+    def lost(self) -> Slot | None:
+        """A slot that has ended by an error, which nothing mends."""
+        with self._lock:
+            slots = [berth.slot for berth in self._berths.values()]
+        return next((slot for slot in slots if slot.error is not None), None)
+
+    def vitals(self) -> list[dict[str, Any]]:
+        """The newest vitals of every slot that has told any, those that went home among them."""
+        with self._lock:
+            berths = [*self._homeward, *self._berths.values()]
+            return [berth.vitals for berth in berths if berth.vitals]
+
+    def tick(self) -> None:
+        """Look after the slots: who is there, who is not, and whether there are too many."""
+        with self._lock:
+            berths = list(self._berths.values())
+        for berth in berths:
+            # a desk answers as long as the driver lives; at its end nobody looks any more
+            with suppress(ray.exceptions.RayError):
+                berth.vitals = ray.get(berth.slot.desk.vitals.remote(), timeout=5)
+                self._note(berth)
+        if time.monotonic() - self._surveyed > SURVEY_SECONDS:
+            try:
+                seen, leaving = nodes(), draining()
+            except Exception:  # whatever Ray throws while its head is away: no slot can begin
+                return
+            self._evacuate(berths, leaving)
+            with self._lock:
+                self._shrink()
+                self._grow(seen)
+            self._surveyed = time.monotonic()
+
+    def close(self, timeout: float) -> None:
+        """Send everybody home, and wait together for those that are there."""
+        with self._lock:
+            self._ask(0)
+            self._homeward += self._berths.values()
+            self._berths.clear()
+        for berth in self._homeward:
+            berth.slot.close()
+        deadline = time.monotonic() + timeout
+        for berth in self._homeward:
+            if berth.absent_since is None:
+                berth.slot.close(max(0.0, deadline - time.monotonic()))
+
+    def join(self, timeout: float) -> None:
+        """After Ray's end: wait for threads of slots that did not go home, before Python ends."""
+        for berth in [*self._homeward, *self._berths.values()]:
+            berth.slot.join(timeout)
+
+    def _note(self, berth: _Berth) -> None:
+        """Whether a slot's workers are there; a trial that waits for them too long goes back."""
+        now = time.monotonic()
+        with self._lock:
+            if berth.vitals["nodes"]:
+                berth.absent_since, berth.is_parked = None, False
+                return
+            if berth.absent_since is None:
+                berth.absent_since = now
+            heirs = [other for other in self._berths.values() if other.absent_since is None]
+            patience = PATIENCE_SECONDS if berth.vitals["entered"] else FIRST_PATIENCE_SECONDS
+            if not all(heir.is_taken for heir in heirs):
+                patience = HANDOVER_SECONDS
+            if not berth.is_parked and now - berth.absent_since > patience:
+                berth.is_parked = True
+                self._say(f"{berth.slot.name} waits for its workers: it needs {self.gang}")
+            if berth.is_parked and berth.serial is not None and heirs:
+                berth.slot.desk.withdraw.remote(berth.serial)
+
+    def _evacuate(self, berths: list[_Berth], leaving: set[str]) -> None:
+        """Have the workers on nodes that are to be taken away save, and go on elsewhere."""
+        for berth in berths:
+            if leaving.intersection(berth.vitals.get("nodes", ())):
+                berth.slot.desk.leave.remote(berth.vitals["ticket"])
+                self._say(f"{berth.slot.name} leaves a node that is to be taken away")
+
+    def _num_wanted(self) -> int:
+        """Slots for all that is left to do, within what the user allows."""
+        progress = self._conductor.progress
+        left = max(1, progress.total - progress.num_done)
+        return min(left, self._resources.concurrent or MOST, MOST)
+
+    def _grow(self, seen: Nodes) -> None:
+        """Begin slots for which there is room, and ask for room where that helps."""
+        num_before, wanted = len(self._berths), self._num_wanted()
+        idle = [b for b in self._berths.values() if not b.is_taken and not b.is_parked]
+        lacking = 0 if idle else wanted - num_before
+        for _ in range(min(lacking, self._room(seen))):
+            self._start_slot()
+        asked = min(wanted, self._resources.autoscale or 0) - len(self._berths)
+        has_nothing_to_do = any(berth.absent_since is None for berth in idle)
+        self._ask(0 if has_nothing_to_do else max(0, asked))
+        self._tell(seen, num_before)
+
+    def _room(self, seen: Nodes) -> int:
+        """Slots that can begin now. What was asked for and given is free for them from here on."""
+        given = [pg for pg in self._asked if placement_group_table(pg)["state"] == "CREATED"]
+        for group in given:
+            self._asked.remove(group)
+            remove_placement_group(group)
+        # those that have not come yet will take what seems free
+        coming = sum(berth.absent_since is not None for berth in self._berths.values())
+        return num_gangs(seen.free, self.gang) + len(given) - coming
+
+    def _shrink(self) -> None:
+        """Send home slots that nothing is left for."""
+        # a trial whose workers are not there may yet be handed to a slot that has nothing to do
+        waiting = sum(
+            berth.is_taken and berth.absent_since is not None for berth in self._berths.values()
+        )
+        surplus = len(self._berths) - self._num_wanted() - waiting
+        idle = [name for name, berth in self._berths.items() if not berth.is_taken]
+        idle.sort(key=lambda name: self._berths[name].absent_since is None)  # the absent first
+        for name in idle[: max(0, surplus)]:
+            self._homeward.append(self._berths.pop(name))
+            self._homeward[-1].slot.close()
+
+    def _ask(self, count: int) -> None:
+        """Have so many groups of workers wait in Ray's queue, which autoscalers look at."""
+        while len(self._asked) > count:
+            remove_placement_group(self._asked.pop())
+        while len(self._asked) < count:
+            each = {"CPU": self.gang.cpus} | ({"GPU": self.gang.gpus} if self.gang.gpus else {})
+            self._asked.append(placement_group([each] * self.gang.workers))
+
+    def _start_slot(self) -> None:
+        conductor, resources = self._conductor, self._resources
+        name = f"{conductor.spec.study}-{conductor.ledger.epoch}-slot-{self._num_begun}"
+        self._num_begun += 1
+        slot = Slot(
+            name,
+            run_job,
+            workers=self.gang.workers,
+            cpus_per_worker=self.gang.cpus,
+            gpus_per_worker=self.gang.gpus,
+            storage=self._scratch,
+            measure_peak=None if resources.peak_flops else peak_flops,
+            hang_seconds=60 * resources.hang_minutes,
+        )
+        self._berths[name] = _Berth(slot, absent_since=time.monotonic())
+
+    def _tell(self, seen: Nodes, num_before: int) -> None:
+        """One line whenever something has changed."""
+        count = len(self._berths)
+        self._conductor.progress.slots = max(
+            1, sum(not berth.is_parked for berth in self._berths.values())
+        )
+        if count > num_before:
+            verb = "starting" if num_before == 0 else "room for more; starting"
+            self._say(
+                f"{count} trial(s) at once on {in_words(seen.total)}; "
+                f"{verb} {count - num_before} x {self.gang.workers} workers"
+            )
+        elif count == 0:
+            asked = ", asked of the autoscaler" if self._asked else ""
+            self._say(
+                f"waits for room: a trial needs {self.gang}{asked}; "
+                f"{in_words(seen.free)} of {in_words(seen.total)} are free"
+            )
+
+    def _say(self, text: str) -> None:
+        if text != self._told:
+            self._conductor.progress.say(text)
+        self._told = text
