@@ -109,7 +109,9 @@ class Host:
     def lose(self) -> None:
         """Kill all of it at once."""
         self.outer.kill()
-        self.outer.communicate()
+        self.outer.wait()
+        assert self.outer.stdout is not None
+        self.outer.stdout.close()
         for process in self.started:
             process.wait(30)
 
