@@ -30,6 +30,7 @@ from cluster.metrics import Publisher
 from cluster.placement import num_slots
 from study.conductor import Conductor
 from study.ledger import Suggestion
+from study.requests import was_stopped
 from study.resume import Finished, Wait
 from study.telemetry import Telemetry
 from trainables.errors import UserError
@@ -55,13 +56,15 @@ def drive(conductor: Conductor) -> None:
         address = os.environ.get("RAY_ADDRESS", "a cluster of this machine's own")
         raise UserError(f"Ray at {address}: {error}") from error
     # the dashboard shows a job's log, and cannot resume by itself
-    where = f"--storage {conductor.ledger.folder.root.parent.absolute()}"
+    where = f"--storage {conductor.ledger.folder.storage}"
     if connection.job_id and connection.dashboard:
         where = f"--address {connection.dashboard} {where}"
     how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)
     # Ray insists on storage that all nodes see; nothing in it is read back
-    shared = None if connection.nodes == 1 else conductor.ledger.folder.root.resolve()
+    folder = conductor.ledger.folder
+    is_shared = connection.nodes > 1 and not folder.remote
+    shared = folder.root.resolve() if is_shared else None
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
     try:
         with _interruptible():
@@ -83,6 +86,7 @@ def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
         with _watching(conductor, slots):
             tuner.fit()
     except KeyboardInterrupt:
+        conductor.ledger.refuse_if_fenced()
         for slot in slots:
             if slot.error is not None:
                 raise RuntimeError(f"the worker group {slot.name} is gone") from slot.error
@@ -274,16 +278,15 @@ def _watching(conductor: Conductor, slots: list[Slot]) -> Iterator[None]:
     ended = threading.Event()
     telemetry = Telemetry(conductor, Publisher(conductor.spec.study).publish)
     vitals: dict[str, dict[str, Any]] = {}  # by slot
-    stop_request = conductor.ledger.folder.stop_request
+    ledger, folder = conductor.ledger, conductor.ledger.folder
 
     def watch() -> None:
         published = 0.0
         while not ended.wait(POLL_SECONDS):
-            was_asked = stop_request.exists()
+            was_asked = was_stopped(folder)
             if was_asked:
-                stop_request.unlink(missing_ok=True)
                 conductor.progress.say("asked to stop")
-            if was_asked or any(slot.error is not None for slot in slots):
+            if was_asked or ledger.is_fenced or any(slot.error is not None for slot in slots):
                 os.kill(os.getpid(), signal.SIGINT)  # Tune's loop has the main thread
                 return
             for slot in slots:

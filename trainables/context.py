@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainables.storage import store
+
 # keys: phase, step, epoch, progress, metric, value, goal, unit, seconds
 Row = dict[str, Any]
 
@@ -30,7 +32,17 @@ class Context:
     world_size: int = 1
     checkpoint_seconds: float = 30.0
     saved: Callable[[float], None] = lambda seconds: None  # a checkpoint took so long; cheap
+    remote: str = ""  # the URI in a store of objects that `folder` mirrors
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def keep(self, folder: str) -> None:
+        """Have the store, if there is one, hold the files of a folder of the trial's."""
+        if self.remote:
+            place = self.folder / folder
+            # what tells of the others comes last: encoder.json after encoder.safetensors
+            for path in sorted(place.iterdir(), key=lambda path: (path.suffix == ".json", path)):
+                if path.is_file() and not path.name.startswith("."):
+                    store(self.remote).upload(f"{folder}/{path.name}", path)

@@ -170,6 +170,8 @@ def pretrain(
                 seconds=counters.device_seconds,
             )
             judge.draw_masks(model, teacher, plan.rungs[done])
+            if context.is_main:
+                context.keep("pictures")
             stop = told_to_stop(rows, context)
             counters = replace(
                 counters,
@@ -181,8 +183,9 @@ def pretrain(
         if context.is_main and (is_rung or now - saved > context.checkpoint_seconds):
             saving = time.perf_counter()
             name = f"{context.attempt}-pretrain-{done:08d}"
+            folder = context.folder / "checkpoints"
             tensors = checkpoint.pack(model, learner.optimizer, teacher)
-            checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
+            checkpoint.save(folder, name, tensors, asdict(counters), context.remote)
             saved = time.perf_counter()
             context.saved(saved - saving)
         if stop:
@@ -191,8 +194,10 @@ def pretrain(
 
     if context.is_main:
         judge.draw(model, context.folder / "pictures")
+        context.keep("pictures")
         results = {row["metric"]: row["value"] for row in counters.rows}
         export_encoder(context.folder / "encoder", model.encoder, config, seed, dataset, results)
+        context.keep("encoder")
     return "complete", model.encoder.state_dict()
 
 

@@ -31,6 +31,8 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from trainables.errors import StorageError
+
 Job = dict[str, Any]
 Event = dict[str, Any]
 MAX_GROUP_STARTS = 3  # worker groups that one job may lose before it is given up
@@ -227,6 +229,8 @@ def _as_outcome(error: Exception) -> tuple[str, str]:
     """Outcome and text of an error of the trial."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "out-of-memory", str(error) or "the worker ran out of memory"
+    if isinstance(error, StorageError):
+        return "lost", str(error)  # no fault of the trial's: it may go on when the storage does
     return "failed", "".join(traceback.format_exception(error))
 
 

@@ -171,8 +171,9 @@ def segment(
         if context.is_main and (is_rung or now - saved > context.checkpoint_seconds):
             saving = time.perf_counter()
             name = f"{context.attempt}-segment-{done:08d}"
+            folder = context.folder / "checkpoints"
             tensors = checkpoint.pack(model, optimizer)
-            checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
+            checkpoint.save(folder, name, tensors, asdict(counters), context.remote)
             saved = time.perf_counter()
             context.saved(saved - saving)
         if stop:
@@ -181,6 +182,7 @@ def segment(
 
     if context.is_main:
         draw(model, settings, dataset, context, context.folder / "pictures")
+        context.keep("pictures")
     return "complete"
 
 
