@@ -51,6 +51,7 @@ def check(path: Path) -> None:
     from trainables.speed import flops_per_second
 
     spec = load_spec(path)
+    folder = _begun(spec.study_folder())
     dataset = open_dataset(_prepare(spec))
     _refuse_unfit_data(spec, dataset)
     console.print(f"{path}: sound", markup=False)
@@ -58,7 +59,6 @@ def check(path: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = max(1, int(spec.resources.cpus_per_worker))
     speed = flops_per_second(spec.trial, dataset, device, threads=threads)
-    folder = _begun(spec.study_folder())
     asked = requests.grown(spec, requests.expected(folder, spec))
     _print_pairs("plan", plan(asked, dataset, flops_per_second=speed).describe())
     if asked.budget.trials > spec.budget.trials:
@@ -253,7 +253,7 @@ def _resume_as_job(name: str, address: str, storage: str | None) -> None:
         jobs.resubmit,
         address,
         name,
-        storage=str(_absolute(place)) if place is not None else None,
+        storage=str(place.absolute()) if place is not None else None,
         question=question_of(folder) if folder is not None else "",
     )
     console.print(f"resumed as job {job}\n{link}", markup=False)
@@ -269,10 +269,6 @@ def _begun(folder: StudyFolder) -> StudyFolder:
     if folder.remote and mirror.exists(folder):
         mirror.pull(folder)
     return folder
-
-
-def _absolute(storage: Storage) -> Storage:
-    return storage if storage.remote else Storage(storage.folder.absolute())
 
 
 def _needs_a_driver(folder: StudyFolder) -> bool:
@@ -305,7 +301,7 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
     console.print(f"study {spec.study}: {folder.where}", markup=False)
     holder = {"job": submission_id()}
     with Ledger.open(folder, holder) as ledger:
-        requests.was_stopped(folder)  # in an earlier life
+        requests.forget_stop(folder)
         decoded = _prepared_before(folder, spec) if is_by_name else _prepare(spec)
         dataset = open_dataset(decoded)
         _refuse_unfit_data(spec, dataset)
@@ -498,7 +494,7 @@ def doctor(address: str | None, storage: str | None) -> int:
 
     place = _storage(storage)
     if address:
-        given = str(_absolute(place)) if storage is not None else None
+        given = str(place.absolute()) if storage is not None else None
         verdicts = _jobs(cluster_verdicts, address, given)
     else:
         verdicts = machine_verdicts(place.remote or place.folder, default_cache())

@@ -33,7 +33,7 @@ from study.ledger import Suggestion
 from study.requests import was_stopped
 from study.resume import Finished, Wait
 from study.telemetry import Telemetry
-from trainables.errors import UserError
+from trainables.errors import StorageError, UserError
 from trainables.job import run_job
 from trainables.ray_worker import Slot, quiet_environment
 from trainables.speed import peak_flops
@@ -95,6 +95,8 @@ def _drive(conductor: Conductor, connection: Connection, scratch: Path) -> None:
         raise (errors[0] if errors else error) from None
     finally:
         conductor.progress.stop()
+    if errors:
+        raise errors[0]
     conductor.progress.say_first_steps()
     for slot in slots:
         slot.close(FAREWELL_SECONDS)
@@ -204,6 +206,8 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         with self.keeping_errors():
+            if self.errors:
+                raise self.errors[0]
             step = self.conductor.next()
         if isinstance(step, Finished):
             return str(Searcher.FINISHED)
@@ -226,7 +230,8 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         self._free.append(slot)
         if error or result is None or "outcome" not in result:
             result = {"outcome": "lost", "error": "its relay in Ray Tune died"}
-        with self.keeping_errors():
+        # Tune would log a storage that fails and go on; it learns of it when it next asks
+        with suppress(StorageError), self.keeping_errors():
             waited = result.get("first_step_seconds")
             self.conductor.progress.first_step(waited, is_warm=slot in self._warm)
             self._warm.add(slot)

@@ -62,6 +62,9 @@ class Storage:
             self.folder.joinpath(*parts), self.remote and storage.join(self.remote, *parts)
         )
 
+    def absolute(self) -> Storage:
+        return Storage(self.folder.absolute(), self.remote)
+
     def __str__(self) -> str:
         return self.remote or str(self.folder)
 

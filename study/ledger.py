@@ -323,8 +323,9 @@ class Ledger:
         assert self._lock >= 0, "the ledger is closed"
         with self._one_at_a_time:
             if self._broken is not None:
+                where = self.folder.location(path)
                 raise type(self._broken)(
-                    f"{path}: not written, because an earlier write failed: {self._broken}"
+                    f"{where}: not written, because an earlier write failed: {self._broken}"
                 )
             if self.folder.remote:
                 self._put_remote(path, content, once)

@@ -104,7 +104,10 @@ def remember(folder: StudyFolder, tags: dict[str, Tag]) -> None:
 
 def exists(folder: StudyFolder) -> bool:
     """Whether the study has been begun in the store; a StorageError if it cannot be told."""
-    return store(folder.remote).exists(folder.name_of(folder.spec))
+    is_there = store(folder.remote).exists(folder.name_of(folder.spec))
+    if not is_there:  # which a store also says that cannot be opened
+        store(folder.storage.remote).probe()
+    return is_there
 
 
 def newest_epoch(folder: StudyFolder) -> int:

@@ -79,10 +79,16 @@ def was_stopped(folder: StudyFolder) -> bool:
     """Whether somebody has asked the driver to stop; whoever looks is the one who is told."""
     if not folder.stop_request.exists():
         return False
+    with contextlib.suppress(StorageError):  # the next driver forgets it
+        forget_stop(folder)
+    return True
+
+
+def forget_stop(folder: StudyFolder) -> None:
+    """Clear away what an earlier driver was asked and did not heed."""
     if folder.remote:
         store(folder.remote).remove([folder.name_of(folder.stop_request)])
     folder.stop_request.unlink(missing_ok=True)
-    return True
 
 
 def extend(folder: StudyFolder, trials: int) -> str:

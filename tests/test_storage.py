@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from study import mirror, requests
+from cluster import doctor
+from study import commands, mirror, requests
 from study.commands import find_study
 from study.folder import Storage, StudyFolder
 from study.ledger import (
     FencedError,
     HeldError,
     Ledger,
+    Outcome,
     is_held,
     read_results,
     read_rows,
@@ -427,3 +432,148 @@ def test_a_damaged_checkpoint_of_the_store_is_passed_over(bucket, caplog):
     found = checkpoint.load_latest(here, remote)
     assert found is not None and found[2] == "a-1"
     assert "taking the checkpoint before" in caplog.text
+
+
+# --- around it
+
+
+def test_a_study_in_a_store_of_two_drivers_is_read_on_a_third_machine(
+    folder, tmp_path, monkeypatch
+):
+    """Each driver on its own machine; the last knows what all did, in order."""
+    for number in range(3):
+        monkeypatch.setenv("MASKSTUDY_CACHE", str(tmp_path / f"machine{number}"))
+        here = Storage.of(folder.storage.remote).study("blobs")
+        with Ledger.open(here, {}) as ledger:
+            ledger.freeze(SPEC, {})
+            if number == 0:
+                ledger.suggest(suggestion(0))
+            ledger.commit(suggestion(0), [row(number)], f"a{number}")
+            assert ledger.epoch == number + 1
+    assert read_rows(here).step.tolist() == [0, 1, 2]
+    assert read_rows(here).attempt.tolist() == ["a0", "a1", "a2"]
+
+
+def test_a_trial_that_ends_again_after_a_failure_replaces_its_outcome(folder):
+    with Ledger.open(folder, {}) as ledger:
+        ledger.freeze(SPEC, {})
+        ledger.suggest(suggestion(0))
+        ledger.finish(ended(outcome=Outcome.FAILED, error="lost its node"))
+        assert store(folder.remote).exists("trials/trial0/error.txt")
+    shutil.rmtree(folder.root)
+    with Ledger.open(folder, {}) as ledger:
+        ledger.finish(ended())
+    assert not store(folder.remote).exists("trials/trial0/error.txt")
+    mirror.pull(folder)
+    assert read_results(folder)["trial0"].outcome is Outcome.COMPLETE
+
+
+def test_a_reader_leaves_the_mirror_of_a_living_driver_alone(folder):
+    with Ledger.open(folder, {}) as ledger:
+        ledger.freeze(SPEC, {})
+        ledger.suggest(suggestion(0))
+        only_here = folder.suggestion(1)  # as between the store's yes and the mirror's rename
+        only_here.write_bytes(b"{}")
+        mirror.pull(folder)
+        assert only_here.exists()
+
+
+def test_the_doctor_tries_a_store(bucket, monkeypatch):
+    (verdict,) = doctor._can_keep(bucket.uri)
+    assert verdict.level is doctor.Level.OK
+    (verdict,) = doctor._can_keep("s3://absent/studies")
+    assert verdict.level is doctor.Level.PROBLEM and "s3://absent/studies" in verdict.found
+    place, token = doctor._leave_token(bucket.uri)
+    assert token is not None
+    facts = doctor._exchange(place, token)
+    assert facts["error"] == "" and doctor._collect_tokens(place) == [facts["left"]]
+    assert doctor._exchange(place, token)["error"] == f"{bucket.uri} is not the head's there"
+    assert store(bucket.uri).entries() == {}
+    assert doctor._leave_token("s3://absent/x")[1] is None
+
+
+def test_check_says_that_a_storage_cannot_be_opened(bucket, tmp_path, tiny_study):
+    tiny_study.write_text(tiny_study.read_text() + "storage: s3://absent/studies\n")
+    with pytest.raises(StorageError, match=r"s3://absent/studies: .*no such bucket"):
+        commands.check(tiny_study)
+
+
+def test_a_driver_that_dies_is_told_from_one_that_lives_without_waiting_again(
+    folder, tmp_path, monkeypatch
+):
+    """Who looks on for long, as the console does, need not watch anew at each look."""
+    ledger = Ledger.open(folder, {})
+    other = elsewhere(folder, tmp_path, monkeypatch)
+    assert is_held(other)
+    began = time.monotonic()
+    time.sleep(0.5)
+    assert is_held(other)
+    die(ledger)
+    deadline = time.monotonic() + 20
+    while is_held(other):
+        assert time.monotonic() < deadline
+    assert time.monotonic() - began < 20
+    began = time.monotonic()
+    assert not is_held(other)
+    assert time.monotonic() - began < 1.5
+
+
+def test_the_console_shows_a_study_of_a_store_and_asks_it(
+    folder, tmp_path, monkeypatch, tiny_study
+):
+    from study.console.index import Index
+
+    with Ledger.open(folder, {}) as ledger:
+        ledger.freeze(tiny_study.read_text(), {})
+        ledger.suggest(suggestion(0))
+        ledger.commit(suggestion(0), [row(1)], "a")
+        monkeypatch.setenv("MASKSTUDY_CACHE", str(tmp_path / "elsewhere"))
+        index = Index(Storage.of(folder.storage.remote))
+        assert index.names() == (["blobs"], 0)
+        deadline = time.monotonic() + 30
+        while not (found := index.look("blobs")).is_held or len(found.suggestions) < 1:
+            assert time.monotonic() < deadline, found.problem
+            time.sleep(0.2)
+        requests.extend(found.folder, 1)
+        assert [name for name in store(folder.remote).entries("requests")]
+
+
+# --- a folder on another file system
+
+
+@pytest.fixture
+def second_mount(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of its own where that is allowed, else the one at /dev/shm behind a link."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "maskstudy-test", str(place)]
+    try:
+        is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        is_mounted = False
+    if is_mounted:
+        yield place
+        subprocess.run(["umount", str(place)], check=True)
+        return
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("neither mount is allowed here, nor is there a /dev/shm")
+    behind = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    place.rmdir()
+    place.symlink_to(behind)
+    yield place
+    shutil.rmtree(behind)
+
+
+def test_a_study_on_a_second_mount_is_the_same(second_mount, tmp_path):
+    assert second_mount.stat().st_dev != tmp_path.stat().st_dev
+    there, here = StudyFolder(second_mount / "blobs"), StudyFolder(tmp_path / "here" / "blobs")
+    for folder in (there, here):
+        drive(folder)
+        with Ledger.open(folder, {}), pytest.raises(HeldError):
+            Ledger.open(folder, {})
+    assert {k for k in files(there.root)} == {k for k in files(here.root)}
+    assert all(
+        content == files(here.root)[name]
+        for name, content in files(there.root).items()
+        if not name.startswith("epochs/")
+    )

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from study.folder import StudyFolder
+from study.folder import Storage, StudyFolder
 from study.ledger import is_held, read_holder
 from trainables.errors import StorageError, UserError
 
@@ -33,7 +33,7 @@ class Hands:
     """Where studies are resumed: as jobs of the cluster at `address`, else on this machine."""
 
     address: str | None
-    storage: Path
+    storage: Storage
     _drivers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _jobs: dict[str, dict[str, str]] = field(default_factory=dict)
     _jobs_read: float = 0.0
@@ -143,7 +143,7 @@ def enqueue(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
 
 def _resume_here(hands: Hands, folder: StudyFolder) -> str:
     """A driver of its own session: it goes on when the console ends."""
-    name, storage = folder.root.name, str(folder.root.parent)
+    name, storage = folder.root.name, str(folder.storage)
     with hands._lock:
         before = hands._drivers.get(name)
         if before is not None and before.poll() is None:
@@ -158,7 +158,7 @@ def _resume_here(hands: Hands, folder: StudyFolder) -> str:
             with os.fdopen(os.open(folder.console_log, flags, 0o666), "wb") as log:
                 driver = subprocess.Popen(
                     [sys.executable, "-m", "study", "resume", name, "--storage", storage],
-                    cwd=storage,
+                    cwd=folder.root.parent,
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
