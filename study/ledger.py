@@ -334,7 +334,8 @@ class Ledger:
             try:
                 _make_folder(path.parent)
                 _write_new(aside, content)
-                self._check_fence()
+                if not self.folder.remote:
+                    self._check_fence()
                 os.replace(aside, path)
                 _sync_folder(path.parent)
             except OSError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     return folder_of(path)
 
 
+@contextmanager
+def driving(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    driver = start(path)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 def has_a_checkpoint(folder: StudyFolder) -> bool:
     names = store(folder.remote).entries("trials")
     return any(name.endswith("manifest.json") for name in names)
@@ -40,14 +52,12 @@ def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
 ) -> None:
     path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
     folder = Storage.of(bucket.uri).study("tiny")
-    driver = start(path)
-    wait_until(lambda: has_a_checkpoint(folder), driver)
-    second = start(path, log="second.log", MASKSTUDY_CACHE=str(tmp_path / "second"))
-    assert second.wait(120) == 75
-    printed = (tmp_path / "second.log").read_text()
-    assert f"{bucket.uri}/tiny: held by" in printed and f"pid {driver.pid}" in printed
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    with driving(path) as driver:
+        wait_until(lambda: has_a_checkpoint(folder), driver)
+        second = start(path, log="second.log", MASKSTUDY_CACHE=str(tmp_path / "second"))
+        assert second.wait(120) == 75
+        printed = (tmp_path / "second.log").read_text()
+        assert f"{bucket.uri}/tiny: held by" in printed and f"pid {driver.pid}" in printed
     assert len(read_results(folder)) < 2, "it was over before it was killed"
     shutil.rmtree(tmp_path / "cache")
 
@@ -69,13 +79,13 @@ def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
 ) -> None:
     path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
     folder = Storage.of(bucket.uri).study("tiny")
-    driver = start(path)
-    wait_until(lambda: has_a_checkpoint(folder), driver)
-    bucket.stop()
-    try:
-        assert driver.wait(240) == 74, path.with_suffix(".log").read_text()
-    finally:
-        bucket.start()
+    with driving(path) as driver:
+        wait_until(lambda: has_a_checkpoint(folder), driver)
+        bucket.stop()
+        try:
+            assert driver.wait(240) == 74, path.with_suffix(".log").read_text()
+        finally:
+            bucket.start()
     printed = path.with_suffix(".log").read_text()
     assert f"maskstudy: {bucket.uri}/tiny/" in printed and "run the same command again" in printed
     assert "Traceback" not in printed
