@@ -226,7 +226,7 @@ class Journal:
         if len(rows) == number and (result is None or result.outcome == outcome):
             return
         if note is None:
-            self._keep(path, {"rows": 0, "outcome": None, "handle": None})
+            _keep(self.folder, path, {"rows": 0, "outcome": None, "handle": None})
         page = Page(
             study=self.study,
             folder=self.folder,
@@ -239,13 +239,7 @@ class Journal:
         )
         handle = self._loggers[name](page)
         outcome = result.outcome if result else outcome
-        self._keep(path, {"rows": len(rows), "outcome": outcome, "handle": handle})
-
-    def _keep(self, path: Path, content: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _written_aside(path) as aside:
-            aside.write_text(json.dumps(content))
-        mirror.send(self.folder, path)
+        _keep(self.folder, path, {"rows": len(rows), "outcome": outcome, "handle": handle})
 
 
 def check_packages(log: Sequence[Choice]) -> None:
@@ -266,6 +260,13 @@ def _outcome(result: Result) -> str:
 def _plain(value: Any) -> Any:
     """What TensorBoard takes for a setting."""
     return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _keep(folder: StudyFolder, path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _written_aside(path) as aside:
+        aside.write_text(json.dumps(content))
+    mirror.send(folder, path)
 
 
 @contextmanager

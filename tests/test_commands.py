@@ -97,8 +97,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["slide0", "train", "val"],
     ),
     "a storage that is no folder": (
-        lambda f: edit(f / "blood.yaml", "budget:", "storage: s3://bucket\nbudget:"),
-        ["blood.yaml", "s3://bucket"],
+        lambda f: edit(f / "blood.yaml", "budget:", "storage: ftp://bucket\nbudget:"),
+        ["blood.yaml", "ftp://bucket"],
     ),
 }
 
