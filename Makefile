@@ -13,7 +13,7 @@ help: ## list the targets
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard,mlflow]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cloud,tensorboard,mlflow]'
 	touch $@
 
 demo: $(STAMP) ## run the quickstart study and write its report (about 4 minutes on 2 cores)

@@ -71,19 +71,16 @@ def cluster_verdicts(address: str, storage: str | None) -> list[Verdict]:
     return [verdict for judge in judges for verdict in judge(facts)]
 
 
-def machine_verdicts(storage: Path, cache: Path) -> list[Verdict]:
-    """Judge this machine, on which no cluster need run."""
+def machine_verdicts(storage: Path | str, cache: Path) -> list[Verdict]:
+    """Judge this machine, on which no cluster need run; `storage` may be a URI."""
     here = look(None, None)
     facts: Facts = {"nodes": [here], "open": None}
     return [
         *advisories(facts),
         *token_files(facts),
         _torch_runs(here),
-        *(
-            verdict
-            for name, folder in (("storage", storage), ("cache", cache))
-            for verdict in (_can_write(name, folder), _room(name, folder))
-        ),
+        *(_can_keep(storage) if isinstance(storage, str) else _can_hold("storage", storage)),
+        *_can_hold("cache", cache),
     ]
 
 
@@ -128,7 +125,7 @@ def look(folder: str | None, token: str | None) -> Facts:
         "devices": len([path for path in glob.glob("/dev/nvidia*") if path[11:].isdigit()]),
         "listening": listening(),
         "token_mode": _token_file_mode(),
-        "storage": _exchange(Path(folder), token) if folder and token else None,
+        "storage": _exchange(folder, token) if folder and token else None,
     }
 
 
@@ -143,7 +140,7 @@ def look_at_all(storage: str | None) -> Facts:
     task = ray.remote(num_cpus=0, max_retries=0)(look)
     refs = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            str(place) if token else None, token
+            place if token else None, token
         ): node
         for node in alive
     }
@@ -159,12 +156,12 @@ def look_at_all(storage: str | None) -> Facts:
                 facts["error"] = str(error).strip().splitlines()[-1]
         ports = {key: about.get(key) for key in about if key.endswith("Port")}
         nodes.append({**facts, "ports": ports, "gpus": about["Resources"].get("GPU", 0)})
-    seen = _collect_tokens(place, token) if token else []
+    seen = _collect_tokens(place) if token else []
     return {
         "nodes": nodes,
         "dashboard": context.dashboard_url,
         "gcs": ray.get_runtime_context().gcs_address,
-        "storage": {"folder": storage, "left": token is not None, "seen": seen, "why": str(place)},
+        "storage": {"folder": storage, "left": token is not None, "seen": seen, "why": place},
     }
 
 
@@ -290,6 +287,8 @@ def shared_storage(facts: Facts) -> list[Verdict]:
     """Every node must read what another one wrote."""
     storage, nodes = facts["storage"], facts["nodes"]
     way_out = "a folder that every node mounts at the same path, writable by Ray's user"
+    if _is_uri(storage["folder"] or ""):
+        way_out = "pip install 'maskstudy[cloud]' and credentials in the environment of every node"
     if storage["folder"] is None and len(nodes) > 1:
         ask = "name it: maskstudy doctor --address URL --storage DIR"
         return [Verdict("storage", Level.WARNING, "several nodes, and no storage named", ask)]
@@ -382,38 +381,103 @@ def _token_file_mode() -> int | None:
         return None
 
 
-def _leave_token(storage: str | None) -> tuple[Path | str, str | None]:
-    """A folder in the storage with a token in it; or why there is none."""
+def _is_uri(storage: str) -> bool:
+    return "://" in storage
+
+
+def _objects(uri: str) -> Any:
+    """The store at a URI, with what the environment says of it."""
+    import obstore
+
+    is_plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    return obstore.store.from_url(
+        uri,
+        client_options={"connect_timeout": "5s", **({"allow_http": True} if is_plain else {})},
+        retry_config={"max_retries": 2},
+    )
+
+
+def _why(error: Exception) -> str:
+    """An error of a file system or of a store, in a line."""
+    if isinstance(error, ImportError):
+        return "obstore is not installed"
+    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(told).splitlines()[0][:300]
+
+
+def _leave_token(storage: str | None) -> tuple[str, str | None]:
+    """A new place in the storage with a token in it; or why there is none."""
     if storage is None:
         return "", None
-    place, token = Path(storage) / f".doctor-{secrets.token_hex(4)}", secrets.token_hex(16)
+    place, token = f"{storage}/.doctor-{secrets.token_hex(4)}", secrets.token_hex(16)
     try:
-        place.mkdir(parents=True)
-        (place / "head").write_text(token)
-    except OSError as error:
-        return f"{storage}: the head cannot write there: {error.strerror}", None
+        if _is_uri(storage):
+            _objects(place).put("head", token.encode())
+        else:
+            Path(place).mkdir(parents=True)
+            (Path(place) / "head").write_text(token)
+    except Exception as error:  # a store fails in many ways
+        return f"{storage}: the head cannot write there: {_why(error)}", None
     return place, token
 
 
-def _collect_tokens(place: Path | str, token: str) -> list[str]:
-    """What the nodes left, as the head sees it; the folder goes away."""
-    place = Path(place)
-    found = [path.read_text() for path in place.iterdir() if path.name != "head"]
+def _collect_tokens(place: str) -> list[str]:
+    """What the nodes left, as the head sees it; the place goes away."""
+    if _is_uri(place):
+        objects = _objects(place)
+        names = [found["path"] for page in objects.list() for found in page]
+        read = [bytes(objects.get(name).bytes()).decode() for name in names if name != "head"]
+        for name in names:
+            objects.delete(name)
+        return read
+    read = [path.read_text() for path in Path(place).iterdir() if path.name != "head"]
     shutil.rmtree(place, ignore_errors=True)
-    return found
+    return read
 
 
-def _exchange(place: Path, token: str) -> Facts:
-    left = secrets.token_hex(16)
+def _exchange(place: str, token: str) -> Facts:
+    left, storage = secrets.token_hex(16), place.rpartition("/")[0]
     try:
-        if (place / "head").read_text() != token:
-            return {"left": left, "error": f"{place.parent} is another folder there"}
-        (place / f"node-{left[:8]}").write_text(left)
+        if _is_uri(place):
+            objects = _objects(place)
+            found = bytes(objects.get("head").bytes()).decode()
+            objects.put(f"node-{left[:8]}", left.encode())
+        else:
+            found = (Path(place) / "head").read_text()
+            (Path(place) / f"node-{left[:8]}").write_text(left)
     except FileNotFoundError:
-        return {"left": left, "error": f"{place.parent} is not the head's folder there"}
-    except OSError as error:
-        return {"left": left, "error": f"{place.parent}: {error.strerror}"}
-    return {"left": left, "error": ""}
+        return {"left": left, "error": f"{storage} is not the head's there"}
+    except Exception as error:  # a store fails in many ways
+        return {"left": left, "error": f"{storage}: {_why(error)}"}
+    return {"left": left, "error": "" if found == token else f"{storage} is another one there"}
+
+
+def _can_keep(uri: str) -> list[Verdict]:
+    """Write, refuse to overwrite, read and remove an object, as a ledger does."""
+    name, problem = f".doctor-{secrets.token_hex(4)}", Level.PROBLEM
+    try:
+        objects = _objects(uri)
+        objects.put(name, b"doctor", mode="create")
+        try:
+            objects.put(name, b"again", mode="create")
+        except Exception as error:
+            if type(error).__name__ not in ("AlreadyExistsError", "PreconditionError"):
+                raise
+        else:
+            told = f"{uri}: overwrites what it is asked to keep, so two drivers could take a study"
+            way_out = "a store with conditional writes (If-None-Match), or a folder"
+            return [Verdict("storage", problem, told, way_out)]
+        finally:
+            objects.delete(name)
+    except Exception as error:  # a store fails in many ways
+        way_out = "see the bucket, the credentials in the environment, and maskstudy[cloud]"
+        return [Verdict("storage", problem, f"{uri}: {_why(error)}", way_out)]
+    told = f"{uri}: objects can be written, kept from being overwritten, read and removed"
+    return [Verdict("storage", Level.OK, told)]
+
+
+def _can_hold(name: str, folder: Path) -> list[Verdict]:
+    return [_can_write(name, folder), _room(name, folder)]
 
 
 def _torch_runs(here: Facts) -> Verdict:

@@ -24,8 +24,11 @@ app = typer.Typer(
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="the study file")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a study's name, folder or file")]
 Storage = Annotated[
-    Path | None,
-    typer.Option(help="folder of studies; default: $MASKSTUDY_STORAGE, else ./studies"),
+    str | None,
+    typer.Option(
+        help="of studies: a folder, or a URI such as s3://bucket/prefix; default: "
+        "$MASKSTUDY_STORAGE, else ./studies"
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -107,7 +110,8 @@ def submit(
     study: StudyFile,
     address: Annotated[str, typer.Option(help="of the cluster's dashboard")],
     storage: Annotated[
-        str | None, typer.Option(help="a folder that every node of the cluster sees")
+        str | None,
+        typer.Option(help="a folder that every node of the cluster sees, or s3://bucket/prefix"),
     ] = None,
 ) -> None:
     """Run a study as a Ray job; prints the job, the link to it, and how to resume."""
@@ -195,9 +199,10 @@ def report(
 ) -> None:
     """Write the interactive report: one HTML file that needs nothing else."""
     from analysis.report import build_report
-    from study import commands
+    from study import commands, mirror
 
     folder = commands.find_study(name, storage)
+    mirror.pull_pictures(folder)
     typer.echo(build_report(folder.root, output))
 
 

@@ -17,9 +17,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from study import requests
+from study import mirror, requests
 from study.environment import environment
-from study.folder import StudyFolder
+from study.folder import Storage, StudyFolder, is_trial_id
 from study.ledger import (
     HeldError,
     Ledger,
@@ -36,6 +36,7 @@ from study.ledger import (
 from study.overview import arms_table, is_finished, question_of, studies, studies_table
 from study.reader import read_yaml
 from trainables.errors import UserError
+from trainables.storage import is_uri, join
 
 console = Console(highlight=False, soft_wrap=True)
 _COLOURS = {"ok": "", "warning": "yellow", "problem": "red"}  # the words say it too
@@ -51,6 +52,7 @@ def check(path: Path) -> None:
     from trainables.speed import flops_per_second
 
     spec = load_spec(path)
+    folder = _begun(spec.study_folder())
     dataset = open_dataset(_prepare(spec))
     _refuse_unfit_data(spec, dataset)
     console.print(f"{path}: sound", markup=False)
@@ -58,7 +60,6 @@ def check(path: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = max(1, int(spec.resources.cpus_per_worker))
     speed = flops_per_second(spec.trial, dataset, device, threads=threads)
-    folder = StudyFolder(spec.storage_path() / spec.study)
     asked = requests.grown(spec, requests.expected(folder, spec))
     _print_pairs("plan", plan(asked, dataset, flops_per_second=speed).describe())
     if asked.budget.trials > spec.budget.trials:
@@ -224,7 +225,7 @@ def run(path: Path, *, build_report: Callable[[Path], Path] | None) -> int:
 def resume(
     name: str,
     address: str | None,
-    storage: Path | None,
+    storage: str | None,
     *,
     build_report: Callable[[Path], Path] | None,
 ) -> int:
@@ -241,39 +242,45 @@ def resume(
     return _run(spec, folder, build_report)
 
 
-def _resume_as_job(name: str, address: str, storage: Path | None) -> None:
+def _resume_as_job(name: str, address: str, storage: str | None) -> None:
     from cluster import jobs
 
-    folder = _seen_here(_storage(storage) / name)
+    folder = _seen_here(_storage(storage).study(name))
     if folder is not None and not _needs_a_driver(folder):
         return
     # a storage that is only seen from the cluster is as good, if it is named
-    place = storage or (folder.root.parent if folder is not None else None)
+    place = Storage.of(storage) if storage else folder.storage if folder is not None else None
     job, link = _jobs(
         jobs.resubmit,
         address,
         name,
-        home=_home(name, storage),
+        home=_home(name, Storage.of(storage) if storage else None),
         storage=str(place.absolute()) if place is not None else None,
         question=question_of(folder) if folder is not None else "",
     )
     console.print(f"resumed as job {job}\n{link}", markup=False)
 
 
-def _home(name: str, storage: Path | None) -> Any:
+def _home(name: str, storage: Storage | None) -> Any:
     """What tells the study's jobs from those of another storage; None if no storage was named."""
     from cluster.jobs import Home
 
     if storage is None:
         return None
-    folder = _seen_here(storage / name)
+    folder = _seen_here(storage.study(name))
     return Home(str(storage.absolute()), read_jobs(folder) if folder is not None else frozenset())
 
 
-def _seen_here(root: Path) -> StudyFolder | None:
+def _seen_here(folder: StudyFolder) -> StudyFolder | None:
     """The study's folder, if this machine sees the cluster's storage and it has been begun."""
-    folder = StudyFolder(root)
-    return folder if folder.spec.is_file() else None
+    return folder if _begun(folder).spec.is_file() else None
+
+
+def _begun(folder: StudyFolder) -> StudyFolder:
+    """The folder, brought here from its store if it has been begun there."""
+    if folder.remote and mirror.exists(folder):
+        mirror.pull(folder)
+    return folder
 
 
 def _needs_a_driver(folder: StudyFolder) -> bool:
@@ -299,14 +306,14 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
 
     check_packages(spec.log)
     is_by_name = folder is not None
-    folder = folder or StudyFolder(spec.storage_path() / spec.study)
+    folder = folder or spec.study_folder()
     if spec.storage_note and not is_by_name:
         console.print(spec.storage_note, markup=False)
     # the first line of a job's log: it tells which study a job runs that has no metadata
-    console.print(f"study {spec.study}: {folder.root}", markup=False)
+    console.print(f"study {spec.study}: {folder.where}", markup=False)
     holder = {"job": submission_id()}
     with Ledger.open(folder, holder) as ledger:
-        folder.stop_request.unlink(missing_ok=True)
+        requests.forget_stop(folder)
         decoded = _prepared_before(folder, spec) if is_by_name else _prepare(spec)
         dataset = open_dataset(decoded)
         _refuse_unfit_data(spec, dataset)
@@ -323,13 +330,14 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
         finally:
             journal.close()
             ledger.compact()
-        conductor.progress.say(f"study folder: {folder.root}")
+        conductor.progress.say(f"study folder: {folder.where}")
         if build_report is not None:
-            conductor.progress.say(f"report: {build_report(folder.root)}")
+            mirror.pull_pictures(folder)
+            conductor.progress.say(f"report: {mirror.send(folder, build_report(folder.root))}")
         if conductor.num_failed:
             conductor.progress.say(
                 f"{conductor.num_failed} trial(s) failed; see error.txt in their folders under "
-                f"{folder.trials}"
+                f"{folder.location(folder.trials)}"
             )
         return 1 if conductor.num_failed else 0
 
@@ -340,8 +348,11 @@ def submit(path: Path, address: str, storage: str | None) -> None:
     from study.spec import load_spec
 
     spec = load_spec(path)
-    studies = Path(storage) / spec.storage if storage is not None else None
-    folder = _seen_here(studies / spec.study) if studies is not None else None
+    own = Storage.of(spec.storage)
+    studies = Storage.of(storage).within(spec.storage) if storage is not None else None
+    if own.remote:
+        studies = own
+    folder = _seen_here(studies.study(spec.study)) if studies is not None else None
     if folder is not None and not _needs_a_driver(folder):
         return
     job, link = _jobs(
@@ -363,12 +374,14 @@ def submit(path: Path, address: str, storage: str | None) -> None:
     )
 
 
-def stop(name: str, address: str | None, storage: Path | None) -> None:
+def stop(name: str, address: str | None, storage: str | None) -> None:
     """Ask the driver to stop, wherever it runs."""
     if address:
         from cluster import jobs
 
-        job = _jobs(jobs.stop, address, name, home=_home(name, storage))
+        job = _jobs(
+            jobs.stop, address, name, home=_home(name, Storage.of(storage) if storage else None)
+        )
         text = f"stopped job {job}" if job else f"no job of study {name!r} is running"
         console.print(text, markup=False)
         return
@@ -379,12 +392,12 @@ def stop(name: str, address: str | None, storage: Path | None) -> None:
     console.print(requests.stop(folder), markup=False)
 
 
-def extend(name: str, trials: int, storage: Path | None) -> None:
+def extend(name: str, trials: int, storage: str | None) -> None:
     """Ask for more searched trials of a study, whether it runs or not."""
     console.print(requests.extend(find_study(name, storage), trials), markup=False)
 
 
-def enqueue(name: str, given: list[str], file: Path | None, storage: Path | None) -> None:
+def enqueue(name: str, given: list[str], file: Path | None, storage: str | None) -> None:
     """Ask for one arm of a study, whether it runs or not."""
     folder = find_study(name, storage)
     if file is not None:
@@ -431,7 +444,7 @@ def jobs_table(address: str, name: str | None) -> Table:
     return table
 
 
-def status(name: str | None, address: str | None, storage: Path | None, follow: bool) -> None:
+def status(name: str | None, address: str | None, storage: str | None, follow: bool) -> None:
     """A table of all studies of the storage or the cluster, or of one study's arms or jobs."""
     if address:
         console.print(jobs_table(address, name))
@@ -446,10 +459,11 @@ def status(name: str | None, address: str | None, storage: Path | None, follow: 
     with Live(arms_table(folder), console=console, refresh_per_second=1) as live:
         while is_held(folder):
             time.sleep(2)
+            mirror.pull(folder)
             live.update(arms_table(folder))
 
 
-def export(name: str, output: Path, arm: str | None, storage: Path | None) -> None:
+def export(name: str, output: Path, arm: str | None, storage: str | None) -> None:
     """Copy the pretrained encoder of an arm's best trial into a new folder."""
     from study.conductor import measure
     from study.resume import best_arms
@@ -462,6 +476,7 @@ def export(name: str, output: Path, arm: str | None, storage: Path | None) -> No
     spec = parse_spec(text, folder.root, where=str(folder.spec))
     suggestions = read_suggestions(folder)
     measured = measure(read_rows(folder))
+    mirror.pull_pictures(folder)
     with_encoder = [s for s in suggestions if folder.encoder(s.trial).is_dir()]
     ranked = best_arms(spec, suggestions, measured) or sorted({s.arm for s in with_encoder})
     candidates = [a for a in ranked if any(s.arm == a for s in with_encoder)]
@@ -480,23 +495,26 @@ def export(name: str, output: Path, arm: str | None, storage: Path | None) -> No
     best = max(trials, key=score)
     if output.exists():
         raise UserError(f"{output}: exists already; name a new folder with --output")
+    mirror.pull_folder(folder, folder.encoder(best.trial))
     shutil.copytree(folder.encoder(best.trial), output)
     console.print(f"arm {best.arm}, trial {best.trial}: {output}", markup=False)
     described = json.loads((output / "encoder.json").read_text())
     console.print(described["usage"], markup=False)
 
 
-def doctor(address: str | None, storage: Path | None) -> int:
+def doctor(address: str | None, storage: str | None) -> int:
     """A table of verdicts on a cluster or on this machine; 1 if there is a problem."""
     from cluster.doctor import Level, Verdict, cluster_verdicts, machine_verdicts
     from trainables.data import default_cache
 
+    place = _storage(storage)
     if address:
-        given = str(storage.absolute()) if storage is not None else None
+        given = str(place.absolute()) if storage is not None else None
         verdicts = _jobs(cluster_verdicts, address, given)
     else:
-        verdicts = machine_verdicts(_storage(storage), default_cache())
-        for folder in studies(_storage(storage)):
+        verdicts = machine_verdicts(place.remote or place.folder, default_cache())
+        is_there = all(verdict.level is not Level.PROBLEM for verdict in verdicts)
+        for folder in studies(place) if is_there or not place.remote else []:
             for error in damage(folder):
                 name = f"study {folder.root.name}"
                 verdicts.append(Verdict(name, Level.PROBLEM, str(error), "as it says"))
@@ -510,7 +528,7 @@ def doctor(address: str | None, storage: Path | None) -> int:
 
 
 def start_console(
-    storage: Path | None,
+    storage: str | None,
     address: str | None,
     host: str,
     port: int,
@@ -531,21 +549,26 @@ def start_console(
     )
 
 
-def find_study(name: str, storage: Path | None) -> StudyFolder:
-    """The study folder of a name, a path to the folder, or a study file."""
-    given = Path(name)
-    if given.suffix in (".yaml", ".yml") and given.is_file():
+def find_study(name: str, storage: str | None) -> StudyFolder:
+    """The study folder of a name, a path or URI to the folder, or a study file."""
+    place = _storage(storage)
+    given = [StudyFolder(Path(name))]
+    if is_uri(name):
+        parent, _, last = join(name).rpartition("/")
+        given = [Storage.of(parent).study(last)]
+    elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
         from study.spec import load_spec
 
-        spec = load_spec(given)
-        given = spec.storage_path() / spec.study
-    for root in (given, _storage(storage) / name):
-        if StudyFolder(root).spec.is_file():
-            return StudyFolder(root)
-    known = ", ".join(folder.root.name for folder in studies(_storage(storage))) or "none"
+        given = [load_spec(Path(name)).study_folder()]
+    if is_trial_id(name):
+        given.append(place.study(name))
+    for folder in given:
+        if _begun(folder).spec.is_file():
+            return folder
+    known = ", ".join(folder.root.name for folder in studies(place)) or "none"
     raise UserError(
-        f"{name}: no such study in {_storage(storage)}; studies there: {known}. Name the study's "
-        f"folder, its YAML file, or its storage with --storage"
+        f"{name}: no such study in {place}; studies there: {known}. Name the study's folder, its "
+        f"YAML file, or its storage with --storage"
     )
 
 
@@ -588,7 +611,7 @@ def _prepared_before(folder: StudyFolder, spec: Any) -> Path:
         return _prepare(spec)
     except (UserError, OSError) as error:
         raise UserError(
-            f"{folder.root}: the decoded data ({fingerprint[:12]}) are not in {default_cache()}, "
+            f"{folder.where}: the decoded data ({fingerprint[:12]}) are not in {default_cache()}, "
             f"and cannot be decoded from here; resume with the study file, which says where the "
             f"images are: maskstudy run STUDY.yaml"
         ) from error
@@ -626,8 +649,8 @@ def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
         )
 
 
-def _storage(storage: Path | None) -> Path:
-    return storage or Path(os.environ.get("MASKSTUDY_STORAGE") or "studies")
+def _storage(storage: str | None) -> Storage:
+    return Storage.of(storage or os.environ.get("MASKSTUDY_STORAGE") or "studies")
 
 
 def _print_pairs(title: str, pairs: dict[str, Any]) -> None:

@@ -138,6 +138,7 @@ class Conductor:
             probe=self.spec.probe,
             rungs=list(self.spec.rungs),
             folder=self.ledger.folder.trial(suggestion.trial),
+            remote=self._remote(suggestion),
             data=self.spec.data,
             data_root=self.data.root,
             fingerprint=self.data.fingerprint,
@@ -202,6 +203,10 @@ class Conductor:
     @property
     def num_failed(self) -> int:
         return sum(result.outcome is Outcome.FAILED for result in self.results.values())
+
+    def _remote(self, suggestion: Suggestion) -> str:
+        folder = self.ledger.folder
+        return folder.location(folder.trial(suggestion.trial)) if folder.remote else ""
 
     def _answer(self, request: requests.Request) -> None:
         answer = requests.answer_to(request, self.asked, self.suggestions, self.answers)

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from cluster.placement import MOST
 from study.conductor import Conductor
 from study.fleet import Fleet
 from study.ledger import Suggestion
+from study.requests import was_stopped
 from study.resume import Finished, Wait
 from study.telemetry import Telemetry
-from trainables.errors import UserError
+from trainables.errors import StorageError, UserError
 from trainables.ray_worker import WITHDRAWN, quiet_environment
 
 POLL_SECONDS = 0.5  # of heartbeats and of the request to stop
@@ -63,14 +64,16 @@ def drive(conductor: Conductor) -> None:
             f"RAY_AUTH_TOKEN"
         ) from error
     # the dashboard shows a job's log, and cannot resume by itself
-    where = f"--storage {conductor.ledger.folder.root.parent.absolute()}"
+    where = f"--storage {conductor.ledger.folder.storage}"
     if connection.job_id and connection.dashboard:
         where = f"--address {connection.dashboard} {where}"
     how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
     conductor.progress.say(how_to_resume)
+    folder = conductor.ledger.folder
     # Ray insists on storage that all nodes see, those to come too; nothing in it is read back
-    shared = None if connection.is_private else conductor.ledger.folder.root.resolve()
-    for left in conductor.ledger.folder.root.glob(".ray-*"):  # by a driver that was killed
+    is_shared = not connection.is_private and not folder.remote
+    shared = folder.root.resolve() if is_shared else None
+    for left in folder.root.glob(".ray-*"):  # by a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
     fleet = Fleet(conductor, scratch)
@@ -108,6 +111,7 @@ def _drive(conductor: Conductor, fleet: Fleet, scratch: Path) -> None:
         with _watching(conductor, fleet):
             tuner.fit()
     except KeyboardInterrupt:
+        conductor.ledger.refuse_if_fenced()
         lost = fleet.lost()
         if lost is not None:
             raise RuntimeError(f"the worker group {lost.name} is gone") from lost.error
@@ -116,6 +120,8 @@ def _drive(conductor: Conductor, fleet: Fleet, scratch: Path) -> None:
         raise (errors[0] if errors else error) from None
     finally:
         conductor.progress.stop()
+    if errors:
+        raise errors[0]
     conductor.progress.say_first_steps()
     fleet.close(FAREWELL_SECONDS)
 
@@ -195,6 +201,8 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         slot = self.fleet.take()
         with self.keeping_errors():
+            if self.errors:
+                raise self.errors[0]
             if slot is None:
                 is_over = self.fleet.is_idle and isinstance(self.conductor.next_step(), Finished)
                 return str(Searcher.FINISHED) if is_over else None
@@ -219,7 +227,8 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
         if error or result is None or "outcome" not in result:
             result = {"outcome": "lost", "error": "its relay in Ray Tune died"}
         is_warm = self.fleet.free(slot, has_ended=result["outcome"] != WITHDRAWN)
-        with self.keeping_errors():
+        # Tune would log a storage that fails and go on; it learns of it when it next asks
+        with suppress(StorageError), self.keeping_errors():
             if result["outcome"] == WITHDRAWN:
                 self._lost[suggestion.trial] = result["lost"]
                 self.conductor.hand_back(suggestion)
@@ -277,16 +286,15 @@ def _watching(conductor: Conductor, fleet: Fleet) -> Iterator[None]:
     """Beside Tune's loop: show heartbeats, publish metrics, and heed `maskstudy stop`."""
     ended = threading.Event()
     telemetry = Telemetry(conductor, Publisher(conductor.spec.study).publish)
-    stop_request = conductor.ledger.folder.stop_request
+    ledger, folder = conductor.ledger, conductor.ledger.folder
 
     def watch() -> None:
         published = 0.0
         while not ended.wait(POLL_SECONDS):
-            was_asked = stop_request.exists()
+            was_asked = was_stopped(folder)
             if was_asked:
-                stop_request.unlink(missing_ok=True)
                 conductor.progress.say("asked to stop")
-            if was_asked or fleet.lost() is not None:
+            if was_asked or ledger.is_fenced or fleet.lost() is not None:
                 os.kill(os.getpid(), signal.SIGINT)  # Tune's loop has the main thread
                 return
             fleet.tick()

@@ -16,6 +16,12 @@ folder can be moved, copied and renamed.
     logs/<logger>/<id>.json            what TensorBoard and others have been given
     epochs/000001.json  lock           one epoch per driver; the lock of the living one
     console.log                        what the last driver said that the console started
+
+A study in a store of objects has the same names there, below its URI; the folder is the mirror.
+`lock` and what begins with a dot are in the mirror alone, and these are in the store alone:
+
+    epochs/000001.beat                 renewed by the living driver of that epoch
+    epochs/000001.over                 that driver has given the study back
 """
 
 from __future__ import annotations
@@ -23,6 +29,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from trainables import storage
 
 _TRIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -32,10 +40,60 @@ def is_trial_id(text: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Where studies lie: a folder, or a place in a store of objects and its mirror."""
+
+    folder: Path
+    remote: str = ""  # the store's URI
+
+    @classmethod
+    def of(cls, given: str) -> Storage:
+        """What a user names: a folder or a URI."""
+        if not storage.is_uri(given):
+            return cls(Path(given).expanduser())
+        given = storage.join(given)
+        return cls(storage.mirror_of(given), given)
+
+    def study(self, name: str) -> StudyFolder:
+        return StudyFolder(self.folder / name, self.remote and storage.join(self.remote, name))
+
+    def within(self, *parts: str) -> Storage:
+        """A place below this one."""
+        return Storage(
+            self.folder.joinpath(*parts), self.remote and storage.join(self.remote, *parts)
+        )
+
+    def absolute(self) -> Storage:
+        return Storage(self.folder.absolute(), self.remote)
+
+    def __str__(self) -> str:
+        return self.remote or str(self.folder)
+
+
+@dataclass(frozen=True)
 class StudyFolder:
     """The paths of one study; touches no file."""
 
     root: Path
+    remote: str = ""  # the URI that the folder mirrors; nothing: the folder is all there is
+
+    @property
+    def where(self) -> str:
+        """What people call the place."""
+        return self.remote or str(self.root)
+
+    @property
+    def storage(self) -> Storage:
+        """What this study lies in."""
+        return Storage(self.root.absolute().parent, self.remote.rpartition("/")[0])
+
+    def name_of(self, path: Path) -> str:
+        """What the store calls a path of the mirror."""
+        return path.relative_to(self.root).as_posix()
+
+    def location(self, path: Path) -> str:
+        """What people call a path."""
+        return f"{self.remote}/{self.name_of(path)}" if self.remote else str(path)
 
     @property
     def spec(self) -> Path:
@@ -112,6 +170,22 @@ class StudyFolder:
 
     def epoch(self, number: int) -> Path:
         return self.epochs / f"{number:06d}.json"
+
+    def beat(self, number: int) -> Path:
+        return self.epochs / f"{number:06d}.beat"
+
+    def over(self, number: int) -> Path:
+        return self.epochs / f"{number:06d}.over"
+
+    @property
+    def mirrored(self) -> Path:
+        """What of the store the mirror holds."""
+        return self.root / ".mirrored.json"
+
+    @property
+    def pull_lock(self) -> Path:
+        """Held while the mirror is being brought up to date."""
+        return self.root / ".pull.lock"
 
     @property
     def requests(self) -> Path:

@@ -13,6 +13,8 @@ removes the files that older drivers have written aside. A writer looks for a ne
 own file stands aside, right before the rename. So either it sees the newer epoch, or the rename
 comes before the newer driver reads anything, or the rename finds its file gone.
 
+Of a study in a store of objects the folder is the mirror; study/mirror.py says what holds there.
+
 Damage is a LedgerError that names the file, what is wrong with it, and what to do.
 """
 
@@ -42,8 +44,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from study import mirror
 from study.folder import StudyFolder, is_trial_id
 from trainables.errors import StorageError, UserError
+from trainables.storage import Tag, store
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +172,10 @@ class Ledger:
         self._attempts = 0
         self._sequences: dict[str, int] = {}  # trial -> number of its parts
         self._suggested: list[str] = []  # trials by number
-        self._broken = False
+        self._broken: StorageError | None = None
         self._one_at_a_time = threading.RLock()
+        self._heart = mirror.Heart(folder, epoch) if folder.remote else None
+        self._tags: dict[str, Tag] = {}  # of the store's objects, as this driver knows them
 
     @classmethod
     def open(cls, folder: StudyFolder, holder: dict[str, Any]) -> Ledger:
@@ -182,19 +188,28 @@ class Ledger:
                 _make_folder(path)
             except OSError as error:
                 raise _write_error(path, error, 0) from error
-        lock = _take_lock(folder)
+        lock, ledger = _take_lock(folder), None
         try:
             ledger = cls(folder, _claim_epoch(folder, holder), lock)
+            if ledger._heart is not None:
+                ledger._heart.start()
+                ledger._tags = mirror.pull_as_driver(folder)
             _sweep(folder)
             ledger._restore_copies()
         except BaseException:
-            os.close(lock)
+            if ledger is not None:
+                ledger.close()
+            else:
+                os.close(lock)
             raise
         return ledger
 
     def close(self) -> None:
         """Give the study free for the next driver."""
         if self._lock >= 0:
+            if self._heart is not None:
+                self._heart.stop(gives_back=self._broken is None)
+                mirror.remember(self.folder, self._tags)
             os.close(self._lock)
             self._lock = -1
 
@@ -208,6 +223,16 @@ class Ledger:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether a newer driver has been seen in the store."""
+        return self._heart is not None and self._heart.is_fenced
+
+    def refuse_if_fenced(self) -> None:
+        """Raise the FencedError that the next write would raise."""
+        if self.is_fenced:
+            self._check_fence()
 
     def new_attempt(self) -> str:
         """A name for one launch of a trial, never given twice: `<epoch>-<count>`."""
@@ -235,7 +260,7 @@ class Ledger:
         with self._one_at_a_time:
             number = len(self._suggested)
             assert suggestion.number == number, f"number {number} is next, not {suggestion.number}"
-            self._put(self.folder.suggestion(number), sealed(asdict(suggestion)))
+            self._put(self.folder.suggestion(number), sealed(asdict(suggestion)), once=True)
             self._suggested.append(suggestion.trial)
             self._put_copy(suggestion)
 
@@ -251,7 +276,7 @@ class Ledger:
                 self._sequences[trial.trial] = len(_parts(self.folder, trial.trial))
             sequence = self._sequences[trial.trial] + 1
             name = f"{self.epoch:06d}-{sequence:06d}-{zlib.crc32(content):08x}.parquet"
-            self._put(self.folder.rows(trial.trial) / name, content)
+            self._put(self.folder.rows(trial.trial) / name, content, once=True)
             self._sequences[trial.trial] = sequence
 
     def finish(self, result: Result) -> None:
@@ -267,7 +292,7 @@ class Ledger:
             content = {**asdict(result), "error": error, "parts": parts}
             self._put(self.folder.outcome(result.trial), sealed(content))
             if error is None:
-                _remove_quietly(self.folder.error(result.trial))  # an earlier attempt's
+                self._remove(self.folder.error(result.trial))  # an earlier attempt's
 
     def keep_stacks(self, trial: str, name: str, stacks: str) -> Path:
         """Keep where a worker of a trial hung; the file."""
@@ -277,7 +302,7 @@ class Ledger:
 
     def answer(self, answer: Answer) -> None:
         """Keep what became of a request, before anything comes of it."""
-        self._put(self.folder.answer(answer.number), sealed(asdict(answer)))
+        self._put(self.folder.answer(answer.number), sealed(asdict(answer)), once=True)
 
     def compact(self) -> None:
         """Write results.parquet and arms.parquet anew, for pandas; the readers need neither."""
@@ -293,37 +318,76 @@ class Ledger:
     def _put_copy(self, suggestion: Suggestion) -> None:
         path = self.folder.trial_config(suggestion.trial)
         if not path.exists():
-            self._put(path, sealed(asdict(suggestion)))
+            self._put(path, sealed(asdict(suggestion)), once=True)
 
-    def _put(self, path: Path, content: bytes) -> None:
+    def _put(self, path: Path, content: bytes, *, once: bool = False) -> None:
         """Make `content` the whole of `path`, durably, unless a newer driver has taken over.
 
-        After a failure nothing is written any more: the kernel may count pages as clean after a
-        failed fsync, so that trying again proves nothing.
+        `once`: it is never written again. After a failure nothing is written any more: the kernel
+        may count pages as clean after a failed fsync, so that trying again proves nothing.
         """
         assert self._lock >= 0, "the ledger is closed"
         with self._one_at_a_time:
-            if self._broken:
-                raise StorageError(f"{path}: not written, because an earlier write failed")
+            if self._broken is not None:
+                where = self.folder.location(path)
+                raise type(self._broken)(
+                    f"{where}: not written, because an earlier write failed: {self._broken}"
+                )
+            if self.folder.remote:
+                self._put_remote(path, content, once)
             # the epoch in the name: a stale writer must not share it with the newer one
             aside = path.with_name(f"{path.name}.{self.epoch:06d}.tmp")
             try:
                 _make_folder(path.parent)
                 _write_new(aside, content)
-                self._check_fence()
+                if not self.folder.remote:
+                    self._check_fence()
                 os.replace(aside, path)
                 _sync_folder(path.parent)
             except OSError as error:
-                self._broken = True
+                self._broken = _write_error(path, error, len(content))
                 _remove_quietly(aside)
-                self._check_fence()  # a newer driver may have swept the file away
-                raise _write_error(path, error, len(content)) from error
+                try:
+                    self._check_fence()  # a newer driver may have swept the file away
+                except FencedError as fenced:
+                    self._broken = fenced
+                raise self._broken from error
+
+    def _put_remote(self, path: Path, content: bytes, once: bool) -> None:
+        """Make `content` the whole of the store's object; it counts only if nobody took over."""
+        objects, name = store(self.folder.remote), self.folder.name_of(path)
+        try:
+            self._check_fence()
+            before = None if once else self._tags.get(name)
+            tag = objects.replace(name, content, before)
+            self._check_fence()
+            if tag is None:
+                raise StorageError(
+                    f"{self.folder.location(path)}: an earlier driver of this study has written it "
+                    f"since this one began, which was asleep until then. Run the same command "
+                    f"again: it continues from what is there"
+                )
+        except StorageError as error:
+            self._broken = error
+            raise
+        self._tags[name] = tag
+
+    def _remove(self, path: Path) -> None:
+        name = self.folder.name_of(path)
+        if name in self._tags:
+            store(self.folder.remote).remove([name])
+            del self._tags[name]
+        _remove_quietly(path)
 
     def _check_fence(self) -> None:
-        newest = _newest_epoch(self.folder)
+        if self.folder.remote:
+            is_fenced = mirror.is_fenced(self.folder, self.epoch)
+            newest = mirror.newest_epoch(self.folder) if is_fenced else self.epoch
+        else:
+            newest = _newest_epoch(self.folder)
         if newest != self.epoch:
             raise FencedError(
-                f"{self.folder.root}: this driver has epoch {self.epoch}, but "
+                f"{self.folder.where}: this driver has epoch {self.epoch}, but "
                 f"{_describe_holder(self.folder, newest)} has taken the study over. "
                 f"Nothing was written; end this driver"
             )
@@ -457,8 +521,10 @@ def refuse_if_held(folder: StudyFolder) -> None:
         raise _held(folder)
 
 
-def put_beside(path: Path, content: bytes) -> None:
+def put_beside(folder: StudyFolder, path: Path, content: bytes) -> None:
     """Make a new file in a study that somebody else may be driving: whole and durable, or not."""
+    if folder.remote:
+        store(folder.remote).create(folder.name_of(path), content)
     aside = path.with_name(f"{path.name}.tmp")
     try:
         _make_folder(path.parent)
@@ -471,7 +537,15 @@ def put_beside(path: Path, content: bytes) -> None:
 
 
 def is_held(folder: StudyFolder) -> bool:
-    """Whether a driver holds the study now."""
+    """Whether a driver holds the study now; of a store, one that fell silent is watched first."""
+    if _is_locked(folder):
+        return True
+    newest = mirror.newest_epoch(folder) if folder.remote else 0
+    return newest > 0 and not mirror.is_silent(folder, newest)
+
+
+def _is_locked(folder: StudyFolder) -> bool:
+    """Whether a driver of this machine, or of a shared folder, holds the study."""
     if not folder.lock.exists():
         return False
     descriptor = os.open(folder.lock, os.O_RDONLY)
@@ -524,7 +598,7 @@ def _take_lock(folder: StudyFolder) -> int:
 
 def _held(folder: StudyFolder) -> HeldError:
     return HeldError(
-        f"{folder.root}: held by {_describe_holder(folder, _newest_epoch(folder))}. "
+        f"{folder.where}: held by {_describe_holder(folder, _newest_epoch(folder))}. "
         f"Wait for it, or stop it with `maskstudy stop {folder.root.name}`"
     )
 
@@ -545,6 +619,12 @@ def _claim_epoch(folder: StudyFolder, holder: dict[str, Any]) -> int:
     """Create the next epoch's file; its name counts, its content is for people."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
     signed = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, **holder}
+    if folder.remote:
+        taken = mirror.take_epoch(folder, lambda word: sealed({**signed, "word": word}))
+        if taken is None:
+            mirror.pull_epochs(folder)
+            raise _held(folder)
+        return taken
     content = sealed(signed)
     while True:
         epoch = _newest_epoch(folder) + 1
@@ -624,7 +704,9 @@ def _part_names(place: Path) -> list[str]:
     for name in names:
         if not _PART.fullmatch(name):
             raise LedgerError(f"{place / name}: not a name the ledger gives. Move it elsewhere")
-    return sorted(names, key=_place_of_part)
+    # where a driver that was asleep wrote to a store after it had lost the study, the newer counts
+    by_sequence = {_place_of_part(name)[1]: name for name in sorted(names, key=_place_of_part)}
+    return sorted(by_sequence.values(), key=_place_of_part)
 
 
 def _place_of_part(name: str) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from study import mirror
 from study.folder import StudyFolder
 from study.ledger import Outcome, Result, Suggestion, read_rows
 from trainables.errors import UserError
@@ -94,6 +95,7 @@ def tensorboard(page: Page) -> str:
         writer = RecordWriter(file)
         for event in events:
             writer.write(event.SerializeToString())
+    mirror.send(page.folder, path)
     return "written"
 
 
@@ -224,7 +226,7 @@ class Journal:
         if len(rows) == number and (result is None or result.outcome == outcome):
             return
         if note is None:
-            _keep(path, {"rows": 0, "outcome": None, "handle": None})
+            _keep(self.folder, path, {"rows": 0, "outcome": None, "handle": None})
         page = Page(
             study=self.study,
             folder=self.folder,
@@ -237,7 +239,7 @@ class Journal:
         )
         handle = self._loggers[name](page)
         outcome = result.outcome if result else outcome
-        _keep(path, {"rows": len(rows), "outcome": outcome, "handle": handle})
+        _keep(self.folder, path, {"rows": len(rows), "outcome": outcome, "handle": handle})
 
 
 def check_packages(log: Sequence[Choice]) -> None:
@@ -260,10 +262,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
-def _keep(path: Path, content: dict[str, Any]) -> None:
+def _keep(folder: StudyFolder, path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _written_aside(path) as aside:
         aside.write_text(json.dumps(content))
+    mirror.send(folder, path)
 
 
 @contextmanager

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.table import Table
 
+from study import mirror
 from study.conductor import measure
-from study.folder import StudyFolder
+from study.folder import Storage, StudyFolder, is_trial_id
 from study.ledger import (
     Outcome,
     is_held,
@@ -22,14 +21,22 @@ from study.requests import expected, grown, queue
 from study.resume import AskSampler, Finished, Step, next_step, num_planned
 from study.samplers import Brain
 from study.spec import StudySpec, parse_spec
+from trainables.storage import store
 
 
-def studies(storage: Path) -> list[StudyFolder]:
-    folders = sorted(storage.iterdir()) if storage.is_dir() else []
-    return [StudyFolder(path) for path in folders if StudyFolder(path).spec.is_file()]
+def studies(storage: Storage) -> list[StudyFolder]:
+    """All studies of a storage; those of a store are brought here first."""
+    if storage.remote:
+        names = [name for name in store(storage.remote).folders() if is_trial_id(name)]
+        found = [storage.study(name) for name in names if mirror.exists(storage.study(name))]
+        for folder in found:
+            mirror.pull(folder)
+        return found
+    paths = sorted(storage.folder.iterdir()) if storage.folder.is_dir() else []
+    return [StudyFolder(path) for path in paths if StudyFolder(path).spec.is_file()]
 
 
-def studies_table(storage: Path) -> Table:
+def studies_table(storage: Storage) -> Table:
     table = Table(title=f"studies in {storage}")
     for column in ("study", "state", "trials", *(outcome.value for outcome in Outcome)):
         table.add_column(column)

@@ -43,6 +43,7 @@ from study.resume import Enqueued, twin
 from study.spec import Budget, StudySpec, parse_spec, read_text
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import StorageError, UserError
+from trainables.storage import store
 
 MOST_TRIALS = 100_000  # of one extension
 MAX_BYTES = 64 * 1024  # of a request
@@ -64,12 +65,30 @@ def stop(folder: StudyFolder) -> str:
     name = folder.root.name
     _spec_of(folder)
     if not is_held(folder):
-        raise UserError(f"{name} is not running: no driver holds {folder.root}")
+        raise UserError(f"{name} is not running: no driver holds {folder.where}")
+    if folder.remote:
+        store(folder.remote).put(folder.name_of(folder.stop_request), b"")
     try:
         folder.stop_request.touch()
     except OSError as error:
         raise StorageError(f"{folder.stop_request}: cannot be made: {error.strerror}") from error
     return f"{name} has been asked to stop"
+
+
+def was_stopped(folder: StudyFolder) -> bool:
+    """Whether somebody has asked the driver to stop; whoever looks is the one who is told."""
+    if not folder.stop_request.exists():
+        return False
+    with contextlib.suppress(StorageError):  # the next driver forgets it
+        forget_stop(folder)
+    return True
+
+
+def forget_stop(folder: StudyFolder) -> None:
+    """Clear away what an earlier driver was asked and did not heed."""
+    if folder.remote:
+        store(folder.remote).remove([folder.name_of(folder.stop_request)])
+    folder.stop_request.unlink(missing_ok=True)
 
 
 def extend(folder: StudyFolder, trials: int) -> str:
@@ -153,8 +172,11 @@ def answer_to(
 
 def remove(folder: StudyFolder, request: Request) -> None:
     """Clear away an answered request; one that stays is known by its name."""
+    path = folder.requests / request.name
     with contextlib.suppress(OSError):
-        (folder.requests / request.name).unlink(missing_ok=True)
+        if folder.remote:
+            store(folder.remote).remove([folder.name_of(path)])
+        path.unlink(missing_ok=True)
 
 
 def grown(spec: StudySpec, answers: Sequence[Answer]) -> StudySpec:
@@ -292,7 +314,7 @@ def _spec_of(folder: StudyFolder) -> StudySpec:
     text = read_spec(folder)
     if text is None:
         raise UserError(
-            f"{folder.root}: no study has been begun there; start it: maskstudy run STUDY.yaml"
+            f"{folder.where}: no study has been begun there; start it: maskstudy run STUDY.yaml"
         )
     return parse_spec(text, folder.root, where=str(folder.spec))
 
@@ -302,7 +324,7 @@ def _leave(folder: StudyFolder, kind: str, content: dict[str, Any]) -> None:
     raw = sealed(content)
     if len(raw) > MAX_BYTES:
         raise UserError(f"given {len(raw):,} bytes; expected at most {MAX_BYTES:,}")
-    put_beside(folder.requests / f"{now}-{kind}-{secrets.token_hex(4)}.json", raw)
+    put_beside(folder, folder.requests / f"{now}-{kind}-{secrets.token_hex(4)}.json", raw)
 
 
 def _read(folder: StudyFolder, name: str) -> Request | None:

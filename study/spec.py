@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, create_model
 
 from study import checks
+from study.folder import Storage, StudyFolder
 from study.loggers import LOGGERS
 from study.mistakes import Problems, explain, place
 from study.reader import MAX_BYTES, read_document, show
@@ -22,6 +23,7 @@ from trainables.config import Positive, ProbeConfig, Strict, TrialConfig, digest
 from trainables.data import DataConfig
 from trainables.errors import UserError
 from trainables.named import Choice, named
+from trainables.storage import check_uri, is_uri
 
 if TYPE_CHECKING:
     Sampler: TypeAlias = Choice
@@ -53,8 +55,13 @@ def _rungs(values: list[float]) -> list[float]:
 
 
 def _storage(value: str) -> str:
-    if "://" in value or not value.strip() or "\0" in value:
-        raise ValueError(f"given {show(value)}; expected a folder that every node sees")
+    if is_uri(value):
+        check_uri(value)
+    elif not value.strip() or "\0" in value:
+        raise ValueError(
+            f"given {show(value)}; expected a folder that every node sees, or a URI such as "
+            f"s3://bucket/prefix"
+        )
     return value
 
 
@@ -153,20 +160,27 @@ class StudySpec(Strict):
         """SHA-256 of the meaning: comments, order of keys and spelt-out defaults do not count."""
         return digest(self.model_dump(mode="json", by_alias=True))
 
-    def storage_path(self) -> Path:
-        """The folder of all studies; this one lies in `storage_path() / study`."""
-        folder = Path(self.storage).expanduser()
-        if folder.is_absolute():
-            return folder
-        return (_storage_of_jobs() if self._is_in_job() else self._folder) / folder
+    def place(self) -> Storage:
+        """Where all studies lie; this one in `study_folder()`."""
+        own = Storage.of(self.storage)
+        if own.remote or own.folder.is_absolute():
+            return own
+        if self._is_in_job():
+            around = Storage.of(os.environ.get("MASKSTUDY_STORAGE") or "~/maskstudy")
+            return around.within(self.storage)
+        return Storage(self._folder / own.folder)
+
+    def study_folder(self) -> StudyFolder:
+        return self.place().study(self.study)
 
     @property
     def storage_note(self) -> str | None:
         """What to tell the user when a relative storage does not lie beside the study file."""
-        if Path(self.storage).expanduser().is_absolute() or not self._is_in_job():
+        own = Storage.of(self.storage)
+        if own.remote or own.folder.is_absolute() or not self._is_in_job():
             return None
         return (
-            f"storage: {self.storage!r} means {self.storage_path()} here, because a job's "
+            f"storage: {self.storage!r} means {self.place()} here, because a job's "
             f"folder is a copy that Ray deletes; set MASKSTUDY_STORAGE for another place"
         )
 
@@ -309,10 +323,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _storage_of_jobs() -> Path:
-    return Path(os.environ.get("MASKSTUDY_STORAGE") or "~/maskstudy").expanduser()
 
 
 def _allow_bare_names(node: Any, definitions: Mapping[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +78,71 @@ def by_two_workers(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     code, printed = run(path)
     assert code == 0, printed
     return folder_of(path)
+
+
+class Bucket:
+    """A server that speaks S3, in this process; what it holds outlives `stop`."""
+
+    uri = "s3://bucket/studies"
+
+    def __init__(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._kind, self._server = ThreadedMotoServer, None
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        self._server = self._kind(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+        self.port = self._server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+            "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+            "MASKSTUDY_STORE_SECONDS": "2",
+        }
+
+    def clear(self) -> None:
+        """A bucket with nothing in it."""
+        url = f"http://127.0.0.1:{self.port}"
+        for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):
+            urllib.request.urlopen(urllib.request.Request(url + path, method=method)).close()
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[Bucket]:
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    pytest.importorskip("flask")
+    server = Bucket()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(
+    bucket_server: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bucket]:
+    """An empty store, and a node of which the cache holds no mirror."""
+    from trainables.storage import store
+
+    bucket_server.clear()
+    for name, value in bucket_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASKSTUDY_CACHE", str(tmp_path / "cache"))
+    store.cache_clear()
+    yield bucket_server
+    store.cache_clear()
 
 
 @pytest.fixture

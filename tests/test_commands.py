@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from study.__main__ import main
-from study.folder import StudyFolder
 from tests.conftest import TINY_STUDY
 from tests.synthetic import write_study
 
@@ -98,8 +97,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["slide0", "train", "val"],
     ),
     "a storage that is no folder": (
-        lambda f: edit(f / "blood.yaml", "budget:", "storage: s3://bucket\nbudget:"),
-        ["blood.yaml", "s3://bucket"],
+        lambda f: edit(f / "blood.yaml", "budget:", "storage: ftp://bucket\nbudget:"),
+        ["blood.yaml", "ftp://bucket"],
     ),
 }
 
@@ -145,7 +144,7 @@ def test_a_study_begun_with_other_settings_is_refused_with_the_difference(
     from trainables.data import open_dataset
 
     spec = load_spec(blood)
-    with Ledger.open(StudyFolder(spec.storage_path() / spec.study), {}) as ledger:
+    with Ledger.open(spec.study_folder(), {}) as ledger:
         _freeze(ledger, spec, open_dataset(_prepare(spec)))
     edit(blood, "epochs: 4", "epochs: 5")
     assert call("run", blood) == 2

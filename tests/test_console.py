@@ -24,7 +24,7 @@ from study.console.app import Settings, build_app
 from study.console.guard import host_name, ray_token, refuse_exposed
 from study.console.index import Index
 from study.console.server import host_names
-from study.folder import StudyFolder
+from study.folder import Storage, StudyFolder
 from study.ledger import Ledger, Outcome, Result, Suggestion, read_suggestions
 from tests.synthetic import ENVIRONMENT, HOSTILE, hostile_study, write_study
 from trainables.errors import UserError
@@ -82,7 +82,7 @@ class Client:
 @contextmanager
 def served(storage: Path, **options: Any) -> Iterator[Client]:
     settings = Settings(
-        storage=storage,
+        storage=Storage(storage),
         token_sha256=hashlib.sha256(TOKEN.encode()).hexdigest(),
         host_names=host_names("127.0.0.1", []),
         **options,
@@ -561,7 +561,7 @@ def test_a_driver_begins_however_often_the_console_looks(tmp_path: Path) -> None
 
 def test_what_is_known_of_a_trial_that_has_ended_is_not_read_again(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "settled", trials=14)
-    index = Index(tmp_path)
+    index = Index(Storage(tmp_path))
 
     def look() -> int:
         found = index.look("settled")

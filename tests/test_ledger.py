@@ -283,7 +283,7 @@ def test_a_stale_driver_is_fenced_and_leaves_no_row(two_trials):
         ):
             with pytest.raises(FencedError, match=r"epoch 2.*epoch 3.*newer") as refusal:
                 write()
-            stale._broken = False  # each write is fenced by itself
+            stale._broken = None  # each write is fenced by itself
             assert refusal.value.exit_code == 75
         assert files(two_trials) == before
         newer.commit(suggestion(1), [row(2, 0.5)], "b")

@@ -119,7 +119,9 @@ def test_every_row_is_a_scalar_once_though_the_driver_died_at_the_worst_moments(
     # this one dies after each page was written and before that was noted
     keep = loggers._keep
     monkeypatch.setattr(
-        loggers, "_keep", lambda path, note: keep(path, note) if note["handle"] is None else None
+        loggers,
+        "_keep",
+        lambda folder, path, note: keep(folder, path, note) if note["handle"] is None else None,
     )
     second = Driver(folder)
     assert [second.begin(), second.begin()] == [done, failed]

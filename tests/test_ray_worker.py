@@ -17,6 +17,7 @@ import ray
 import torch
 from ray import cloudpickle
 
+from trainables.errors import StorageError
 from trainables.ray_worker import (
     MAX_GROUP_STARTS,
     WITHDRAWN,
@@ -190,6 +191,7 @@ def test_running_out_of_memory_is_an_outcome_of_its_own() -> None:
     assert _as_outcome(torch.OutOfMemoryError("planted")) == ("out-of-memory", "planted")
     assert _as_outcome(MemoryError())[0] == "out-of-memory"
     assert _as_outcome(ValueError("planted"))[0] == "failed"
+    assert _as_outcome(StorageError("planted")) == ("lost", "planted")
 
 
 def test_a_job_that_always_kills_its_workers_is_given_up_and_the_next_one_is_taken() -> None:

@@ -12,7 +12,7 @@ import pytest
 from study import requests
 from study.__main__ import main
 from study.conductor import Conductor
-from study.folder import StudyFolder
+from study.folder import Storage, StudyFolder
 from study.ledger import (
     Ledger,
     Outcome,
@@ -142,7 +142,7 @@ def test_a_crash_between_answer_and_removal_answers_nothing_twice(
         patch.setattr(requests, "remove", lambda *_: None)
         assert len(drive(folder)) == 1
     assert len(os.listdir(folder.requests)) == 1
-    assert "5 of 5" in rendered(studies_table(folder.root.parent))
+    assert "5 of 5" in rendered(studies_table(folder.storage))
     assert drive(folder) == []
     assert os.listdir(folder.requests) == []
     assert len(read_answers(folder)) == 1
@@ -333,10 +333,10 @@ def test_commands_ask_and_the_tables_count(
     assert "expected path=value" in capsys.readouterr().err
     assert call("enqueue", "tiny", "model.patch=[4", "--storage", tmp_path) == 2
     assert "not YAML" in capsys.readouterr().err
-    assert "0 of 11" in rendered(studies_table(tmp_path))
+    assert "0 of 11" in rendered(studies_table(Storage(tmp_path)))
     assert "0 of 11 trials begun" in rendered(arms_table(folder))
     drive(folder)
-    assert "11 of 11" in rendered(studies_table(tmp_path))
+    assert "11 of 11" in rendered(studies_table(Storage(tmp_path)))
     answers = [json.loads(path.read_text()) for path in sorted(folder.answers.iterdir())]
     assert [answer["kind"] for answer in answers] == ["extend", "enqueue"]
 

@@ -440,23 +440,27 @@ def test_relative_storage_lies_beside_the_study_file(monkeypatch, tmp_path):
     file.write_text(GOOD)
     spec = load_spec(file)
     assert spec.folder_of_yaml == tmp_path
-    assert spec.storage_path() == tmp_path / "studies"
+    assert spec.place().folder == tmp_path / "studies"
     assert spec.storage_note is None
-    assert parse(GOOD + "storage: /data/s\n").storage_path() == Path("/data/s")
-    assert parse(GOOD + "storage: ~/s\n").storage_path() == Path.home() / "s"
-    assert "expected a folder that every node sees" in mistakes(GOOD + "storage: s3://b/c\n")[0]
+    assert parse(GOOD + "storage: /data/s\n").place().folder == Path("/data/s")
+    assert parse(GOOD + "storage: ~/s\n").place().folder == Path.home() / "s"
+    assert parse(GOOD + "storage: s3://b/c/\n").place().remote == "s3://b/c"
+    for bad in ("ftp://b/c", "s3://b/../c", "s3://id:secret@b/c"):
+        (line,) = mistakes(GOOD + f"storage: {bad}\n")
+        assert "expected a folder, or a URI such as s3://bucket/prefix" in line
+        assert "secret" not in line
 
 
 def test_in_a_job_relative_storage_is_not_in_the_copy_that_ray_deletes(monkeypatch, tmp_path):
     monkeypatch.delenv("MASKSTUDY_STORAGE", raising=False)
     monkeypatch.delenv("RAY_JOB_ID", raising=False)
     copy = "/tmp/ray/session_2026-01-01_00-00-00_1_1/runtime_resources/working_dir_files/_ray_pkg_1"
-    assert parse(GOOD, copy).storage_path() == Path.home() / "maskstudy" / "studies"
+    assert parse(GOOD, copy).place().folder == Path.home() / "maskstudy" / "studies"
     assert "studies" in parse(GOOD, copy).storage_note
     monkeypatch.setenv("RAY_JOB_ID", "01000000")
-    assert parse(GOOD).storage_path() == Path.home() / "maskstudy" / "studies"
+    assert parse(GOOD).place().folder == Path.home() / "maskstudy" / "studies"
     monkeypatch.setenv("MASKSTUDY_STORAGE", str(tmp_path))
-    assert parse(GOOD).storage_path() == tmp_path / "studies"
+    assert parse(GOOD).place().folder == tmp_path / "studies"
     assert str(tmp_path) in parse(GOOD).storage_note
     assert parse(GOOD + "storage: /data\n").storage_note is None
 

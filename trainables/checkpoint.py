@@ -8,14 +8,20 @@
 A checkpoint is written under a name that starts with a dot, and renamed when all of it is on the
 disk. What is newest is said by (phase, step) in state.json, never by a clock or a name. The newest
 two complete ones are kept: one of them is there at every instant after the first save.
+
+In a store of objects a checkpoint is complete once its manifest is there, which is sent last. There
+too the newest two are kept, and a checkpoint that the store lacks does not count: a trial goes on
+from the same one on whichever node it is.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainables.errors import StorageError
+from trainables.storage import Store, store
 
 PHASES = ("pretrain", "segment")  # in the order of a trial
 KEPT = 2
@@ -40,8 +47,13 @@ class DamageError(StorageError):
     """A checkpoint that is not what its manifest says: which file, and what is wrong."""
 
 
-def save(folder: Path, name: str, tensors: dict[str, Tensor], state: State) -> Path:
-    """Write a checkpoint durably, then keep the newest two. `state` holds "phase" and "step"."""
+def save(
+    folder: Path, name: str, tensors: dict[str, Tensor], state: State, remote: str = ""
+) -> Path:
+    """Write a checkpoint durably, then keep the newest two. `state` holds "phase" and "step".
+
+    `remote`: the URI in a store of objects that the folder around `folder` mirrors.
+    """
     assert state["phase"] in PHASES and isinstance(state["step"], int)
     assert not name.startswith(".")
     target = _unused(folder / name)
@@ -59,7 +71,13 @@ def save(folder: Path, name: str, tensors: dict[str, Tensor], state: State) -> P
         _sync(aside)
         os.replace(aside, target)
         _sync(folder)
-        _keep_newest(folder, target)
+        if remote:
+            _send(store(remote), target)
+        removed = _keep_newest(folder, target)
+        if remote:
+            _forget(store(remote), folder, removed)
+    except StorageError:
+        raise
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{target}: the checkpoint could not be written ({error}); the one before is intact. "
@@ -68,12 +86,15 @@ def save(folder: Path, name: str, tensors: dict[str, Tensor], state: State) -> P
     return target
 
 
-def load_latest(folder: Path) -> tuple[dict[str, Tensor], State, str] | None:
+def load_latest(folder: Path, remote: str = "") -> tuple[dict[str, Tensor], State, str] | None:
     """(tensors, state, name) of the newest complete checkpoint; None when nothing was ever saved.
 
+    `remote`: bring those of the store here before, and remove what it lacks.
     A damaged one is named in a warning and the one before is taken; when all are damaged, that is
     an error, as starting from zero unasked would hide it.
     """
+    if remote:
+        _mirror(store(remote), folder)
     names = _names(folder)
     damaged: list[str] = []
     for name in _newest_first(folder, names, damaged):
@@ -92,8 +113,10 @@ def load_latest(folder: Path) -> tuple[dict[str, Tensor], State, str] | None:
     return None
 
 
-def load(folder: Path, name: str) -> tuple[dict[str, Tensor], State]:
-    """One checkpoint by name, verified against its manifest."""
+def load(folder: Path, name: str, remote: str = "") -> tuple[dict[str, Tensor], State]:
+    """One checkpoint by name, verified against its manifest; of a store, brought here before."""
+    if remote:
+        _fetch(store(remote), folder, name)
     try:
         _verify(folder / name)
         state: State = json.loads((folder / name / _STATE).read_text())
@@ -191,8 +214,12 @@ def _verify(path: Path, only: str | None = None) -> None:
             raise DamageError(f"{file} does not have the content that {_MANIFEST} says")
 
 
-def _keep_newest(folder: Path, saved: Path) -> None:
-    """Remove all but `saved` and the newest other complete one, and leftovers of the past."""
+def _keep_newest(folder: Path, saved: Path) -> list[str]:
+    """Remove all but `saved` and the newest other complete one, and leftovers of the past.
+
+    Returns the names of the checkpoints that have gone.
+    """
+    removed = []
     kept = {saved.name}
     others = [name for name in _names(folder) if name != saved.name]
     for name in _newest_first(folder, others, damaged=[]):
@@ -207,9 +234,75 @@ def _keep_newest(folder: Path, saved: Path) -> None:
         if not path.is_dir() or path.name in kept:
             continue
         if not path.name.startswith("."):
+            removed.append(path.name)
             # out of sight in one step, so that no half-deleted checkpoint is ever listed
             path = path.rename(folder / f".{path.name}.removed")
         shutil.rmtree(path, ignore_errors=True)
+    return removed
+
+
+def _send(objects: Store, path: Path) -> None:
+    for file in (_TENSORS, _STATE, _MANIFEST):
+        objects.upload(f"{path.parent.name}/{path.name}/{file}", path / file)
+
+
+def _forget(objects: Store, folder: Path, names: list[str]) -> None:
+    """Remove checkpoints from the store, the manifests first."""
+    for name in names:
+        objects.remove([f"{folder.name}/{name}/{file}" for file in (_MANIFEST, _STATE, _TENSORS)])
+
+
+def _mirror(objects: Store, folder: Path) -> None:
+    """Make the complete checkpoints here those of the store."""
+    files = [
+        name
+        for name in objects.entries(folder.name)
+        if re.fullmatch(rf"{folder.name}/\w[\w.-]*/[\w.-]+", name)
+    ]
+    there = {name.split("/")[1] for name in files if name.endswith(f"/{_MANIFEST}")}
+    objects.remove([name for name in files if name.split("/")[1] not in there])  # sent in part
+    for name in _names(folder):
+        if name not in there:
+            shutil.rmtree(folder / name)
+    for name in there:
+        _fetch(objects, folder, name)
+
+
+def _fetch(objects: Store, folder: Path, name: str) -> None:
+    """Bring one checkpoint here, unless it is here as the store has it."""
+    prefix = f"{folder.name}/{name}"
+    there = objects.entries(prefix)
+    manifest = objects.read(f"{prefix}/{_MANIFEST}")
+    here = folder / name / _MANIFEST
+    try:
+        if manifest is not None and here.is_file() and here.read_bytes() == manifest[0]:
+            return
+        aside = folder / f".{name}.{os.getpid()}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        for file in (_TENSORS, _STATE, _MANIFEST):
+            if (entry := there.get(f"{prefix}/{file}")) is not None:
+                objects.download(f"{prefix}/{file}", aside / file, entry.size)
+        if aside.is_dir():
+            _replace(aside, folder / name)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{folder / name}: a checkpoint of {objects.uri} could not be brought here ({error}). "
+            f"Make room, or set MASKSTUDY_CACHE on this node to another folder"
+        ) from error
+
+
+def _replace(aside: Path, target: Path) -> None:
+    """Put a whole folder in place, unless another worker of this node has just done so."""
+    try:
+        if target.exists():
+            os.replace(target, target.with_name(f".{target.name}.{os.getpid()}.removed"))
+        os.replace(aside, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unused(path: Path) -> Path:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainables.storage import store
+
 LEAVING = "leaving"  # the outcome of a trial that has saved because its workers have to go
 
 # keys: phase, step, epoch, progress, metric, value, goal, unit, seconds
@@ -35,7 +37,17 @@ class Context:
     alive: Callable[[], None] = lambda: None  # work goes on that is no step; any rank, cheap
     # (phase, steps done), asked on every rank after every step: save, and end with LEAVING; cheap
     is_leaving: Callable[[str, int], bool] = lambda phase, step: False
+    remote: str = ""  # the URI in a store of objects that `folder` mirrors
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def keep(self, folder: str) -> None:
+        """Have the store, if there is one, hold the files of a folder of the trial's."""
+        if self.remote:
+            place = self.folder / folder
+            # what tells of the others comes last: encoder.json after encoder.safetensors
+            for path in sorted(place.iterdir(), key=lambda path: (path.suffix == ".json", path)):
+                if path.is_file() and not path.name.startswith("."):
+                    store(self.remote).upload(f"{folder}/{path.name}", path)

@@ -15,6 +15,7 @@ from trainables.context import Context, Row
 from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
 from trainables.data.store import damage
 from trainables.errors import UserError
+from trainables.storage import mirror_of
 from trainables.trial import run_trial
 
 
@@ -26,11 +27,15 @@ def make_job(
     probe: ProbeConfig,
     rungs: list[float],
     folder: Path,
+    remote: str,
     data: Any,
     data_root: Path,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """Everything a worker has to know of a trial; paths in it are never stored."""
+    """Everything a worker has to know of a trial; paths in it are never stored.
+
+    `remote`: where the trial lies in a store of objects, if it does.
+    """
     return {
         "trial": trial,
         "config": config,
@@ -38,6 +43,7 @@ def make_job(
         "probe": probe.model_dump(mode="json"),
         "rungs": rungs,
         "folder": str(folder.resolve()),  # workers have working directories of their own
+        "remote": remote,
         "data": data.model_dump(mode="json", by_alias=True),
         "data_root": str(data_root.resolve()),
         "fingerprint": fingerprint,
@@ -60,7 +66,9 @@ def run_job(
     """Train the job's trial; see `run_trial` for what comes back."""
     context = Context(
         device=device,
-        folder=Path(job["folder"]),
+        # of a store, every node has a mirror of its own
+        folder=mirror_of(job["remote"]) if job["remote"] else Path(job["folder"]),
+        remote=job["remote"],
         attempt=attempt,
         rungs=tuple(job["rungs"]),
         report=report,

@@ -179,6 +179,8 @@ def pretrain(
                 seconds=counters.device_seconds,
             )
             judge.draw_masks(model, teacher, plan.rungs[done])
+            if context.is_main:
+                context.keep("pictures")
             stop = told_to_stop(rows, context)
             counters = replace(
                 counters,
@@ -198,8 +200,10 @@ def pretrain(
 
     if context.is_main:
         judge.draw(model, context.folder / "pictures")
+        context.keep("pictures")
         results = {row["metric"]: row["value"] for row in counters.rows}
         export_encoder(context.folder / "encoder", model.encoder, config, seed, dataset, results)
+        context.keep("encoder")
     return "complete", model.encoder.state_dict()
 
 
@@ -431,7 +435,8 @@ def save(
     tensors = checkpoint.pack(model, optimizer, teacher)
     if losses is not None:
         tensors[RUNNING_LOSS] = losses
-    checkpoint.save(context.folder / "checkpoints", name, tensors, asdict(counters))
+    folder = context.folder / "checkpoints"
+    checkpoint.save(folder, name, tensors, asdict(counters), context.remote)
     context.saved(time.perf_counter() - saving)
 
 

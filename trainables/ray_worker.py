@@ -39,6 +39,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainables.context import LEAVING
+from trainables.errors import StorageError
 from trainables.watch import GRACE_SECONDS, watched
 
 Job = dict[str, Any]
@@ -405,6 +406,8 @@ def _as_outcome(error: Exception) -> tuple[str, str]:
     """Outcome and text of an error of the trial."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "out-of-memory", str(error) or "the worker ran out of memory"
+    if isinstance(error, StorageError):
+        return "lost", str(error)  # no fault of the trial's: it may go on when the storage does
     return "failed", "".join(traceback.format_exception(error))
 
 

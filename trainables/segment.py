@@ -188,6 +188,7 @@ def segment(
 
     if context.is_main:
         draw(model, settings, dataset, context, context.folder / "pictures")
+        context.keep("pictures")
     return "complete"
 
 

@@ -40,10 +40,10 @@ def _newest_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], checkpoint.State] | None:
     """Rank 0 chooses, so that workers never go on from different ones."""
     folder = context.folder / "checkpoints"
-    newest = checkpoint.load_latest(folder) if context.is_main else None
+    newest = checkpoint.load_latest(folder, context.remote) if context.is_main else None
     name = distributed.decided_by_main(newest and newest[2], context)
     if name is None:
         return None
     if newest is not None:
         return newest[0], newest[1]
-    return checkpoint.load(folder, name)
+    return checkpoint.load(folder, name, context.remote)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.folder import StudyFolder
+from study.folder import Storage, StudyFolder
 from study.ledger import is_held, read_holder, read_jobs
 from trainables.errors import StorageError, UserError
 
@@ -37,7 +37,7 @@ class Hands:
     """Where studies are resumed: as jobs of the cluster at `address`, else on this machine."""
 
     address: str | None
-    storage: Path
+    storage: Storage
     _drivers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _jobs: list[Known] = field(default_factory=list)
     _jobs_read: float = 0.0
@@ -151,7 +151,7 @@ def enqueue(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
 
 def _resume_here(hands: Hands, folder: StudyFolder) -> str:
     """A driver of its own session: it goes on when the console ends."""
-    name, storage = folder.root.name, str(folder.root.parent)
+    name, storage = folder.root.name, str(folder.storage)
     with hands._lock:
         before = hands._drivers.get(name)
         if before is not None and before.poll() is None:
@@ -166,7 +166,7 @@ def _resume_here(hands: Hands, folder: StudyFolder) -> str:
             with os.fdopen(os.open(folder.console_log, flags, 0o666), "wb") as log:
                 driver = subprocess.Popen(
                     [sys.executable, "-m", "study", "resume", name, "--storage", storage],
-                    cwd=storage,
+                    cwd=folder.root.parent,
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -37,6 +36,7 @@ from study.console.actions import ACTIONS, Hands
 from study.console.guard import LONGEST_BODY, NOTHING, Guard
 from study.console.index import Index, NotFound, Snapshot
 from study.console.outlook import Outlooks
+from study.folder import Storage
 from trainables.errors import StorageError, UserError
 
 KEPT_REPORTS = 4  # each of some megabytes
@@ -54,7 +54,7 @@ STATIC = {
 class Settings:
     """What a console is started with. It holds a digest of the token, never the token."""
 
-    storage: Path
+    storage: Storage
     token_sha256: str
     host_names: tuple[str, ...]
     address: str | None = None  # of the cluster's dashboard

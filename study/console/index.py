@@ -10,6 +10,7 @@ study's folder is refused.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -22,7 +23,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.tables import StudyTables, arm_label, assemble, spec_of
-from study.folder import StudyFolder
+from study import mirror
+from study.folder import Storage, StudyFolder
 from study.ledger import (
     COLUMNS,
     RETRIABLE,
@@ -37,8 +39,10 @@ from study.ledger import (
     read_suggestion,
 )
 from trainables.errors import StorageError, UserError
+from trainables.storage import store
 
 FRESH_SECONDS = 1.0  # for which a look counts as new
+FAR_FRESH_SECONDS = 5.0  # the same of a store of objects
 PATIENCE_SECONDS = 0.4  # that a request waits for a look
 MOST_STUDIES = 1000
 READ_AT_ONCE = 100  # trials; reading one by one takes several times as long
@@ -113,16 +117,20 @@ class Snapshot:
 class Index:
     """The studies of one storage."""
 
-    def __init__(self, storage: Path) -> None:
-        self.storage = storage.resolve()
+    def __init__(self, storage: Storage) -> None:
+        self.storage = Storage(storage.folder.resolve(), storage.remote)
+        self._listed: tuple[float, list[str]] = (-math.inf, [])  # when, and what a store had
         self._watched: dict[str, _Watched] = {}
         self._lock = threading.Lock()
 
     def names(self) -> tuple[list[str], int]:
         """The studies, and how many other folders hold something that cannot be shown."""
-        found, strange = [], 0
+        found: list[str] = []
+        strange = 0
+        if self.storage.remote:
+            return self._names_in_store(), 0
         try:
-            entries = sorted(os.scandir(self.storage), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(self.storage.folder), key=lambda entry: entry.name)
         except OSError as error:
             raise StorageError(f"{self.storage}: cannot be listed: {error.strerror}") from error
         for entry in entries:
@@ -136,10 +144,26 @@ class Index:
 
     def folder(self, name: str) -> StudyFolder:
         """The folder of a study of the storage; raises NotFound."""
-        folder = StudyFolder(self.storage / name) if _NAME.fullmatch(name) else None
-        if folder is None or folder.root.is_symlink() or not folder.spec.is_file():
+        folder = self.storage.study(name) if _NAME.fullmatch(name) else None
+        if folder is None or folder.root.is_symlink():
+            raise NotFound("no such study in this storage")
+        if folder.remote and not folder.spec.is_file() and mirror.exists(folder):
+            mirror.pull(folder)
+        if not folder.spec.is_file():
             raise NotFound("no such study in this storage")
         return folder
+
+    def _names_in_store(self) -> list[str]:
+        """Studies of the store, as they were a moment ago."""
+        when, names = self._listed
+        if time.monotonic() - when > FAR_FRESH_SECONDS:
+            known = set(names)
+            there = [name for name in store(self.storage.remote).folders() if _NAME.fullmatch(name)]
+            names = [
+                name for name in there if name in known or mirror.exists(self.storage.study(name))
+            ]
+            self._listed = (time.monotonic(), names[:MOST_STUDIES])
+        return self._listed[1]
 
     def look(self, name: str) -> Snapshot:
         return self.look_at([name])[0]
@@ -197,7 +221,8 @@ class _Watched:
         with self._starting:
             if self._thread is not None and self._thread.is_alive():
                 return
-            if time.monotonic() - self._ended < FRESH_SECONDS:
+            fresh = FAR_FRESH_SECONDS if self.folder.remote else FRESH_SECONDS
+            if time.monotonic() - self._ended < fresh:
                 return
             self._thread = threading.Thread(
                 target=self._read, name=f"read {self.folder.root.name}", daemon=True
@@ -234,6 +259,7 @@ class _Watched:
     def _read(self) -> None:
         problem = None
         try:
+            mirror.pull(self.folder, pictures=True)
             self._read_study()
             self._read_trials()
         except (StorageError, UserError) as error:

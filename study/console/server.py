@@ -19,7 +19,9 @@ from typing import Any
 
 from study.console.app import Settings, build_app
 from study.console.guard import LOOPBACK_NAMES, is_loopback, ray_token, refuse_exposed
+from study.folder import Storage
 from trainables.errors import UserError
+from trainables.storage import store
 
 NAME = "maskstudy-console"
 TOKEN_DIGEST = "MASKSTUDY_CONSOLE_TOKEN_SHA256"  # for the job that a command submits
@@ -28,7 +30,7 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def start(
-    storage: Path,
+    storage: Storage,
     *,
     address: str | None,
     host: str,
@@ -48,7 +50,9 @@ def start(
         _submit(address, storage, host, port, allow_changes, allow_hosts, digest, say)
         _say_where(say, host, port, None if known else token)
         return
-    if not storage.is_dir():
+    if storage.remote:
+        store(storage.remote).probe()
+    elif not storage.folder.is_dir():
         raise UserError(f"--storage: {storage} is no folder; name the folder that holds studies")
     settings = Settings(
         storage=storage,
@@ -150,7 +154,7 @@ def _runtime_env() -> dict[str, Any]:
 
 def _submit(
     address: str,
-    storage: Path,
+    storage: Storage,
     host: str,
     port: int,
     allow_changes: bool,

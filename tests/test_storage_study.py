@@ -1,0 +1,95 @@
+"""A whole study in a store of objects: killed, its mirror deleted, the store stopped, resumed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from study import mirror
+from study.folder import Storage, StudyFolder
+from study.ledger import read_results
+from tests.test_study import STUDY, comparable, folder_of, run, start, wait_until, write_study
+from trainables.storage import store
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+TWO_TRIALS = STUDY.replace("trials: 4", "trials: 2")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """In a folder, without any store."""
+    path = write_study(tmp_path_factory.mktemp("whole"), TWO_TRIALS)
+    code, printed = run(path)
+    assert code == 0, printed
+    return folder_of(path)
+
+
+@contextmanager
+def driving(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    driver = start(path)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+def has_a_checkpoint(folder: StudyFolder) -> bool:
+    names = store(folder.remote).entries("trials")
+    return any(name.endswith("manifest.json") for name in names)
+
+
+def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
+    uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
+    folder = Storage.of(bucket.uri).study("tiny")
+    with driving(path) as driver:
+        wait_until(lambda: has_a_checkpoint(folder), driver)
+        second = start(path, log="second.log", MASKSTUDY_CACHE=str(tmp_path / "second"))
+        assert second.wait(120) == 75
+        printed = (tmp_path / "second.log").read_text()
+        assert f"{bucket.uri}/tiny: held by" in printed and f"pid {driver.pid}" in printed
+    assert len(read_results(folder)) < 2, "it was over before it was killed"
+    shutil.rmtree(tmp_path / "cache")
+
+    path.unlink()
+    code, printed = run(path, command=["resume", "tiny", "--storage", bucket.uri])
+    assert code == 0, printed
+    assert "goes on with" in printed
+    assert store(folder.remote).exists("report.html")
+    shutil.rmtree(tmp_path / "cache" / "mirrors")
+    mirror.pull(folder)
+    pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
+    kept = store(folder.remote).entries("trials")
+    assert sum(name.endswith("encoder.safetensors") for name in kept) == 1
+    assert sum(name.endswith("segmentation.png") for name in kept) == 2
+
+
+def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
+    uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
+    folder = Storage.of(bucket.uri).study("tiny")
+    with driving(path) as driver:
+        wait_until(lambda: has_a_checkpoint(folder), driver)
+        bucket.stop()
+        try:
+            assert driver.wait(240) == 74, path.with_suffix(".log").read_text()
+        finally:
+            bucket.start()
+    printed = path.with_suffix(".log").read_text()
+    assert f"maskstudy: {bucket.uri}/tiny/" in printed and "run the same command again" in printed
+    assert "Traceback" not in printed
+    code, printed = run(path)
+    assert code == 0, printed
+    mirror.pull(folder)
+    pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
