@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -24,9 +24,9 @@ from ray.cluster_utils import Cluster
 
 from study.ledger import read_results, read_rows
 from tests.test_jobs import free_ports
-from tests.test_nodes import SOON, TWO_WORKERS, parent, processes_called, raylet_of
 from tests.test_study import (
     STUDY,
+    candidates,
     comparable,
     folder_of,
     run,
@@ -35,6 +35,7 @@ from tests.test_study import (
     wait_until,
     write_study,
 )
+from tests.test_survival import SOON, parent, raylet_of
 
 pytestmark = [
     pytest.mark.ray,
@@ -42,6 +43,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's own, about processes that the test ends
 ]
 
+TWO_WORKERS = STUDY.replace("workers: 1", "workers: 2")
 # Every step of every worker, written down from outside: (steps of the phase, images seen)
 WITNESS = """\
 import importlib.abc, importlib.machinery, os, sys
@@ -260,3 +262,12 @@ def autoscaling_cluster(max_nodes: int) -> Iterator[str]:
 def workers_on(node: object) -> list[int]:
     raylet = raylet_of(node)
     return [pid for pid in processes_called("ray::RayTrainWorker") if parent(pid) == raylet]
+
+
+def processes_called(title: str) -> list[int]:
+    found = []
+    for process in candidates():
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if (process / "cmdline").read_text().startswith(title):
+                found.append(int(process.name))
+    return found

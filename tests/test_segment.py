@@ -230,7 +230,7 @@ def test_a_run_resumed_between_rungs_averages_the_same_loss(tmp_path, monkeypatc
     monkeypatch.setattr(
         checkpoint,
         "save",
-        lambda folder, name, tensors, state: saved.append(
+        lambda folder, name, tensors, state, remote: saved.append(
             ({k: v.clone() for k, v in tensors.items()}, state)
         ),
     )

@@ -78,8 +78,8 @@ def read(log: Path) -> Testimony:
 
 
 if __name__ == "__main__":
-    import study.driver
+    import study.fleet
     from tests import witness  # workers find it by this name
 
-    study.driver.run_job = partial(witness.witnessed, sys.argv[1])
+    study.fleet.run_job = partial(witness.witnessed, sys.argv[1])
     main(sys.argv[2:])
