@@ -704,9 +704,10 @@ def _part_names(place: Path) -> list[str]:
     for name in names:
         if not _PART.fullmatch(name):
             raise LedgerError(f"{place / name}: not a name the ledger gives. Move it elsewhere")
+    names.sort(key=_place_of_part)
     # where a driver that was asleep wrote to a store after it had lost the study, the newer counts
-    by_sequence = {_place_of_part(name)[1]: name for name in sorted(names, key=_place_of_part)}
-    return sorted(by_sequence.values(), key=_place_of_part)
+    newest = {sequence: epoch for epoch, sequence in map(_place_of_part, names)}
+    return [name for name in names if _place_of_part(name)[0] == newest[_place_of_part(name)[1]]]
 
 
 def _place_of_part(name: str) -> tuple[int, int]:
