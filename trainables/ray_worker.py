@@ -77,8 +77,9 @@ class Desk:
         self.nodes: set[str] = set()  # of the present worker group; none: there is no group
         self.departures = 0  # of groups in the present job, before their nodes went
         self.leaving = -1  # the newest ticket whose worker group has to leave
-        self.looks: dict[tuple[str, str, int], tuple[bool, int]] = {}  # the newest MAX_LOOKS
-        self.looked = ("", "", 0, 0.0)  # attempt, phase and step of the newest, and when
+        # the newest MAX_LOOKS answers by ticket, serial, phase and step: what all ranks know alike
+        self.looks: dict[tuple[int, str, str, int], tuple[bool, int]] = {}
+        self.looked = (-1, "", "", 0, 0.0)  # the key of the newest, and when
 
     async def place(self, job: Job) -> None:
         """Lay down the next job; the same job again (same serial) changes nothing."""
@@ -149,20 +150,20 @@ class Desk:
             self.leaving = max(self.leaving, ticket)
             self.changed.notify_all()
 
-    async def look(self, ticket: int, attempt: str, phase: str, step: int) -> tuple[bool, int]:
+    async def look(self, ticket: int, serial: str, phase: str, step: int) -> tuple[bool, int]:
         """Whether a group's ranks leave after this step, and after which one to ask again.
 
         Who asks first decides for all, so that no rank waits for one that has left. The steps
         between are at most doubled, as first ones are slow.
         """
-        key = attempt, phase, step
+        *run, _ = key = ticket, serial, phase, step
         if key not in self.looks:
             *before, last, when = self.looked
             now = time.monotonic()
-            steps = step - last if before == [attempt, phase] else 0
+            steps = step - last if before == run else 0
             at_speed = int(steps / max(now - when, 1e-3) * LOOK_SECONDS)
             self.looks[key] = self._is_done_for(ticket), step + max(1, min(2 * steps, at_speed))
-            self.looked = attempt, phase, step, now
+            self.looked = *key, now
             if len(self.looks) > MAX_LOOKS:
                 del self.looks[next(iter(self.looks))]
         return self.looks[key]
@@ -383,7 +384,7 @@ def _train(
     def is_leaving(phase: str, step: int) -> bool:
         if step < next_look.get(phase, 0):
             return False
-        leaves, next_look[phase] = ray.get(desk.look.remote(ticket, attempt, phase, step))
+        leaves, next_look[phase] = ray.get(desk.look.remote(ticket, serial, phase, step))
         return bool(leaves)
 
     with watched(ask, tell) as alive:
