@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from ray.cluster_utils import Cluster
 
 from study.ledger import read_results, read_rows
+from tests.clusters import SOON, cluster_of, parent, raylet_of
 from tests.test_jobs import free_ports
 from tests.test_study import (
     STUDY,
@@ -35,7 +35,6 @@ from tests.test_study import (
     wait_until,
     write_study,
 )
-from tests.test_survival import SOON, parent, raylet_of
 
 pytestmark = [
     pytest.mark.ray,
@@ -73,20 +72,6 @@ class Witness(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Witness())
 """
-
-
-@contextmanager
-def cluster_of(*cpus: int) -> Iterator[Cluster]:
-    """A head without CPUs, and nodes with so many."""
-    head = {"num_cpus": 0, "_system_config": SOON, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for count in cpus:
-            cluster.add_node(num_cpus=count)
-        cluster.wait_for_nodes(timeout=60)
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 def test_a_node_that_is_to_be_taken_away_costs_no_step(

@@ -12,8 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +25,7 @@ from study.driver import EXIT_LOST
 from study.folder import StudyFolder
 from study.ledger import Outcome, read_results, read_rows, read_suggestions
 from tests import witness
+from tests.clusters import cluster_of, parent, raylet_of
 from tests.test_study import TWO_WORKERS, candidates, comparable, folder_of, write_study
 
 pytestmark = [
@@ -39,27 +39,6 @@ FAULTS = ["worker"] * 3 + ["driver"] * 2 + ["stop"] + ["controller"] * 2 + ["nod
 EXITS = {"driver": -signal.SIGKILL, "controller": 1, "head": EXIT_LOST}
 OURS = ("RayTrainWorker", "TrainController", "Desk", "ImplicitFunc")
 RUNGS = (0, 45, 90)  # steps of pretraining that a checkpoint of a trial certainly holds
-
-
-SOON = {  # milliseconds until a silent node is given up
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 1000,
-    "health_check_failure_threshold": 5,
-}
-
-
-@contextmanager
-def nodes(count: int) -> Iterator[Cluster]:
-    """A head without CPUs and nodes of one CPU each, so that a trial of two workers needs two."""
-    head = {"num_cpus": 0, "_system_config": SOON, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(count):
-            cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes(timeout=60)
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 class Scene:
@@ -168,7 +147,7 @@ def test_whatever_is_killed_nothing_is_lost_nothing_is_done_twice(
     print(f"seed {SEED}: {left[::-1]}")
     has_head = False
     while not has_head:
-        with nodes(3) as scene.cluster:
+        with cluster_of(1, 1, 1) as scene.cluster:
             try:
                 has_head = drive_and_hit(scene, left, chance)
                 if has_head:
@@ -223,12 +202,3 @@ def assert_sound(folder: StudyFolder, undisturbed: StudyFolder, told: witness.Te
         assert again >= max(rung for rung in RUNGS if rung <= last)
     repeated = told.steps.total() - len(told.steps)
     print(f"{len(told.steps)} steps, {repeated} done again after {len(told.jumps)} interruptions")
-
-
-def raylet_of(node: object) -> int:
-    return int(node.all_processes["raylet"][0].process.pid)  # type: ignore[attr-defined]
-
-
-def parent(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("PPid")).split()[1])
