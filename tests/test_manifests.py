@@ -267,11 +267,11 @@ def one_machine(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         yield f"http://127.0.0.1:{dashboard}", tmp_path / ".ray" / "auth_token"
     finally:
         head.send_signal(signal.SIGINT)  # Ctrl-C
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # Ray takes its time to end
             head.wait(60)
-        finally:
-            if head.poll() is None:
-                os.killpg(head.pid, signal.SIGKILL)
+        if head.poll() is None:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
 
 
 @pytest.mark.ray
