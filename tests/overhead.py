@@ -216,6 +216,7 @@ def train(study: Path, suggestion: Suggestion, scratch: Path, on_step: Callable[
         probe=spec.probe,
         rungs=list(spec.rungs),
         folder=scratch / suggestion.trial,
+        remote="",
         data=spec.data,
         data_root=spec.folder_of_yaml,
         fingerprint=read_environment(folder)["data_fingerprint"],
@@ -235,6 +236,8 @@ def train(study: Path, suggestion: Suggestion, scratch: Path, on_step: Callable[
         report=report,
         heartbeat=lambda *_: on_step(),
         saved=lambda _: None,
+        alive=lambda: None,
+        is_leaving=lambda phase, step: False,
     )
     assert outcome == "complete"
     return last["miou"]
