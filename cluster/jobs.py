@@ -47,8 +47,13 @@ class Home(NamedTuple):
     drivers: frozenset[str]  # jobs that have driven it, by its own account
 
     def has(self, job: str, storage: str) -> bool:
-        """Whether a job, submitted with such a storage, is or was one of the study's."""
-        return job in self.drivers or os.path.realpath(storage) == os.path.realpath(self.storage)
+        """Whether a job, submitted with such a storage, is or was one of the study's.
+
+        Where a job's storage is not known (""), it is once it drives the study.
+        """
+        if job in self.drivers or not storage:
+            return job in self.drivers
+        return os.path.realpath(storage) == os.path.realpath(self.storage)
 
 
 class Known(NamedTuple):

@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from cluster.jobs import Home
 from study.console import actions
 from study.console.app import Settings, build_app
 from study.console.guard import host_name, ray_token, refuse_exposed
@@ -574,3 +575,13 @@ def test_what_is_known_of_a_trial_that_has_ended_is_not_read_again(tmp_path: Pat
         shutil.rmtree(folder.trial(trial))
     time.sleep(1.2)
     assert look() == before and index.look("settled").problem is None
+
+
+def test_a_job_of_unknown_storage_belongs_to_the_study_that_it_has_driven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = Home(str(tmp_path), frozenset({"driven"}))
+    assert home.has("driven", "") and home.has("driven", "/elsewhere")
+    assert home.has("submitted", f"{tmp_path}/x/..")
+    assert not home.has("namesake", "") and not home.has("namesake", "/elsewhere")
