@@ -48,6 +48,7 @@ MOST_STUDIES = 1000
 READ_AT_ONCE = 100  # trials; reading one by one takes several times as long
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_Look = tuple[tuple[int, int], tuple[str, ...]]  # of a trial: its outcome's stamp, its parts
 
 
 class NotFound(Exception):
@@ -204,9 +205,7 @@ class _Watched:
         self._results: dict[str, Result] = {}
         self._reached: dict[str, Reached] = {}
         self._rows: dict[str, pd.DataFrame] = {}
-        self._stamps: dict[
-            str, tuple[tuple[int, int], tuple[str, ...]]
-        ] = {}  # trial -> what its files looked like
+        self._stamps: dict[str, _Look] = {}
         self._settled: set[str] = set()  # trials of which nothing new can come
         self._num_trials = 0
         self._is_held = False
@@ -352,7 +351,7 @@ class _Watched:
                     self._settled.add(trial)
             self._revision += 1
 
-    def _look_of(self, trial: str) -> tuple[tuple[int, int], tuple[str, ...]]:
+    def _look_of(self, trial: str) -> _Look:
         return _stamp(self.folder.outcome(trial)), _listing(self.folder.rows(trial))
 
     def _result(self, trial: str) -> Result | None:
