@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +41,43 @@ def cluster_of(*cpus: int) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.shutdown()
+
+
+@contextmanager
+def started_head(
+    log: Path, ports: Sequence[int], *options: str, **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --head` with four ports of its own, which others on this machine do not have."""
+    gcs, dashboard, client, agent = ports
+    with log.open("w") as printed:
+        node = subprocess.Popen(
+            [
+                str(Path(sys.executable).parent / "ray"),
+                "start",
+                "--head",
+                "--block",
+                "--disable-usage-stats",
+                "--node-ip-address=127.0.0.1",
+                f"--port={gcs}",
+                f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={client}",
+                f"--dashboard-agent-listen-port={agent}",  # jobs go through it
+                *options,
+            ],
+            env={**os.environ, **variables},
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield node
+    finally:
+        os.killpg(node.pid, signal.SIGTERM)
+        try:
+            node.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
 
 
 def raylet_of(node: object) -> int:

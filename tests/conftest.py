@@ -72,12 +72,9 @@ def tiny_study(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def by_two_workers(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     """What a study comes to that nobody disturbs; for tests that start Ray."""
-    from tests.test_study import TWO_WORKERS, folder_of, run, write_study
+    from tests.test_study import TWO_WORKERS, undisturbed
 
-    path = write_study(tmp_path_factory.mktemp("undisturbed"), TWO_WORKERS)
-    code, printed = run(path)
-    assert code == 0, printed
-    return folder_of(path)
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), TWO_WORKERS)
 
 
 class Bucket:

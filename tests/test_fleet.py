@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import pandas as pd
 import pytest
 
 from study.ledger import read_results, read_rows
-from tests.clusters import SOON, cluster_of, parent, raylet_of
+from tests.clusters import SOON, cluster_of, parent, raylet_of, started_head
 from tests.test_jobs import free_ports
 from tests.test_study import (
     STUDY,
@@ -184,9 +183,9 @@ def test_a_worker_that_fits_on_no_node_is_refused_at_once(tmp_path: Path) -> Non
 @contextmanager
 def autoscaling_cluster(max_nodes: int) -> Iterator[str]:
     """Ray's autoscaler on processes of this machine: a head without CPUs, nodes of one."""
-    gcs, dashboard, client, agent = free_ports(4)
+    ports = free_ports(4)
     scratch = tempfile.mkdtemp(prefix="ms-", dir="/tmp")
-    address = f"127.0.0.1:{gcs}"
+    address = f"127.0.0.1:{ports[0]}"
     node_types = {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "one": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": max_nodes},
@@ -210,37 +209,17 @@ def autoscaling_cluster(max_nodes: int) -> Iterator[str]:
         **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
     }
     (Path(scratch) / "config.json").write_text(json.dumps(config))
-    node = subprocess.Popen(
-        [
-            str(Path(sys.executable).parent / "ray"),
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=0",
-            "--disable-usage-stats",
-            "--node-ip-address=127.0.0.1",
-            f"--autoscaling-config={scratch}/config.json",
-            f"--system-config={json.dumps(SOON)}",
-            f"--temp-dir={scratch}/ray",
-            f"--port={gcs}",
-            f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}",
-        ],
-        env={**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"},
-        stdout=(Path(scratch) / "log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+    options = (
+        "--num-cpus=0",
+        f"--autoscaling-config={scratch}/config.json",
+        f"--system-config={json.dumps(SOON)}",
+        f"--temp-dir={scratch}/ray",
     )
+    variables = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
     try:
-        yield address
+        with started_head(Path(scratch) / "log", ports, *options, **variables):
+            yield address
     finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        try:
-            node.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from cluster import jobs
 from cluster.head import TIMEOUT
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, is_held, read_results, read_rows, read_suggestions
+from tests.clusters import started_head
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -46,49 +46,22 @@ def running_head(
     home: Path, storage: Path, is_ready: Callable[[str], bool] | None = None
 ) -> Iterator[str]:
     """A job's driver joins the newest cluster of its temporary folder, so each head has its own."""
-    gcs, dashboard, client, agent = free_ports(4)
+    ports = free_ports(4)
     scratch = tempfile.mkdtemp(prefix="ms-", dir="/tmp")  # short, for the names of sockets
-    environment = {
-        **os.environ,
+    variables = {
         "HOME": str(home),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "MASKSTUDY_STORAGE": str(storage),
         "RAY_TMPDIR": scratch,
         TIMEOUT: "5",  # seconds that drivers wait for this head when it is gone
     }
-    log = (home / "head.log").open("w")
-    node = subprocess.Popen(
-        [
-            str(BIN / "ray"),
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=2",
-            "--disable-usage-stats",
-            "--node-ip-address=127.0.0.1",
-            f"--temp-dir={scratch}",
-            f"--port={gcs}",
-            f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={client}",
-            f"--dashboard-agent-listen-port={agent}",  # jobs go through it; others may have 52365
-        ],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{dashboard}"
+    options = ("--num-cpus=2", f"--temp-dir={scratch}")
+    address = f"http://127.0.0.1:{ports[1]}"
     try:
-        wait_for_jobs_api(address, node, is_ready or answers)
-        yield address
+        with started_head(home / "head.log", ports, *options, **variables) as node:
+            wait_for_jobs_api(address, node, is_ready or answers)
+            yield address
     finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        try:
-            node.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
-        log.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 

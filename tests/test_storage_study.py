@@ -15,7 +15,7 @@ import pytest
 from study import mirror
 from study.folder import Storage, StudyFolder
 from study.ledger import read_results
-from tests.test_study import STUDY, comparable, folder_of, run, start, wait_until, write_study
+from tests.test_study import STUDY, comparable, run, start, undisturbed, wait_until, write_study
 from trainables.storage import store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -26,20 +26,25 @@ TWO_TRIALS = STUDY.replace("trials: 4", "trials: 2")
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     """In a folder, without any store."""
-    path = write_study(tmp_path_factory.mktemp("whole"), TWO_TRIALS)
-    code, printed = run(path)
-    assert code == 0, printed
-    return folder_of(path)
+    return undisturbed(tmp_path_factory.mktemp("whole"), TWO_TRIALS)
 
 
 @contextmanager
-def driving(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def driving(path: Path, folder: StudyFolder) -> Iterator[subprocess.Popen[bytes]]:
+    """A driver of a study that has saved its first checkpoint."""
     driver = start(path)
     try:
+        wait_until(lambda: has_a_checkpoint(folder), driver)
         yield driver
     finally:
         driver.kill()
         driver.wait()
+
+
+def begun(tmp_path: Path, bucket: Any) -> tuple[Path, StudyFolder]:
+    """A study file with its storage in the bucket, and where that is."""
+    path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
+    return path, Storage.of(bucket.uri).study("tiny")
 
 
 def has_a_checkpoint(folder: StudyFolder) -> bool:
@@ -50,10 +55,8 @@ def has_a_checkpoint(folder: StudyFolder) -> bool:
 def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
     uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
-    path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
-    folder = Storage.of(bucket.uri).study("tiny")
-    with driving(path) as driver:
-        wait_until(lambda: has_a_checkpoint(folder), driver)
+    path, folder = begun(tmp_path, bucket)
+    with driving(path, folder) as driver:
         second = start(path, log="second.log", MASKSTUDY_CACHE=str(tmp_path / "second"))
         assert second.wait(120) == 75
         printed = (tmp_path / "second.log").read_text()
@@ -77,10 +80,8 @@ def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
 def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
     uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
-    path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
-    folder = Storage.of(bucket.uri).study("tiny")
-    with driving(path) as driver:
-        wait_until(lambda: has_a_checkpoint(folder), driver)
+    path, folder = begun(tmp_path, bucket)
+    with driving(path, folder) as driver:
         bucket.stop()
         try:
             assert driver.wait(240) == 74, path.with_suffix(".log").read_text()

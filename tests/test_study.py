@@ -33,10 +33,7 @@ CLOCKED = ("images_per_second", "device_seconds", "peak_memory")  # measured, no
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
-    path = write_study(tmp_path_factory.mktemp("whole"))
-    code, printed = run(path)
-    assert code == 0, printed
-    return folder_of(path)
+    return undisturbed(tmp_path_factory.mktemp("whole"))
 
 
 def test_a_study_runs_every_trial_once_and_resuming_it_does_nothing(
@@ -147,6 +144,14 @@ def write_study(folder: Path, text: str = STUDY) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(text)
     return path
+
+
+def undisturbed(folder: Path, text: str = STUDY) -> StudyFolder:
+    """What a study comes to that nobody hits."""
+    path = write_study(folder, text)
+    code, printed = run(path)
+    assert code == 0, printed
+    return folder_of(path)
 
 
 def folder_of(path: Path) -> StudyFolder:
