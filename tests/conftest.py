@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
-import tempfile
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from study.folder import StudyFolder
+from tests import machine
+from tests.stores import Bucket, azurite, ceph
 
 # before torch and ray are imported, and for every process that a test starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,53 +75,12 @@ def by_two_workers(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     return undisturbed(tmp_path_factory.mktemp("undisturbed"), TWO_WORKERS)
 
 
-class Bucket:
-    """A server that speaks S3, in this process; what it holds outlives `stop`."""
-
-    uri = "s3://bucket/studies"
-
-    def __init__(self) -> None:
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self._kind, self._server = ThreadedMotoServer, None
-        self.port = 0
-        self.start()
-
-    def start(self) -> None:
-        self._server = self._kind(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
-        self.port = self._server.get_host_and_port()[1]
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
-            "AWS_ACCESS_KEY_ID": "key-of-the-tests",
-            "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
-            "MASKSTUDY_STORE_SECONDS": "2",
-        }
-
-    def clear(self) -> None:
-        """A bucket with nothing in it."""
-        url = f"http://127.0.0.1:{self.port}"
-        for method, path in (("POST", "/moto-api/reset"), ("PUT", "/bucket")):
-            urllib.request.urlopen(urllib.request.Request(url + path, method=method)).close()
-
-
-@pytest.fixture(scope="session")
-def bucket_server() -> Iterator[Bucket]:
+@pytest.fixture(scope="session", params=["s3", "az"])
+def bucket_server(request: pytest.FixtureRequest) -> Iterator[Bucket]:
     pytest.importorskip("obstore")
-    pytest.importorskip("moto")
-    pytest.importorskip("flask")
-    server = Bucket()
-    yield server
-    server.stop()
+    with {"s3": ceph, "az": azurite}[request.param]() as server:
+        server.make_bucket()
+        yield server
 
 
 @pytest.fixture
@@ -133,18 +90,18 @@ def bucket(
     """An empty store, and a node of which the cache holds no mirror."""
     from trainables.storage import store
 
-    bucket_server.clear()
     for name, value in bucket_server.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASKSTUDY_STORE_SECONDS", "2")
     monkeypatch.setenv("MASKSTUDY_CACHE", str(tmp_path / "cache"))
     store.cache_clear()
+    objects = store(bucket_server.uri)
+    objects.remove(list(objects.entries()))
     yield bucket_server
     store.cache_clear()
 
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """A folder with a short path: Ray's sockets lie in it, and their names may not be long."""
-    folder = Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with machine.short_folder() as folder:
+        yield folder

@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from study.console.index import Index
 from study.console.server import host_names
 from study.folder import Storage, StudyFolder
 from study.ledger import Ledger, Outcome, Result, Suggestion, read_suggestions
+from tests.machine import wait_until
 from tests.synthetic import ENVIRONMENT, HOSTILE, hostile_study, write_study
 from trainables.errors import UserError
 
@@ -126,13 +127,6 @@ def settled(ask: Client, study: str, state: str | None = None) -> dict[str, Any]
 
     wait_until(lambda: told()["read"] == told()["suggested"] and state in (None, told()["state"]))
     return told()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.1)
 
 
 # -- what it tells ------------------------------------------------------------------------------

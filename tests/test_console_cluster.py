@@ -20,8 +20,9 @@ import pytest
 from cluster import jobs
 from study.folder import StudyFolder
 from study.ledger import Outcome, is_held, read_results, read_rows
+from tests.machine import free_ports, wait_until
 from tests.synthetic import write_study
-from tests.test_jobs import free_ports, head, maskstudy, wait_until  # noqa: F401
+from tests.test_jobs import head, maskstudy  # noqa: F401
 
 pytestmark = [
     pytest.mark.ray,

@@ -16,9 +16,10 @@ import pytest
 from study.folder import StudyFolder
 from study.ledger import Outcome, is_held, read_results, read_rows
 from tests.conftest import TINY_STUDY
+from tests.machine import free_ports, wait_until
 from tests.test_browser import CHROMIUM
 from tests.test_console_cluster import maskstudy_console
-from tests.test_jobs import free_ports, head, maskstudy, wait_until  # noqa: F401
+from tests.test_jobs import head, maskstudy  # noqa: F401
 
 pytestmark = [
     pytest.mark.ray,

@@ -22,7 +22,7 @@ import pytest
 
 from study.ledger import read_results, read_rows
 from tests.clusters import SOON, cluster_of, parent, raylet_of, started_head
-from tests.test_jobs import free_ports
+from tests.machine import free_ports
 from tests.test_study import (
     STUDY,
     candidates,

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import pytest
 
 from study.folder import StudyFolder
 from tests import witness
+from tests.machine import wait_until
 from tests.test_study import TWO_WORKERS, candidates, comparable, folder_of, write_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -162,7 +163,7 @@ def test_a_cut_link_is_waited_for_and_a_lost_host_is_done_without(
 ) -> None:
     path, log = write_study(tmp_path, ONE_TRIAL), tmp_path / "witness.log"
     head, *others = three_hosts
-    wait_until(lambda: num_nodes(head) == 4, "the hosts do not come together")
+    wait_until(lambda: num_nodes(head) == 4, 240, "the hosts do not come together")
     driver = head.start(
         path.with_suffix(".log"),
         *(sys.executable, "-m", "tests.witness", str(log), "run", str(path), "--no-report"),
@@ -173,7 +174,7 @@ def test_a_cut_link_is_waited_for_and_a_lost_host_is_done_without(
         assert driver.poll() is None, path.with_suffix(".log").read_text()
         return witness.read(log).steps.total()
 
-    wait_until(lambda: num_steps() > 5, "it does not begin")
+    wait_until(lambda: num_steps() > 5, 240, "it does not begin")
     busy = [host for host in others if host.has_workers()]
     assert len(busy) == 2, "the two workers are not on two hosts"
     head.do("ip", "link", "set", busy[0].link, "down")
@@ -182,7 +183,7 @@ def test_a_cut_link_is_waited_for_and_a_lost_host_is_done_without(
     time.sleep(CUT_SECONDS / 2)
     assert num_steps() == before, "it goes on without its other half"
     head.do("ip", "link", "set", busy[0].link, "up")
-    wait_until(lambda: num_steps() > before, "it does not go on when the link is back")
+    wait_until(lambda: num_steps() > before, 240, "it does not go on when the link is back")
 
     interruptions = len(witness.read(log).jumps)  # none, or one if Ray gave the node up
     lost = next(host for host in others if host is not busy[0] and host.has_workers())
@@ -206,10 +207,3 @@ def num_nodes(head: Host) -> int:
         head.command(sys.executable, "-c", code), capture_output=True, text=True, timeout=120
     )
     return int(done.stdout or 0)
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)

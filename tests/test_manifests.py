@@ -30,7 +30,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.test_jobs import free_ports, wait_until
+from tests.machine import free_ports, wait_until
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = ROOT / "cluster" / "manifests"

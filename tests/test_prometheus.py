@@ -20,7 +20,8 @@ from cluster.metrics import METRICS, exported_name
 from study.folder import StudyFolder
 from study.ledger import read_results, read_rows
 from tests.conftest import TINY_STUDY
-from tests.test_jobs import free_ports, head, maskstudy, wait_until
+from tests.machine import free_ports, wait_until
+from tests.test_jobs import head, maskstudy
 from tests.test_telemetry import targets
 
 __all__ = ["head"]  # a fixture

@@ -1,7 +1,4 @@
-"""Studies in a store of objects: what counts is there, one driver at a time, mirrors may vanish.
-
-Against a server that speaks S3 over HTTP.
-"""
+"""Studies in a store of objects: what counts is there, one driver at a time, mirrors may vanish."""
 
 from __future__ import annotations
 
@@ -135,25 +132,24 @@ def test_names_that_no_ledger_gives_are_left_in_the_store(name):
     assert not mirror._LEDGER.fullmatch(name) and not mirror._SHOWN.fullmatch(name)
 
 
-def test_nothing_secret_is_written_to_any_file(folder, tmp_path):
+def test_nothing_secret_is_written_to_any_file(bucket, folder, tmp_path):
     drive(folder)
+    secret = os.environ[bucket.secret].encode()
     for path in tmp_path.rglob("*"):
         if path.is_file():
-            assert b"of-the-tests" not in path.read_bytes(), path
+            assert secret not in path.read_bytes(), path
     for name in store(folder.remote).entries():
-        assert b"of-the-tests" not in store(folder.remote).read(name)[0], name
+        assert secret not in store(folder.remote).read(name)[0], name
 
 
 # --- one driver at a time
 
 
-def test_a_driver_elsewhere_is_refused_while_this_one_lives(folder, tmp_path, monkeypatch):
+def test_a_driver_elsewhere_is_refused_while_this_one_lives(bucket, folder, tmp_path, monkeypatch):
     with Ledger.open(folder, {"job": "first"}) as ledger:
         ledger.freeze(SPEC, {})
         other = elsewhere(folder, tmp_path, monkeypatch)
-        with pytest.raises(
-            HeldError, match=r"s3://bucket/studies/blobs: held by .*job first"
-        ) as told:
+        with pytest.raises(HeldError, match=rf"{bucket.uri}/blobs: held by .*job first") as told:
             Ledger.open(other, {})
         assert told.value.exit_code == 75
         assert is_held(other) and is_held(folder)
@@ -296,17 +292,22 @@ def test_a_request_from_elsewhere_reaches_the_driver(folder, tmp_path, monkeypat
 
 
 def test_without_the_bucket_the_store_or_the_right_the_error_names_the_uri(bucket, monkeypatch):
-    absent = Storage.of("s3://absent/studies").study("blobs")
-    with pytest.raises(StorageError, match=r"s3://absent/studies/blobs.*no such bucket") as told:
+    absent = Storage.of(bucket.absent).study("blobs")
+    with pytest.raises(StorageError, match=rf"{bucket.absent}/blobs.*no such bucket") as told:
         Ledger.open(absent, {})
     assert told.value.exit_code == 74
     bucket.stop()
     try:
         folder = Storage.of(bucket.uri).study("blobs")
-        with pytest.raises(StorageError, match=r"s3://bucket/studies/blobs.*can be reached"):
+        with pytest.raises(StorageError, match=rf"{bucket.uri}/blobs.*can be reached"):
             Ledger.open(folder, {})
     finally:
         bucket.start()
+    monkeypatch.setenv(bucket.secret, "c29tZWJvZHkgZWxzZSdz")
+    store.cache_clear()
+    with pytest.raises(StorageError, match=rf"{bucket.uri}/blobs\S*: the store refuses") as told:
+        Ledger.open(folder, {})
+    assert "c29t" not in str(told.value) and told.value.exit_code == 74
 
 
 def test_a_store_that_goes_away_costs_nothing_that_was_acknowledged(folder, bucket):
@@ -317,7 +318,7 @@ def test_a_store_that_goes_away_costs_nothing_that_was_acknowledged(folder, buck
     bucket.stop()
     try:
         with pytest.raises(
-            StorageError, match=r"s3://bucket/studies/blobs/\S+: the store cannot"
+            StorageError, match=rf"{bucket.uri}/blobs/\S+: the store cannot"
         ) as told:
             ledger.commit(suggestion(0), [row(2)], "a")
         assert told.value.exit_code == 74 and "run the same command again" in str(told.value)
@@ -377,7 +378,7 @@ def test_a_study_is_found_by_name_and_by_uri(folder, tiny_study):
 def test_checkpoints_are_kept_and_removed_there_as_here(bucket, tmp_path, monkeypatch):
     import torch
 
-    remote = "s3://bucket/studies/blobs/trials/trial0"
+    remote = f"{bucket.uri}/blobs/trials/trial0"
     here = mirror_of(remote) / "checkpoints"
     for step in (1, 2, 3):
         tensors = {"model/a": torch.full((3,), float(step))}
@@ -398,7 +399,7 @@ def test_a_checkpoint_sent_in_part_does_not_count(bucket, monkeypatch):
 
     from trainables.storage import Store
 
-    remote = "s3://bucket/studies/blobs/trials/trial0"
+    remote = f"{bucket.uri}/blobs/trials/trial0"
     here = mirror_of(remote) / "checkpoints"
     state = {"phase": "pretrain", "step": 1}
     checkpoint.save(here, "a-1", {"model/a": torch.ones(2)}, state, remote)
@@ -422,7 +423,7 @@ def test_a_checkpoint_sent_in_part_does_not_count(bucket, monkeypatch):
 def test_a_damaged_checkpoint_of_the_store_is_passed_over(bucket, caplog):
     import torch
 
-    remote = "s3://bucket/studies/blobs/trials/trial0"
+    remote = f"{bucket.uri}/blobs/trials/trial0"
     here = mirror_of(remote) / "checkpoints"
     for step in (1, 2):
         state = {"phase": "pretrain", "step": step}
@@ -481,20 +482,20 @@ def test_a_reader_leaves_the_mirror_of_a_living_driver_alone(folder):
 def test_the_doctor_tries_a_store(bucket, monkeypatch):
     (verdict,) = doctor._can_keep(bucket.uri)
     assert verdict.level is doctor.Level.OK
-    (verdict,) = doctor._can_keep("s3://absent/studies")
-    assert verdict.level is doctor.Level.PROBLEM and "s3://absent/studies" in verdict.found
+    (verdict,) = doctor._can_keep(bucket.absent)
+    assert verdict.level is doctor.Level.PROBLEM and bucket.absent in verdict.found
     place, token = doctor._leave_token(bucket.uri)
     assert token is not None
     facts = doctor._exchange(place, token)
     assert facts["error"] == "" and doctor._collect_tokens(place) == [facts["left"]]
     assert doctor._exchange(place, token)["error"] == f"{bucket.uri} is not the head's there"
     assert store(bucket.uri).entries() == {}
-    assert doctor._leave_token("s3://absent/x")[1] is None
+    assert doctor._leave_token(bucket.absent)[1] is None
 
 
 def test_check_says_that_a_storage_cannot_be_opened(bucket, tmp_path, tiny_study):
-    tiny_study.write_text(tiny_study.read_text() + "storage: s3://absent/studies\n")
-    with pytest.raises(StorageError, match=r"s3://absent/studies: .*no such bucket"):
+    tiny_study.write_text(tiny_study.read_text() + f"storage: {bucket.absent}\n")
+    with pytest.raises(StorageError, match=rf"{bucket.absent}: .*no such bucket"):
         commands.check(tiny_study)
 
 

@@ -14,13 +14,19 @@ import pytest
 
 from study import mirror
 from study.folder import Storage, StudyFolder
-from study.ledger import read_results
+from study.ledger import read_results, read_rows
+from tests.clusters import cluster_of
 from tests.test_study import STUDY, comparable, run, start, undisturbed, wait_until, write_study
 from trainables.storage import store
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.parametrize("bucket_server", ["s3"], indirect=True),
+]
 
 TWO_TRIALS = STUDY.replace("trials: 4", "trials: 2")
+BY_TWO_WORKERS = TWO_TRIALS.replace("workers: 1,", "workers: 2,")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +36,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
 
 
 @contextmanager
-def driving(path: Path, folder: StudyFolder) -> Iterator[subprocess.Popen[bytes]]:
+def driving(path: Path, folder: StudyFolder, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A driver of a study that has saved its first checkpoint."""
-    driver = start(path)
+    driver = start(path, **variables)
     try:
         wait_until(lambda: has_a_checkpoint(folder), driver)
         yield driver
@@ -41,9 +47,9 @@ def driving(path: Path, folder: StudyFolder) -> Iterator[subprocess.Popen[bytes]
         driver.wait()
 
 
-def begun(tmp_path: Path, bucket: Any) -> tuple[Path, StudyFolder]:
+def begun(tmp_path: Path, bucket: Any, text: str = TWO_TRIALS) -> tuple[Path, StudyFolder]:
     """A study file with its storage in the bucket, and where that is."""
-    path = write_study(tmp_path, f"{TWO_TRIALS}storage: {bucket.uri}\n")
+    path = write_study(tmp_path, f"{text}storage: {bucket.uri}\n")
     return path, Storage.of(bucket.uri).study("tiny")
 
 
@@ -94,3 +100,29 @@ def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
     assert code == 0, printed
     mirror.pull(folder)
     pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
+
+
+def test_a_trial_goes_on_on_nodes_that_have_seen_nothing_of_it(
+    bucket: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path, folder = begun(tmp_path, bucket, BY_TWO_WORKERS)
+    with cluster_of() as cluster:
+
+        def add_node(name: str) -> None:
+            cluster.add_node(num_cpus=1, env_vars={"MASKSTUDY_CACHE": str(tmp_path / name)})
+
+        add_node("first")
+        add_node("second")
+        cluster.wait_for_nodes(timeout=60)
+        with driving(path, folder, RAY_ADDRESS=cluster.address) as driver:
+            for node in list(cluster.worker_nodes):
+                cluster.remove_node(node, allow_graceful=False)
+            add_node("third")
+            add_node("fourth")
+            assert driver.wait(240) == 0, path.with_suffix(".log").read_text()
+    attempts = read_rows(folder).groupby("trial").attempt.nunique()
+    assert attempts.max() == 2, "it was over before its nodes were lost"
+    for name in ("first", "second", "third", "fourth"):
+        assert (tmp_path / name).is_dir(), f"the {name} node had no cache of its own"
+    alone = undisturbed(tmp_path_factory.mktemp("alone"), BY_TWO_WORKERS)
+    pd.testing.assert_frame_equal(comparable(folder), comparable(alone))

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +25,7 @@ from study.folder import StudyFolder
 from study.ledger import Outcome, read_results, read_rows, read_suggestions
 from tests import witness
 from tests.clusters import cluster_of, parent, raylet_of
+from tests.machine import wait_until
 from tests.test_study import TWO_WORKERS, candidates, comparable, folder_of, write_study
 
 pytestmark = [
@@ -99,13 +99,6 @@ class Scene:
         return fault in ("worker", "stop", "node")
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 def drive_and_hit(scene: Scene, left: list[str], chance: random.Random) -> bool:
     """Run the study, and after some progress each time let the next of `left` happen.
 
@@ -119,7 +112,7 @@ def drive_and_hit(scene: Scene, left: list[str], chance: random.Random) -> bool:
             assert scene.driver.poll() is None, scene.printed()
             return sum(witness.read(scene.log).steps.values()) > known
 
-        wait_until(has_progressed, "nothing goes on")
+        wait_until(has_progressed, what="nothing goes on")
         time.sleep(chance.uniform(0, 2))
         if len(scene.processes("ray::RayTrainWorker")) < 2:
             continue

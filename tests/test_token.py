@@ -17,8 +17,9 @@ import pytest
 from study.folder import StudyFolder
 from study.ledger import read_results
 from tests.conftest import TINY_STUDY
+from tests.machine import free_ports, wait_until
 from tests.test_console_cluster import get, status_of
-from tests.test_jobs import BIN, free_ports, maskstudy, running_head, wait_until
+from tests.test_jobs import BIN, maskstudy, running_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
