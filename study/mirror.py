@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,15 +57,18 @@ def pull(folder: StudyFolder, *, pictures: bool = False) -> None:
         return
     with _pulling(folder) as is_driven:
         if not is_driven:
-            _pull(folder, _LEDGER)
+            _, there = _pull(folder)
+        elif pictures:
+            there = store(folder.remote).entries("trials")
         if pictures:
-            _fetch(folder, store(folder.remote).entries("trials"), _SHOWN)
+            _fetch(folder, there, _SHOWN)
 
 
 def pull_as_driver(folder: StudyFolder) -> dict[str, Tag]:
     """The same for who holds the study; also the tags of what its ledger consists of."""
     with _locked(folder):
-        return {name: entry.tag for name, entry in _pull(folder, _LEDGER).items()}
+        held, _ = _pull(folder)
+        return {name: entry.tag for name, entry in held.items()}
 
 
 def pull_epochs(folder: StudyFolder) -> None:
@@ -220,18 +224,19 @@ class Heart(threading.Thread):
                 log.warning("the next driver has to wait %g s: %s", SILENCE_SECONDS, error)
 
 
-def _pull(folder: StudyFolder, wanted: re.Pattern[str]) -> Mirrored:
-    """Make the mirror's files of a kind those of the store."""
+def _pull(folder: StudyFolder) -> tuple[Mirrored, Mirrored]:
+    """Make the mirror's ledger that of the store: what it consists of, and all that is there."""
     before = _mirrored(folder)
     # listed before the store is: what a request or a driver adds meanwhile is in both
-    here = [name for name in _files(folder) if wanted.fullmatch(name)]
+    here = [name for name in _files(folder) if _LEDGER.fullmatch(name)]
     there = store(folder.remote).entries()
-    held = _fetch(folder, there, wanted, before)
+    held = _fetch(folder, there, _LEDGER, before)
     for name in here:
         if name not in held:
             (folder.root / name).unlink(missing_ok=True)
-    remember(folder, {name: entry.tag for name, entry in held.items()})
-    return held
+    if held != before:
+        remember(folder, {name: entry.tag for name, entry in held.items()})
+    return held, there
 
 
 def _fetch(
@@ -244,16 +249,17 @@ def _fetch(
 
     `before`: which of them it held, after it was brought up to date the last time.
     """
-    objects = store(folder.remote)
+    objects, root = store(folder.remote), str(folder.root)
+
+    def is_here(name: str) -> bool:
+        # of pictures and requests, which are written once, the size is enough
+        is_known = before is None or before.get(name) == there[name]
+        return is_known and _size(f"{root}/{name}") == there[name].size
 
     def get(name: str) -> tuple[str, Entry] | None:
         entry, path = there[name], folder.root / name
         try:
-            is_here = path.is_file() and path.stat().st_size == entry.size
-            # of pictures and requests, which are written once, the size is enough
-            if is_here and (
-                before is None or before.get(name) == entry or _md5(path) == entry.tag.etag
-            ):
+            if _size(path) == entry.size and _md5(path) == entry.tag.etag:
                 return name, entry
             tag = objects.download(name, path, entry.size)
         except StorageError:
@@ -268,7 +274,9 @@ def _fetch(
         return name, Entry(entry.size, tag)
 
     names = [name for name in there if wanted.fullmatch(name) and ".." not in name]
-    return dict(found for found in each_at_once(names, get) if found is not None)
+    held = {name: there[name] for name in names if is_here(name)}
+    missing = [name for name in names if name not in held]
+    return held | dict(found for found in each_at_once(missing, get) if found is not None)
 
 
 def _mirrored(folder: StudyFolder) -> Mirrored:
@@ -281,9 +289,20 @@ def _mirrored(folder: StudyFolder) -> Mirrored:
 
 
 def _files(folder: StudyFolder) -> Iterator[str]:
-    for place, _, files in os.walk(folder.root):
+    """Names as the store has them."""
+    root = str(folder.root)
+    for place, _, files in os.walk(root):
         for file in files:
-            yield folder.name_of(Path(place) / file)
+            yield f"{place}/{file}"[len(root) + 1 :]
+
+
+def _size(path: str | Path) -> int | None:
+    """Of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _md5(path: Path) -> str:

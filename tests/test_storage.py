@@ -124,6 +124,16 @@ def test_a_part_of_another_content_in_the_mirror_is_replaced_by_the_stores(folde
     assert part.read_bytes() == right
 
 
+def test_what_changed_in_the_store_comes_even_if_it_is_as_long_as_before(folder):
+    drive(folder)
+    mirror.pull(folder)
+    name = folder.name_of(folder.outcome("trial0"))
+    changed = folder.outcome("trial0").read_bytes().swapcase()
+    store(folder.remote).put(name, changed)
+    mirror.pull(folder)
+    assert folder.outcome("trial0").read_bytes() == changed
+
+
 @pytest.mark.parametrize(
     "name",
     ["trials/../study.yaml", "requests/../../x.json", "trials/a/rows/.parquet", "/study.yaml", "x"],
