@@ -15,7 +15,7 @@ import subprocess
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -104,7 +104,7 @@ class Bucket:
 def ceph() -> Iterator[Bucket]:
     """A cluster of one monitor, one disk and a gateway."""
     needed("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
-    with short_folder() as folder:
+    with short_folder() as folder, ExitStack() as stack:
         port, first, second = free_ports(3)
         monitor = f"[v2:127.0.0.1:{first}/0,v1:127.0.0.1:{second}/0]"
         fsid, disk = str(uuid.uuid4()), str(uuid.uuid4())
@@ -117,45 +117,44 @@ def ceph() -> Iterator[Bucket]:
         def call(*command: str) -> None:
             subprocess.run([*command, "-c", str(conf)], check=True, capture_output=True, timeout=60)
 
-        processes = []
-        try:
-            call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", monitor, str(maps))
-            call("ceph-mon", "-i", "a", "--mkfs", "--monmap", str(maps))
-            log = folder / "cluster.log"
-            processes.append(started(["ceph-mon", "-i", "a", "-f", "-c", str(conf)], log))
-            call("ceph", "osd", "new", disk)
-            call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
-            processes.append(started(["ceph-osd", "-i", "0", "-f", "-c", str(conf)], log))
-            user = ["--uid=tests", "--display-name=tests"]
-            keys = [f"--access-key={KEY}", f"--secret={SECRET}"]
-            call("radosgw-admin", "user", "create", *user, *keys)
-            front = f"--rgw-frontends=beast endpoint=127.0.0.1:{port}"
-            bucket = Bucket(
-                kind="s3",
-                port=port,
-                command=["radosgw", "-f", "-n", "client.gateway", "-c", str(conf), front],
-                environment={
-                    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-                    "AWS_ACCESS_KEY_ID": KEY,
-                    "AWS_SECRET_ACCESS_KEY": SECRET,
-                },
-                secret="AWS_SECRET_ACCESS_KEY",
-                folder=folder,
-                make=request_of_s3,
-            )
-            bucket.start()
-            yield bucket
-            bucket.stop()
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+        def begin(*command: str) -> None:
+            process = started([*command, "-f", "-c", str(conf)], folder / "cluster.log")
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+
+        call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", monitor, str(maps))
+        call("ceph-mon", "-i", "a", "--mkfs", "--monmap", str(maps))
+        begin("ceph-mon", "-i", "a")
+        call("ceph", "osd", "new", disk)
+        call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
+        begin("ceph-osd", "-i", "0")
+        user = ["--uid=tests", "--display-name=tests"]
+        keys = [f"--access-key={KEY}", f"--secret={SECRET}"]
+        call("radosgw-admin", "user", "create", *user, *keys)
+        front = f"--rgw-frontends=beast endpoint=127.0.0.1:{port}"
+        bucket = Bucket(
+            kind="s3",
+            port=port,
+            command=["radosgw", "-f", "-n", "client.gateway", "-c", str(conf), front],
+            environment={
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": KEY,
+                "AWS_SECRET_ACCESS_KEY": SECRET,
+            },
+            secret="AWS_SECRET_ACCESS_KEY",
+            folder=folder,
+            make=request_of_s3,
+        )
+        stack.callback(bucket.stop)
+        bucket.start()
+        yield bucket
 
 
 @contextmanager
 def azurite() -> Iterator[Bucket]:
+    """What Microsoft gives out to develop against."""
     needed("azurite-blob")
-    with short_folder() as folder:
+    with short_folder() as folder, ExitStack() as stack:
         (port,) = free_ports(1)
         bucket = Bucket(
             kind="az",
@@ -178,9 +177,9 @@ def azurite() -> Iterator[Bucket]:
             folder=folder,
             make=request_of_azure,
         )
+        stack.callback(bucket.stop)
         bucket.start()
         yield bucket
-        bucket.stop()
 
 
 def request_of_s3(port: int, name: str) -> urllib.request.Request:
