@@ -8,6 +8,7 @@ last line of its log. A head node that restarts forgets its jobs; the study's st
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import re
 import shlex
@@ -97,7 +98,7 @@ def submit(
     with connected(address) as client:
         earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
-        runtime_env = {**_code(), "working_dir": str(yaml.resolve().parent)}
+        runtime_env = {**code(), "working_dir": str(yaml.resolve().parent)}
         if storage:
             runtime_env["env_vars"] = {"MASKSTUDY_STORAGE": storage}
         metadata = _metadata(address, study, question, studies)
@@ -137,7 +138,7 @@ def resubmit(
             )
         entrypoint = f"python -m study resume {study} --storage {shlex.quote(storage)}"
         metadata = _metadata(address, study, question, storage)
-        return _submit(client, address, entrypoint, _code(), metadata, earlier)
+        return _submit(client, address, entrypoint, code(), metadata, earlier)
 
 
 def stop(address: str, study: str, *, home: Home | None = None, timeout: float = 60) -> str | None:
@@ -300,9 +301,10 @@ def _has_its_files(client: JobSubmissionClient, job: JobDetails) -> bool:
     return all(client._package_exists(uri) for uri in uris if uri.startswith("gcs://"))
 
 
-def _code() -> dict[str, Any]:
-    code = Path(__file__).resolve().parent.parent
-    packages = [str(code / package) for package in PACKAGES]
+def code() -> dict[str, Any]:
+    """Our own packages; inside a job Ray has put each of them into a folder of its own."""
+    found = map(importlib.util.find_spec, PACKAGES)
+    packages = [str(Path(spec.origin).parent) for spec in found if spec and spec.origin]
     return {"py_modules": packages, "excludes": EXCLUDES}
 
 
