@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -210,7 +211,7 @@ def logs(
 
 
 def standings(address: str, study: str | None = None) -> list[Standing]:
-    """All jobs of a study, or the newest job of every study; the oldest first."""
+    """All jobs of a study, or the newest job of every study; the newest last."""
     with connected(address) as client:
         newest = {name: job for name, job in _known(client)}
         chosen = (
@@ -222,7 +223,7 @@ def standings(address: str, study: str | None = None) -> list[Standing]:
 
 
 def known(address: str) -> list[Known]:
-    """All jobs of studies, the oldest first, without a look at what they have said."""
+    """All jobs of studies, the newest last, without a look at what they have said."""
     with connected(address) as client:
         return [
             Known(
@@ -237,7 +238,7 @@ def known(address: str) -> list[Known]:
 
 
 def jobs_of(client: JobSubmissionClient, study: str, home: Home | None = None) -> list[JobDetails]:
-    """The study's jobs that this cluster remembers, oldest first."""
+    """The study's jobs that this cluster remembers; the last to end, or alive, at the end."""
     mine = [job for name, job in _known(client) if name == study]
     if home is None:
         return mine
@@ -249,9 +250,12 @@ def jobs_of(client: JobSubmissionClient, study: str, home: Home | None = None) -
 
 
 def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:
-    """Every job of a study with the study's name, oldest first."""
+    """Every job of a study with the study's name, by their ends; those that are alive come last.
+
+    So a job that was refused while another one drove the study is not the newest word about it.
+    """
     found = []
-    for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0):
+    for job in sorted(client.list_jobs(), key=_order):
         if job.submission_id:  # others are drivers that nobody submitted
             name = (job.metadata or {}).get("study")
             if name is None and _BY_HAND.search(job.entrypoint):
@@ -260,6 +264,11 @@ def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:
             if name is not None:
                 found.append((name, job))
     return found
+
+
+def _order(job: JobDetails) -> tuple[float, float]:
+    is_alive = job.status in ALIVE
+    return (math.inf if is_alive else job.end_time or 0, job.start_time or 0)
 
 
 @contextmanager

@@ -10,9 +10,79 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
+
+from cluster import jobs
+
+ADDRESS = "http://127.0.0.1:8265"
 ROOT = Path(__file__).parent.parent
+
+
+class Played:
+    """A Jobs API that knows some jobs, each with its log, and keeps what is submitted."""
+
+    def __init__(self, *known: tuple[JobDetails, str]) -> None:
+        self.known = known
+        self.submitted: list[dict[str, Any]] = []
+
+    def list_jobs(self) -> list[JobDetails]:
+        return [each for each, _ in self.known]
+
+    def get_job_logs(self, job: str) -> str:
+        return next(log for each, log in self.known if each.submission_id == job)
+
+    def submit_job(self, **given: Any) -> str:
+        self.submitted.append(given)
+        return str(given["submission_id"])
+
+
+def job(name: str, status: JobStatus, start: int, end: int | None, entrypoint: str) -> JobDetails:
+    return JobDetails(
+        type=JobType.SUBMISSION,
+        submission_id=name,
+        status=status,
+        start_time=start,
+        end_time=end,
+        entrypoint=entrypoint,
+        metadata={"study": "tiny"},
+    )
+
+
+Play = Callable[..., Played]
+RUN = "python -m study run tiny.yaml"
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Play:
+    def play(*known: tuple[JobDetails, str]) -> Played:
+        played = Played(*known)
+        monkeypatch.setattr(jobs, "JobSubmissionClient", lambda address: played)
+        return played
+
+    return play
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_job_that_was_refused_meanwhile_is_not_the_last_word_on_a_study(
+    play: Play, is_over: bool
+) -> None:
+    driver = (
+        job("driver", JobStatus.SUCCEEDED, 1, 9, RUN)
+        if is_over
+        else job("driver", JobStatus.RUNNING, 1, None, RUN)
+    )
+    refused = job("refused", JobStatus.FAILED, 2, 3, RUN)
+    play((driver, "4/4 trials"), (refused, "held by epoch 1"))
+    assert [one.job for one in jobs.standings(ADDRESS)] == ["driver"]
+    assert [one.job for one in jobs.known(ADDRESS)] == ["refused", "driver"]
+    told: list[str] = []
+    jobs.logs(ADDRESS, "tiny", told.append)
+    assert told == ["4/4 trials"]
 
 
 def test_our_packages_are_found_where_ray_unpacks_each_into_a_folder_of_its_own(
