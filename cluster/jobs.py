@@ -27,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 PACKAGES = ("study", "trainables", "analysis", "cluster")
 EXCLUDES = ["studies/", ".venv/", ".git/", "__pycache__/", "*.egg-info/"]
 ALIVE = (JobStatus.PENDING, JobStatus.RUNNING)
+BEGAN = "to go on if interrupted: "  # a driver says it once nothing refuses its study
 
 # `ray job submit ... -- python -m study run x.yaml` tells Ray no name; the log begins with it
 _BY_HAND = re.compile(r"(-m study|maskstudy) (run|resume)\b")
@@ -115,7 +116,7 @@ def resubmit(
     question: str = "",
     home: Home | None = None,
 ) -> tuple[str, str]:
-    """Submit the study's last job again: the ledger makes that a resume.
+    """Submit the last job that drove the study again: the ledger makes that a resume.
 
     Where the head has forgotten it, or has cleared its files away, the folder of studies `storage`,
     as the cluster sees it, holds what is needed: the frozen study file, and everything that was
@@ -124,7 +125,7 @@ def resubmit(
     with connected(address) as client:
         earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
-        last = earlier[-1] if earlier else None
+        last = _last_driver(client, earlier)
         if last is not None and _has_its_files(client, last):
             metadata = {**_metadata(address, study, question, storage), **(last.metadata or {})}
             runtime_env = last.runtime_env or {}
@@ -301,6 +302,21 @@ def _refuse_if_alive(jobs: list[JobDetails], study: str) -> None:
     for job in jobs:
         if job.status in ALIVE:
             raise Alive(f"study {study!r} is running already, as job {job.submission_id}")
+
+
+def _last_driver(client: JobSubmissionClient, jobs: list[JobDetails]) -> JobDetails | None:
+    """The last of a study's jobs that drove it; where none did, the last of all.
+
+    Others were refused, such as one with a changed study file, and would be refused again.
+    """
+    for job in reversed(jobs):
+        try:
+            is_driver = BEGAN in client.get_job_logs(job.submission_id)
+        except RuntimeError:  # the node with its log has gone: nothing speaks against it
+            is_driver = True
+        if is_driver:
+            return job
+    return jobs[-1] if jobs else None
 
 
 def _has_its_files(client: JobSubmissionClient, job: JobDetails) -> bool:

@@ -80,7 +80,7 @@ def test_the_quickstart_is_stopped_midway_and_submitted_again(head: tuple[str, P
     wait_until(lambda: job_status(address, second) not in ("PENDING", "RUNNING"), 500)
     log = ray_job(address, "logs", second)
     assert job_status(address, second) == "SUCCEEDED", log
-    assert "maskstudy resume quickstart" in log
+    assert f"{jobs.BEGAN}maskstudy resume quickstart" in log
 
     suggestions, results = read_suggestions(folder), read_results(folder)
     assert len(suggestions) == len(results) == 14

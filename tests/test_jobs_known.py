@@ -85,6 +85,19 @@ def test_a_job_that_was_refused_meanwhile_is_not_the_last_word_on_a_study(
     assert told == ["4/4 trials"]
 
 
+def test_the_job_that_drove_a_study_is_submitted_again_not_one_that_was_refused(play: Play) -> None:
+    began = "[    0 s] to go on if interrupted: maskstudy resume tiny --storage /studies"
+    drove = (job("drove", JobStatus.STOPPED, 1, 2, RUN), began)
+    changed = job("changed", JobStatus.FAILED, 3, 4, "python -m study run changed.yaml")
+    refused = (changed, "maskstudy: tiny was begun with other settings")
+    played = play(drove, refused)
+    jobs.resubmit(ADDRESS, "tiny")
+    assert played.submitted[0]["entrypoint"] == RUN
+    played = play(refused)
+    jobs.resubmit(ADDRESS, "tiny")
+    assert played.submitted[0]["entrypoint"] == changed.entrypoint, "there is no other"
+
+
 def test_our_packages_are_found_where_ray_unpacks_each_into_a_folder_of_its_own(
     tmp_path: Path,
 ) -> None:
