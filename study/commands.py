@@ -353,7 +353,8 @@ def submit(path: Path, address: str, storage: str | None) -> None:
     if own.remote:
         studies = own
     folder = _seen_here(studies.study(spec.study)) if studies is not None else None
-    if folder is not None and not _needs_a_driver(folder):
+    # a file that asks for more than the study was begun with is for the driver to take up
+    if folder is not None and not _changes(folder, spec) and not _needs_a_driver(folder):
         return
     job, link = _jobs(
         jobs.submit,
@@ -619,27 +620,15 @@ def _prepared_before(folder: StudyFolder, spec: Any) -> Path:
 
 def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
     """Keep the study file; a changed one goes on only if the change is harmless."""
-    from study.spec import difference
-
     frozen = read_spec(ledger.folder)
+    _changes(ledger.folder, spec)
     code = Path(__file__).resolve().parent.parent
     facts = {
         **environment(code),
         "data_fingerprint": dataset.fingerprint,
         "data": dataset.describe(),
     }
-    if frozen is None or frozen == spec.text:
-        ledger.freeze(spec.text, facts)
-    else:
-        changes = difference(frozen, spec.text)
-        refused = [str(change) for change in changes if not change.is_compatible]
-        if refused:
-            raise UserError(
-                f"{ledger.folder.root.name} was begun with other settings:\n  "
-                + "\n  ".join(refused)
-                + "\ngive the changed study another name, or undo the change"
-            )
-        ledger.freeze(spec.text, facts, extends=True)
+    ledger.freeze(spec.text, facts, extends=frozen is not None)
     before = read_environment(ledger.folder)["data_fingerprint"]
     if before != dataset.fingerprint:
         raise UserError(
@@ -647,6 +636,22 @@ def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
             f"{dataset.fingerprint[:12]}): results could not be compared; restore the images, or "
             f"give the study another name"
         )
+
+
+def _changes(folder: StudyFolder, spec: Any) -> list[Any]:
+    """What a study file changes of the study as it was begun; UserError if that cannot go on."""
+    from study.spec import difference
+
+    frozen = read_spec(folder)
+    changes = [] if frozen is None or frozen == spec.text else difference(frozen, spec.text)
+    refused = [str(change) for change in changes if not change.is_compatible]
+    if refused:
+        raise UserError(
+            f"{folder.root.name} was begun with other settings:\n  "
+            + "\n  ".join(refused)
+            + "\ngive the changed study another name, or undo the change"
+        )
+    return changes
 
 
 def _storage(storage: str | None) -> Storage:

@@ -348,3 +348,28 @@ def rendered(table: Any) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+def test_a_finished_study_is_submitted_only_with_a_file_that_asks_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted: list[Path] = []
+
+    def submit(address: str, yaml: Path, **_: Any) -> tuple[str, str]:
+        submitted.append(yaml)
+        return "tiny-2", "a link"
+
+    monkeypatch.setattr("cluster.jobs.submit", submit)
+    drive(begin(tmp_path / "studies"))
+    file = tmp_path / "tiny.yaml"
+
+    def submit_with(old: str, new: str) -> int:
+        file.write_text(TINY_STUDY.replace(old, new))
+        address = "http://127.0.0.1:8265"
+        return call("submit", file, "--address", address, "--storage", tmp_path)
+
+    assert submit_with("", "") == 0 and submitted == []
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert submit_with("epochs: 4", "epochs: 5") == 2 and submitted == []
+    assert "trial.pretrain.epochs: 4 -> 5" in capsys.readouterr().err
+    assert submit_with("trials: 4", "trials: 6") == 0 and submitted == [file]
