@@ -246,7 +246,7 @@ def _resume_as_job(name: str, address: str, storage: str | None) -> None:
     from cluster import jobs
 
     folder = _seen_here(_storage(storage).study(name))
-    if folder is not None and not _needs_a_driver(folder):
+    if folder is not None and not _needs_a_driver(folder, address):
         return
     # a storage that is only seen from the cluster is as good, if it is named
     place = Storage.of(storage) if storage else folder.storage if folder is not None else None
@@ -283,15 +283,15 @@ def _begun(folder: StudyFolder) -> StudyFolder:
     return folder
 
 
-def _needs_a_driver(folder: StudyFolder) -> bool:
+def _needs_a_driver(folder: StudyFolder, address: str) -> bool:
     """False, and says so, if nothing is left to do; HeldError while somebody drives the study."""
     refuse_if_held(folder)
     if not is_finished(folder):
         return True
-    name = folder.root.name
     console.print(
-        f"{name} is finished: nothing is left to do. For more of it: maskstudy extend {name} "
-        f"--trials N, then maskstudy resume {name}",
+        f"{folder.root.name} is finished: nothing is left to do. For more of it: maskstudy extend "
+        f"{folder.in_commands} --trials N, then maskstudy resume {folder.in_commands} "
+        f"--address {address}",
         markup=False,
     )
     return False
@@ -354,7 +354,7 @@ def submit(path: Path, address: str, storage: str | None) -> None:
         studies = own
     folder = _seen_here(studies.study(spec.study)) if studies is not None else None
     # a file that asks for more than the study was begun with is for the driver to take up
-    if folder is not None and not _changes(folder, spec) and not _needs_a_driver(folder):
+    if folder is not None and not _changes(folder, spec) and not _needs_a_driver(folder, address):
         return
     job, link = _jobs(
         jobs.submit,

@@ -599,7 +599,7 @@ def _take_lock(folder: StudyFolder) -> int:
 def _held(folder: StudyFolder) -> HeldError:
     return HeldError(
         f"{folder.where}: held by {_describe_holder(folder, _newest_epoch(folder))}. "
-        f"Wait for it, or stop it with `maskstudy stop {folder.root.name}`"
+        f"Wait for it, or stop it with `maskstudy stop {folder.in_commands}`"
     )
 
 

@@ -258,6 +258,7 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_study(folder):
         with pytest.raises(HeldError, match=r"epoch 1 .*node7.*4321.*raysubmit_1") as refusal:
             Ledger.open(folder, {})
         assert refusal.value.exit_code == 75
+        assert f"maskstudy stop {folder.in_commands}" in str(refusal.value)
     Ledger.open(folder, {}).close()
     assert read_holder(folder)["epoch"] == 2
 

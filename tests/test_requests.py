@@ -69,12 +69,14 @@ def call(*arguments: str | Path) -> int:
     return 0
 
 
-def test_a_finished_study_that_is_extended_goes_on_with_so_many_trials(folder: StudyFolder) -> None:
+def test_a_finished_study_that_is_extended_goes_on_with_so_many_trials(
+    folder: StudyFolder, tmp_path: Path
+) -> None:
     frozen = folder.spec.read_bytes()
     assert len(drive(folder)) == 4
     assert drive(folder) == []
     assert requests.extend(folder, 3) == (
-        "3 more trials, 7 in all; to go on: maskstudy resume tiny"
+        f"3 more trials, 7 in all; to go on: maskstudy resume tiny --storage {tmp_path}"
     )
     assert [one.origin for one in drive(folder)] == ["search"] * 3
     assert drive(folder) == [], "an extension counts once"
@@ -369,7 +371,9 @@ def test_a_finished_study_is_submitted_only_with_a_file_that_asks_for_more(
         return call("submit", file, "--address", address, "--storage", tmp_path)
 
     assert submit_with("", "") == 0 and submitted == []
-    assert "nothing is left to do" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nothing is left to do" in told
+    assert f"resume tiny --storage {tmp_path / 'studies'} --address http://127.0.0.1:8265" in told
     assert submit_with("epochs: 4", "epochs: 5") == 2 and submitted == []
     assert "trial.pretrain.epochs: 4 -> 5" in capsys.readouterr().err
     assert submit_with("trials: 4", "trials: 6") == 0 and submitted == [file]
