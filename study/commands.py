@@ -407,8 +407,17 @@ def enqueue(name: str, given: list[str], file: Path | None, storage: str | None)
         settings, document = requests.settings_of(file)
         told = requests.enqueue(folder, settings, where=str(file), document=document)
     else:
-        told = requests.enqueue(folder, dict(map(_setting, given)))
+        told = requests.enqueue(folder, _settings(given))
     console.print(told, markup=False)
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for path, value in map(_setting, given):
+        if path in settings:
+            raise UserError(f"{path}: given twice; expected one value")
+        settings[path] = value
+    return settings
 
 
 def _setting(given: str) -> tuple[str, Any]:

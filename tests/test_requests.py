@@ -211,6 +211,14 @@ def test_all_mistakes_of_an_arm_are_told_at_once_and_by_line(
     assert f"{arm}:3: masking.ratio: given" in told
 
 
+def test_a_setting_that_is_given_twice_is_refused(
+    folder: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("enqueue", folder.root, "model.patch=4", "model.patch=8") == 2
+    assert "model.patch: given twice" in capsys.readouterr().err
+    assert not folder.requests.exists()
+
+
 def test_an_arm_is_enqueued_once(folder: StudyFolder) -> None:
     requests.enqueue(folder, ARM)
     with pytest.raises(UserError, match="asked for already"):
