@@ -47,12 +47,14 @@
   // -- talking to the server --
 
   const call = async (url, options) => {
-    const answer = await fetch(url, options);
+    const answer = await fetch(url, options).catch(() => {
+      throw new Error("The console does not answer.");
+    });
     if (answer.status === 401) {
       location.reload();
       return new Promise(() => {});
     }
-    const content = await answer.json();
+    const content = await answer.json().catch(() => ({ error: `The console has failed (${answer.status}); its own log says why.` }));
     if (!answer.ok) throw new Error(content.error || answer.statusText);
     return content;
   };
@@ -78,9 +80,8 @@
           await does();
           main.querySelector("#away")?.remove();
         } catch (error) {
-          const words = error instanceof TypeError ? "The console does not answer." : error.message;
           main.querySelector("#away")?.remove();
-          main.prepend(el("p", { id: "away", class: "box bad", role: "alert" }, words));
+          main.prepend(el("p", { id: "away", class: "box bad", role: "alert" }, error.message));
         }
       }
       waiting = setTimeout(turn, milliseconds);
@@ -329,7 +330,9 @@
         } catch {
           // a word
         }
-        found[line.slice(0, at).trim()] = read;
+        const key = line.slice(0, at).trim();
+        if (Object.hasOwn(found, key)) throw new Error(`${key}: given twice; expected one value`);
+        found[key] = read;
       }
       return found;
     };
