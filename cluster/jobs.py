@@ -275,12 +275,12 @@ def _order(job: JobDetails) -> tuple[float, float]:
 @contextmanager
 def connected(address: str) -> Iterator[JobSubmissionClient]:
     """A client of the Jobs API; its errors become texts for people."""
-    if not re.match(r"https?://[^/\s]", address):
+    if not re.fullmatch(r"https?://[^/\s#][^\s#]*", address):
         raise RuntimeError(
             f"--address: given {address!r}; expected the dashboard's, such as http://127.0.0.1:8265"
         )
     try:
-        yield JobSubmissionClient(address)
+        yield _client(address)
     except ConnectionError as error:
         raise RuntimeError(
             f"{address}: no Ray dashboard answers there; expected its address, such as "
@@ -296,6 +296,16 @@ def connected(address: str) -> Iterator[JobSubmissionClient]:
         raise RuntimeError(f"{address}: {error}") from error
     except requests.RequestException as error:
         raise RuntimeError(f"{address}: {error}") from error
+
+
+def _client(address: str) -> JobSubmissionClient:
+    try:
+        return JobSubmissionClient(address)
+    except (RuntimeError, KeyError, requests.JSONDecodeError) as error:
+        raise RuntimeError(
+            f"{address}: what answers there is no Ray dashboard; expected its address, such as "
+            f"http://127.0.0.1:8265"
+        ) from error
 
 
 def _refuse_if_alive(jobs: list[JobDetails], study: str) -> None:

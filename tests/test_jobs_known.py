@@ -10,9 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
@@ -96,6 +98,32 @@ def test_the_job_that_drove_a_study_is_submitted_again_not_one_that_was_refused(
     played = play(refused)
     jobs.resubmit(ADDRESS, "tiny")
     assert played.submitted[0]["entrypoint"] == changed.entrypoint, "there is no other"
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Some other server: its answers are found by their path."""
+
+    ANSWERS: ClassVar = {"/page": b"<html>", "/other": b'{"version": 1}'}
+
+    def do_GET(self) -> None:
+        found = self.ANSWERS.get(self.path.removesuffix("/api/version"))
+        self.send_response(404 if found is None else 200)
+        self.end_headers()
+        self.wfile.write(found or b"")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_address_of_something_else_is_refused_with_what_is_expected() -> None:
+    with pytest.raises(RuntimeError, match=r"--address: given .*#/jobs'; expected the dashboard's"):
+        jobs.known("http://127.0.0.1:8265/#/jobs")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for path in ("", "/page", "/other"):
+            with pytest.raises(RuntimeError, match="what answers there is no Ray dashboard"):
+                jobs.known(f"http://127.0.0.1:{server.server_port}{path}")
+        server.shutdown()
 
 
 def test_our_packages_are_found_where_ray_unpacks_each_into_a_folder_of_its_own(
