@@ -289,9 +289,11 @@ def connected(address: str) -> Iterator[JobSubmissionClient]:
     except (requests.HTTPError, AuthenticationError) as error:
         refusal = getattr(getattr(error, "response", None), "status_code", None)
         if refusal in (None, 401, 403):
+            told = re.split(r"\n|\. ", str(error))[0]  # Ray goes on with a page of advice
             raise RuntimeError(
                 f"{address}: the cluster wants a token; set RAY_AUTH_MODE=token, and put the "
-                f"cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+                f"cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN "
+                f"({told})"
             ) from error
         raise RuntimeError(f"{address}: {error}") from error
     except requests.RequestException as error:

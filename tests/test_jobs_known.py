@@ -103,13 +103,17 @@ def test_the_job_that_drove_a_study_is_submitted_again_not_one_that_was_refused(
 class Stranger(BaseHTTPRequestHandler):
     """Some other server: its answers are found by their path."""
 
-    ANSWERS: ClassVar = {"/page": b"<html>", "/other": b'{"version": 1}'}
+    ANSWERS: ClassVar = {
+        "/page": (200, b"<html>"),
+        "/other": (200, b'{"version": 1}'),
+        "/closed": (401, b"the door's key is needed"),
+    }
 
     def do_GET(self) -> None:
-        found = self.ANSWERS.get(self.path.removesuffix("/api/version"))
-        self.send_response(404 if found is None else 200)
+        status, found = self.ANSWERS.get(self.path.removesuffix("/api/version"), (404, b""))
+        self.send_response(status)
         self.end_headers()
-        self.wfile.write(found or b"")
+        self.wfile.write(found)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -120,9 +124,12 @@ def test_an_address_of_something_else_is_refused_with_what_is_expected() -> None
         jobs.known("http://127.0.0.1:8265/#/jobs")
     with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
         for path in ("", "/page", "/other"):
             with pytest.raises(RuntimeError, match="what answers there is no Ray dashboard"):
-                jobs.known(f"http://127.0.0.1:{server.server_port}{path}")
+                jobs.known(address + path)
+        with pytest.raises(RuntimeError, match=r"wants a token; .*the door's key is needed"):
+            jobs.known(f"{address}/closed")
         server.shutdown()
 
 
