@@ -246,6 +246,8 @@ def _resume_as_job(name: str, address: str, storage: str | None) -> None:
     from cluster import jobs
 
     folder = _seen_here(_storage(storage).study(name))
+    if folder is None and storage is not None:
+        _refuse_if_below(name, Storage.of(storage))
     if folder is not None and not _needs_a_driver(folder, address):
         return
     # a storage that is only seen from the cluster is as good, if it is named
@@ -575,11 +577,19 @@ def find_study(name: str, storage: str | None) -> StudyFolder:
     for folder in given:
         if _begun(folder).spec.is_file():
             return folder
+    _refuse_if_below(name, place)
     known = ", ".join(folder.root.name for folder in studies(place)) or "none"
     raise UserError(
         f"{name}: no such study in {place}; studies there: {known}. Name the study's folder, its "
         f"YAML file, or its storage with --storage"
     )
+
+
+def _refuse_if_below(name: str, place: Storage) -> None:
+    """What `submit` calls the storage is one folder above what every other command does."""
+    below = place.within("studies")
+    if is_trial_id(name) and _seen_here(below.study(name)) is not None:
+        raise UserError(f"{name}: not in {place}, but in {below}; expected --storage {below}")
 
 
 def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
