@@ -575,7 +575,8 @@ def damage(folder: StudyFolder) -> list[LedgerError]:
             try:
                 read(folder, trial)
             except LedgerError as error:
-                found.append(error)
+                if str(error) not in map(str, found):  # rows rest on the outcome
+                    found.append(error)
     return found
 
 
