@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from cluster.jobs import Home
+from cluster.jobs import Alive, Home
 from study.console import actions
 from study.console.app import Settings, build_app
 from study.console.guard import host_name, ray_token, refuse_exposed
@@ -535,6 +536,35 @@ def test_a_driver_that_cannot_go_on_says_why(
         assert refused.status == 409 and "could not go on" in refused.json["error"]
         log = ask("/api/studies/asked/log").json
     assert log["source"] == folder.console_log.name and "begun on other data" in log["lines"]
+
+
+def test_two_who_resume_at_once_submit_one_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_study(tmp_path / "platelets", trials=4)
+    submitted: list[str] = []
+
+    def resubmit(address: str, study: str, **_: Any) -> tuple[str, str]:
+        if submitted:
+            raise Alive(f"study {study!r} is running already, as job {submitted[0]}")
+        time.sleep(0.3)  # that looking and submitting take
+        submitted.append("platelets-1")
+        return "platelets-1", "a link"
+
+    def resume(_: int) -> str:
+        try:
+            return actions.resume(hands, folder, {})
+        except UserError as error:
+            return str(error)
+
+    monkeypatch.setattr("cluster.jobs.resubmit", resubmit)
+    hands = actions.Hands("http://127.0.0.1:8265", folder.storage)
+    with ThreadPoolExecutor(2) as people:
+        told = sorted(people.map(resume, range(2)))
+    assert told == [
+        "platelets goes on as job platelets-1",
+        "study 'platelets' is running already, as job platelets-1",
+    ]
 
 
 def test_a_driver_begins_however_often_the_console_looks(tmp_path: Path) -> None:
