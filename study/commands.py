@@ -285,10 +285,13 @@ def _begun(folder: StudyFolder) -> StudyFolder:
     return folder
 
 
-def _needs_a_driver(folder: StudyFolder, address: str) -> bool:
-    """False, and says so, if nothing is left to do; HeldError while somebody drives the study."""
+def _needs_a_driver(folder: StudyFolder, address: str, spec: Any = None) -> bool:
+    """False, and says so, if nothing is left to do; HeldError while somebody drives the study.
+
+    `spec`: a study file that is submitted; where it asks for more, a driver has to take that up.
+    """
     refuse_if_held(folder)
-    if not is_finished(folder):
+    if (spec is not None and _changes(folder, spec)) or not is_finished(folder):
         return True
     console.print(
         f"{folder.root.name} is finished: nothing is left to do. For more of it: maskstudy extend "
@@ -355,8 +358,7 @@ def submit(path: Path, address: str, storage: str | None) -> None:
     if own.remote:
         studies = own
     folder = _seen_here(studies.study(spec.study)) if studies is not None else None
-    # a file that asks for more than the study was begun with is for the driver to take up
-    if folder is not None and not _changes(folder, spec) and not _needs_a_driver(folder, address):
+    if folder is not None and not _needs_a_driver(folder, address, spec):
         return
     job, link = _jobs(
         jobs.submit,

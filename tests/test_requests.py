@@ -384,4 +384,6 @@ def test_a_finished_study_is_submitted_only_with_a_file_that_asks_for_more(
     assert f"resume tiny --storage {tmp_path / 'studies'} --address http://127.0.0.1:8265" in told
     assert submit_with("epochs: 4", "epochs: 5") == 2 and submitted == []
     assert "trial.pretrain.epochs: 4 -> 5" in capsys.readouterr().err
+    with Ledger.open(StudyFolder(tmp_path / "studies" / "tiny"), {}):
+        assert submit_with("trials: 4", "trials: 6") == 75 and submitted == []
     assert submit_with("trials: 4", "trials: 6") == 0 and submitted == [file]
