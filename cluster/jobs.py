@@ -8,6 +8,8 @@ last line of its log. A head node that restarts forgets its jobs; the study's st
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import math
 import os
 import re
 import shlex
@@ -25,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 PACKAGES = ("study", "trainables", "analysis", "cluster")
 EXCLUDES = ["studies/", ".venv/", ".git/", "__pycache__/", "*.egg-info/"]
 ALIVE = (JobStatus.PENDING, JobStatus.RUNNING)
+BEGAN = "to go on if interrupted: "  # a driver says it once nothing refuses its study
 
 # `ray job submit ... -- python -m study run x.yaml` tells Ray no name; the log begins with it
 _BY_HAND = re.compile(r"(-m study|maskstudy) (run|resume)\b")
@@ -97,12 +100,13 @@ def submit(
     with connected(address) as client:
         earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
-        runtime_env = {**_code(), "working_dir": str(yaml.resolve().parent)}
+        runtime_env = {**code(), "working_dir": str(yaml.resolve().parent)}
         if storage:
             runtime_env["env_vars"] = {"MASKSTUDY_STORAGE": storage}
         metadata = _metadata(address, study, question, studies)
         entrypoint = f"python -m study run {shlex.quote(yaml.name)}"
-        return _submit(client, address, entrypoint, runtime_env, metadata, earlier)
+        last = earlier[-1] if earlier else None
+        return _submit(client, address, entrypoint, runtime_env, metadata, earlier, last)
 
 
 def resubmit(
@@ -113,7 +117,7 @@ def resubmit(
     question: str = "",
     home: Home | None = None,
 ) -> tuple[str, str]:
-    """Submit the study's last job again: the ledger makes that a resume.
+    """Submit the last job that drove the study again: the ledger makes that a resume.
 
     Where the head has forgotten it, or has cleared its files away, the folder of studies `storage`,
     as the cluster sees it, holds what is needed: the frozen study file, and everything that was
@@ -122,11 +126,11 @@ def resubmit(
     with connected(address) as client:
         earlier = jobs_of(client, study, home)
         _refuse_if_alive(earlier, study)
-        last = earlier[-1] if earlier else None
+        last = _last_driver(client, earlier)
         if last is not None and _has_its_files(client, last):
             metadata = {**_metadata(address, study, question, storage), **(last.metadata or {})}
             runtime_env = last.runtime_env or {}
-            return _submit(client, address, last.entrypoint, runtime_env, metadata, earlier)
+            return _submit(client, address, last.entrypoint, runtime_env, metadata, earlier, last)
         if storage is None:
             what = "no job" if last is None else f"job {last.submission_id} without its files"
             raise Unknown(
@@ -137,7 +141,7 @@ def resubmit(
             )
         entrypoint = f"python -m study resume {study} --storage {shlex.quote(storage)}"
         metadata = _metadata(address, study, question, storage)
-        return _submit(client, address, entrypoint, _code(), metadata, earlier)
+        return _submit(client, address, entrypoint, code(), metadata, earlier, last)
 
 
 def stop(address: str, study: str, *, home: Home | None = None, timeout: float = 60) -> str | None:
@@ -209,7 +213,7 @@ def logs(
 
 
 def standings(address: str, study: str | None = None) -> list[Standing]:
-    """All jobs of a study, or the newest job of every study; the oldest first."""
+    """All jobs of a study, or the newest job of every study; the newest last."""
     with connected(address) as client:
         newest = {name: job for name, job in _known(client)}
         chosen = (
@@ -221,7 +225,7 @@ def standings(address: str, study: str | None = None) -> list[Standing]:
 
 
 def known(address: str) -> list[Known]:
-    """All jobs of studies, the oldest first, without a look at what they have said."""
+    """All jobs of studies, the newest last, without a look at what they have said."""
     with connected(address) as client:
         return [
             Known(
@@ -236,7 +240,7 @@ def known(address: str) -> list[Known]:
 
 
 def jobs_of(client: JobSubmissionClient, study: str, home: Home | None = None) -> list[JobDetails]:
-    """The study's jobs that this cluster remembers, oldest first."""
+    """The study's jobs that this cluster remembers; the last to end, or alive, at the end."""
     mine = [job for name, job in _known(client) if name == study]
     if home is None:
         return mine
@@ -248,9 +252,12 @@ def jobs_of(client: JobSubmissionClient, study: str, home: Home | None = None) -
 
 
 def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:
-    """Every job of a study with the study's name, oldest first."""
+    """Every job of a study with the study's name, by their ends; those that are alive come last.
+
+    So a job that was refused while another one drove the study is not the newest word about it.
+    """
     found = []
-    for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0):
+    for job in sorted(client.list_jobs(), key=_order):
         if job.submission_id:  # others are drivers that nobody submitted
             name = (job.metadata or {}).get("study")
             if name is None and _BY_HAND.search(job.entrypoint):
@@ -261,15 +268,20 @@ def _known(client: JobSubmissionClient) -> list[tuple[str, JobDetails]]:
     return found
 
 
+def _order(job: JobDetails) -> tuple[float, float]:
+    is_alive = job.status in ALIVE
+    return (math.inf if is_alive else job.end_time or 0, job.start_time or 0)
+
+
 @contextmanager
 def connected(address: str) -> Iterator[JobSubmissionClient]:
     """A client of the Jobs API; its errors become texts for people."""
-    if not re.match(r"https?://[^/\s]", address):
+    if not re.fullmatch(r"https?://[^/\s#][^\s#]*", address):
         raise RuntimeError(
             f"--address: given {address!r}; expected the dashboard's, such as http://127.0.0.1:8265"
         )
     try:
-        yield JobSubmissionClient(address)
+        yield _client(address)
     except ConnectionError as error:
         raise RuntimeError(
             f"{address}: no Ray dashboard answers there; expected its address, such as "
@@ -278,19 +290,46 @@ def connected(address: str) -> Iterator[JobSubmissionClient]:
     except (requests.HTTPError, AuthenticationError) as error:
         refusal = getattr(getattr(error, "response", None), "status_code", None)
         if refusal in (None, 401, 403):
+            told = re.split(r"\n|\. ", str(error))[0]  # Ray goes on with a page of advice
             raise RuntimeError(
                 f"{address}: the cluster wants a token; set RAY_AUTH_MODE=token, and put the "
-                f"cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+                f"cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN "
+                f"({told})"
             ) from error
         raise RuntimeError(f"{address}: {error}") from error
     except requests.RequestException as error:
         raise RuntimeError(f"{address}: {error}") from error
 
 
+def _client(address: str) -> JobSubmissionClient:
+    try:
+        return JobSubmissionClient(address)
+    except (RuntimeError, KeyError, requests.JSONDecodeError) as error:
+        raise RuntimeError(
+            f"{address}: what answers there is no Ray dashboard; expected its address, such as "
+            f"http://127.0.0.1:8265"
+        ) from error
+
+
 def _refuse_if_alive(jobs: list[JobDetails], study: str) -> None:
     for job in jobs:
         if job.status in ALIVE:
             raise Alive(f"study {study!r} is running already, as job {job.submission_id}")
+
+
+def _last_driver(client: JobSubmissionClient, jobs: list[JobDetails]) -> JobDetails | None:
+    """The last of a study's jobs that drove it; where none did, the last of all.
+
+    Others were refused, such as one with a changed study file, and would be refused again.
+    """
+    for job in reversed(jobs):
+        try:
+            is_driver = BEGAN in client.get_job_logs(job.submission_id)
+        except RuntimeError:  # the node with its log has gone: nothing speaks against it
+            is_driver = True
+        if is_driver:
+            return job
+    return jobs[-1] if jobs else None
 
 
 def _has_its_files(client: JobSubmissionClient, job: JobDetails) -> bool:
@@ -300,9 +339,10 @@ def _has_its_files(client: JobSubmissionClient, job: JobDetails) -> bool:
     return all(client._package_exists(uri) for uri in uris if uri.startswith("gcs://"))
 
 
-def _code() -> dict[str, Any]:
-    code = Path(__file__).resolve().parent.parent
-    packages = [str(code / package) for package in PACKAGES]
+def code() -> dict[str, Any]:
+    """Our own packages; inside a job Ray has put each of them into a folder of its own."""
+    found = map(importlib.util.find_spec, PACKAGES)
+    packages = [str(Path(spec.origin).parent) for spec in found if spec and spec.origin]
     return {"py_modules": packages, "excludes": EXCLUDES}
 
 
@@ -324,9 +364,10 @@ def _submit(
     runtime_env: dict[str, Any],
     metadata: dict[str, str],
     earlier: list[JobDetails],
+    last: JobDetails | None,
 ) -> tuple[str, str]:
     attempt = len(earlier) + 1
-    resumes = {"resumes": earlier[-1].submission_id or ""} if earlier else {}
+    resumes = {"resumes": last.submission_id or ""} if last else {}
     submission_id = client.submit_job(
         entrypoint=entrypoint,
         runtime_env=runtime_env,

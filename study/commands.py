@@ -246,7 +246,9 @@ def _resume_as_job(name: str, address: str, storage: str | None) -> None:
     from cluster import jobs
 
     folder = _seen_here(_storage(storage).study(name))
-    if folder is not None and not _needs_a_driver(folder):
+    if folder is None and storage is not None:
+        _refuse_if_below(name, Storage.of(storage))
+    if folder is not None and not _needs_a_driver(folder, address):
         return
     # a storage that is only seen from the cluster is as good, if it is named
     place = Storage.of(storage) if storage else folder.storage if folder is not None else None
@@ -283,15 +285,18 @@ def _begun(folder: StudyFolder) -> StudyFolder:
     return folder
 
 
-def _needs_a_driver(folder: StudyFolder) -> bool:
-    """False, and says so, if nothing is left to do; HeldError while somebody drives the study."""
+def _needs_a_driver(folder: StudyFolder, address: str, spec: Any = None) -> bool:
+    """False, and says so, if nothing is left to do; HeldError while somebody drives the study.
+
+    `spec`: a study file that is submitted; where it asks for more, a driver has to take that up.
+    """
     refuse_if_held(folder)
-    if not is_finished(folder):
+    if (spec is not None and _changes(folder, spec)) or not is_finished(folder):
         return True
-    name = folder.root.name
     console.print(
-        f"{name} is finished: nothing is left to do. For more of it: maskstudy extend {name} "
-        f"--trials N, then maskstudy resume {name}",
+        f"{folder.root.name} is finished: nothing is left to do. For more of it: maskstudy extend "
+        f"{folder.in_commands} --trials N, then maskstudy resume {folder.in_commands} "
+        f"--address {address}",
         markup=False,
     )
     return False
@@ -353,7 +358,7 @@ def submit(path: Path, address: str, storage: str | None) -> None:
     if own.remote:
         studies = own
     folder = _seen_here(studies.study(spec.study)) if studies is not None else None
-    if folder is not None and not _needs_a_driver(folder):
+    if folder is not None and not _needs_a_driver(folder, address, spec):
         return
     job, link = _jobs(
         jobs.submit,
@@ -406,8 +411,17 @@ def enqueue(name: str, given: list[str], file: Path | None, storage: str | None)
         settings, document = requests.settings_of(file)
         told = requests.enqueue(folder, settings, where=str(file), document=document)
     else:
-        told = requests.enqueue(folder, dict(map(_setting, given)))
+        told = requests.enqueue(folder, _settings(given))
     console.print(told, markup=False)
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for path, value in map(_setting, given):
+        if path in settings:
+            raise UserError(f"{path}: given twice; expected one value")
+        settings[path] = value
+    return settings
 
 
 def _setting(given: str) -> tuple[str, Any]:
@@ -565,11 +579,19 @@ def find_study(name: str, storage: str | None) -> StudyFolder:
     for folder in given:
         if _begun(folder).spec.is_file():
             return folder
+    _refuse_if_below(name, place)
     known = ", ".join(folder.root.name for folder in studies(place)) or "none"
     raise UserError(
         f"{name}: no such study in {place}; studies there: {known}. Name the study's folder, its "
         f"YAML file, or its storage with --storage"
     )
+
+
+def _refuse_if_below(name: str, place: Storage) -> None:
+    """What `submit` calls the storage is one folder above what every other command does."""
+    below = place.within("studies")
+    if is_trial_id(name) and _seen_here(below.study(name)) is not None:
+        raise UserError(f"{name}: not in {place}, but in {below}; expected --storage {below}")
 
 
 def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -619,27 +641,15 @@ def _prepared_before(folder: StudyFolder, spec: Any) -> Path:
 
 def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
     """Keep the study file; a changed one goes on only if the change is harmless."""
-    from study.spec import difference
-
     frozen = read_spec(ledger.folder)
+    _changes(ledger.folder, spec)
     code = Path(__file__).resolve().parent.parent
     facts = {
         **environment(code),
         "data_fingerprint": dataset.fingerprint,
         "data": dataset.describe(),
     }
-    if frozen is None or frozen == spec.text:
-        ledger.freeze(spec.text, facts)
-    else:
-        changes = difference(frozen, spec.text)
-        refused = [str(change) for change in changes if not change.is_compatible]
-        if refused:
-            raise UserError(
-                f"{ledger.folder.root.name} was begun with other settings:\n  "
-                + "\n  ".join(refused)
-                + "\ngive the changed study another name, or undo the change"
-            )
-        ledger.freeze(spec.text, facts, extends=True)
+    ledger.freeze(spec.text, facts, extends=frozen is not None)
     before = read_environment(ledger.folder)["data_fingerprint"]
     if before != dataset.fingerprint:
         raise UserError(
@@ -647,6 +657,22 @@ def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
             f"{dataset.fingerprint[:12]}): results could not be compared; restore the images, or "
             f"give the study another name"
         )
+
+
+def _changes(folder: StudyFolder, spec: Any) -> list[Any]:
+    """What a study file changes of the study as it was begun; UserError if that cannot go on."""
+    from study.spec import difference
+
+    frozen = read_spec(folder)
+    changes = [] if frozen is None or frozen == spec.text else difference(frozen, spec.text)
+    refused = [str(change) for change in changes if not change.is_compatible]
+    if refused:
+        raise UserError(
+            f"{folder.root.name} was begun with other settings:\n  "
+            + "\n  ".join(refused)
+            + "\ngive the changed study another name, or undo the change"
+        )
+    return changes
 
 
 def _storage(storage: str | None) -> Storage:

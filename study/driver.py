@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 
 from cluster.connect import connect
 from cluster.head import watch_head
+from cluster.jobs import BEGAN
 from cluster.metrics import Publisher
 from cluster.placement import MOST
 from study.conductor import Conductor
@@ -64,10 +65,9 @@ def drive(conductor: Conductor) -> None:
             f"RAY_AUTH_TOKEN"
         ) from error
     # the dashboard shows a job's log, and cannot resume by itself
-    where = f"--storage {conductor.ledger.folder.storage}"
+    how_to_resume = f"{BEGAN}maskstudy resume {conductor.ledger.folder.in_commands}"
     if connection.job_id and connection.dashboard:
-        where = f"--address {connection.dashboard} {where}"
-    how_to_resume = f"to go on if interrupted: maskstudy resume {conductor.spec.study} {where}"
+        how_to_resume += f" --address {connection.dashboard}"
     conductor.progress.say(how_to_resume)
     folder = conductor.ledger.folder
     # Ray insists on storage that all nodes see, those to come too; nothing in it is read back

@@ -27,6 +27,7 @@ A study in a store of objects has the same names there, below its URI; the folde
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,11 @@ class StudyFolder:
     def storage(self) -> Storage:
         """What this study lies in."""
         return Storage(self.root.absolute().parent, self.remote.rpartition("/")[0])
+
+    @property
+    def in_commands(self) -> str:
+        """How a command names this study, wherever it is typed."""
+        return f"{self.root.name} --storage {shlex.quote(str(self.storage))}"
 
     def name_of(self, path: Path) -> str:
         """What the store calls a path of the mirror."""

@@ -575,7 +575,8 @@ def damage(folder: StudyFolder) -> list[LedgerError]:
             try:
                 read(folder, trial)
             except LedgerError as error:
-                found.append(error)
+                if str(error) not in map(str, found):  # rows rest on the outcome
+                    found.append(error)
     return found
 
 
@@ -599,7 +600,7 @@ def _take_lock(folder: StudyFolder) -> int:
 def _held(folder: StudyFolder) -> HeldError:
     return HeldError(
         f"{folder.where}: held by {_describe_holder(folder, _newest_epoch(folder))}. "
-        f"Wait for it, or stop it with `maskstudy stop {folder.root.name}`"
+        f"Wait for it, or stop it with `maskstudy stop {folder.in_commands}`"
     )
 
 
@@ -649,7 +650,7 @@ def _describe_holder(folder: StudyFolder, epoch: int) -> str:
         holder = _read_json(folder.epoch(epoch))
     except LedgerError:
         return f"a driver that has not signed (epoch {epoch})"
-    told = ", ".join(f"{key} {value}" for key, value in holder.items())
+    told = ", ".join(f"{key} {value}" for key, value in holder.items() if value is not None)
     return f"epoch {epoch} ({told})"
 
 

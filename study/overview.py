@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from study import mirror
@@ -21,6 +22,7 @@ from study.requests import expected, grown, queue
 from study.resume import AskSampler, Finished, Step, next_step, num_planned
 from study.samplers import Brain
 from study.spec import StudySpec, parse_spec
+from trainables.errors import StorageError, UserError
 from trainables.storage import store
 
 
@@ -37,18 +39,22 @@ def studies(storage: Storage) -> list[StudyFolder]:
 
 
 def studies_table(storage: Storage) -> Table:
-    table = Table(title=f"studies in {storage}")
+    table = Table(title=f"studies in {storage}", caption_justify="left")
     for column in ("study", "state", "trials", *(outcome.value for outcome in Outcome)):
         table.add_column(column)
+    problems = []
     for folder in studies(storage):
-        results = read_results(folder)
+        state = "running" if is_held(folder) else "at rest"
+        try:
+            results = read_results(folder)
+            trials = f"{len(read_suggestions(folder))} of {num_planned(_asked(folder))}"
+        except (UserError, StorageError) as error:  # the others are to be seen all the same
+            table.add_row(folder.root.name, f"{state}, damaged")
+            problems.append(escape(str(error)))
+            continue
         counts = [sum(r.outcome is outcome for r in results.values()) for outcome in Outcome]
-        table.add_row(
-            folder.root.name,
-            "running" if is_held(folder) else "at rest",
-            f"{len(read_suggestions(folder))} of {num_planned(_asked(folder))}",
-            *(str(count or "") for count in counts),
-        )
+        table.add_row(folder.root.name, state, trials, *(str(count or "") for count in counts))
+    table.caption = "\n".join(problems) or None
     return table
 
 

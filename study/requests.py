@@ -349,4 +349,4 @@ def _read(folder: StudyFolder, name: str) -> Request | None:
 def _when(folder: StudyFolder) -> str:
     if is_held(folder):
         return "its driver heeds it at its next decision"
-    return f"to go on: maskstudy resume {folder.root.name}"
+    return f"to go on: maskstudy resume {folder.in_commands}"

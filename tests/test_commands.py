@@ -186,6 +186,26 @@ def test_an_unknown_study_is_answered_with_those_that_exist(
     assert "platelets" in capsys.readouterr().err
 
 
+def test_the_storage_of_submit_is_answered_with_the_folder_of_studies_in_it(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    write_study(tmp_path / "studies" / "platelets")
+    for command in (["status"], ["resume"], ["resume", "--address", "http://127.0.0.1:9"]):
+        assert call(*command, "platelets", "--storage", tmp_path) == 2
+        assert f"expected --storage {tmp_path / 'studies'}" in capsys.readouterr().err
+
+
+def test_a_damaged_study_does_not_hide_the_others(tmp_path: Path, capsys: Capture) -> None:
+    write_study(tmp_path / "sound", trials=3)
+    write_study(tmp_path / "damaged", trials=3).suggestion(1).write_text("")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "study.yaml").write_text("study: half")
+    assert call("status", "--storage", tmp_path) == 0
+    told = capsys.readouterr().out
+    words = " ".join(told.split())
+    assert "3 of 18" in words and "000001.json" in words and "environment.json" in words
+
+
 def test_the_schema_describes_the_study_file(capsys: Capture) -> None:
     assert call("schema") == 0
     schema = json.loads(capsys.readouterr().out)

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from cluster.jobs import Home
+from cluster.jobs import Alive, Home
 from study.console import actions
 from study.console.app import Settings, build_app
 from study.console.guard import host_name, ray_token, refuse_exposed
@@ -226,6 +227,9 @@ def test_a_damaged_study_says_what_is_damaged_and_the_others_are_shown(tmp_path:
         told = ask("/api/studies").json["studies"]
         assert "checksum" in told[0]["problem"] and str(tmp_path) not in told[0]["problem"]
         assert told[1]["problem"] is None
+        report = ask("/report/damaged")
+        assert report.status == 503 and report.body.startswith(b"There is no report of damaged: ")
+        assert b"checksum" in report.body and str(tmp_path).encode() not in report.body
 
 
 def test_the_report_is_built_on_demand_and_again_when_the_ledger_has_grown(tmp_path: Path) -> None:
@@ -529,6 +533,35 @@ def test_a_driver_that_cannot_go_on_says_why(
         assert refused.status == 409 and "could not go on" in refused.json["error"]
         log = ask("/api/studies/asked/log").json
     assert log["source"] == folder.console_log.name and "begun on other data" in log["lines"]
+
+
+def test_two_who_resume_at_once_submit_one_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_study(tmp_path / "platelets", trials=4)
+    submitted: list[str] = []
+
+    def resubmit(address: str, study: str, **_: Any) -> tuple[str, str]:
+        if submitted:
+            raise Alive(f"study {study!r} is running already, as job {submitted[0]}")
+        time.sleep(0.3)  # that looking and submitting take
+        submitted.append("platelets-1")
+        return "platelets-1", "a link"
+
+    def resume(_: int) -> str:
+        try:
+            return actions.resume(hands, folder, {})
+        except UserError as error:
+            return str(error)
+
+    monkeypatch.setattr("cluster.jobs.resubmit", resubmit)
+    hands = actions.Hands("http://127.0.0.1:8265", folder.storage)
+    with ThreadPoolExecutor(2) as people:
+        told = sorted(people.map(resume, range(2)))
+    assert told == [
+        "platelets goes on as job platelets-1",
+        "study 'platelets' is running already, as job platelets-1",
+    ]
 
 
 def test_a_driver_begins_however_often_the_console_looks(tmp_path: Path) -> None:

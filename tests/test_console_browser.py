@@ -97,6 +97,31 @@ def test_by_keyboard_alone_a_study_is_found_and_extended(tmp_path: Path, browser
     assert len(list(folder.requests.iterdir())) == 1
 
 
+def test_what_fails_is_said_in_words(tmp_path: Path, browser: Any) -> None:
+    folder = write_study(tmp_path / "platelets", trials=4)
+    with served(tmp_path, allow_changes=True) as ask:
+        settled(ask, "platelets", "interrupted")
+        page = Person(browser).page
+        page.goto(f"http://127.0.0.1:{ask.port}/study/platelets#token={TOKEN}")
+        page.wait_for_selector("html[data-shown=yes]")
+        page.route("**/resume", lambda route: route.fulfill(status=500, body="Internal Error"))
+        page.get_by_role("button", name="Resume").click()
+        page.wait_for_selector("#said.wrong:has-text('The console has failed (500)')")
+        page.route("**/resume", lambda route: route.abort())
+        page.get_by_role("button", name="Resume").click()
+        page.wait_for_selector("#said.wrong:has-text('The console does not answer.')")
+        page.get_by_text("Enqueue an arm").click()
+        page.fill("#arm", "model.patch=4\nmodel.patch=8")
+        page.get_by_role("button", name="Enqueue this arm").click()
+        page.wait_for_selector("#said.wrong:has-text('model.patch: given twice')")
+        page.goto(f"http://127.0.0.1:{ask.port}/study/absent")
+        page.wait_for_selector("#away")
+        assert not page.get_by_role("button", name="Resume").is_visible(), (
+            "there is nothing to steer"
+        )
+    assert not folder.requests.exists()
+
+
 def test_trials_are_filtered_sorted_and_opened_by_keyboard(tmp_path: Path, browser: Any) -> None:
     write_study(tmp_path / "platelets", trials=14)
     with served(tmp_path) as ask:

@@ -1,16 +1,25 @@
 """Every path of a study lies inside its folder, and `folder.py` names what the contract names."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
-from study.folder import StudyFolder
+from study.folder import Storage, StudyFolder
 
 FOLDER = StudyFolder(Path("studies/blobs"))
 
 
 def relative(path: Path) -> str:
     return str(path.relative_to(FOLDER.root))
+
+
+def test_a_command_names_a_study_from_wherever_it_is_typed(tmp_path):
+    folder = StudyFolder(tmp_path / "my studies" / "blobs")
+    told = ["blobs", "--storage", f"{tmp_path}/my studies"]
+    assert shlex.split(folder.in_commands) == told
+    remote = Storage.of("s3://bucket/prefix/").study("blobs")
+    assert remote.in_commands == "blobs --storage s3://bucket/prefix"
 
 
 def test_the_names_are_the_contract():

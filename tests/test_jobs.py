@@ -6,6 +6,7 @@ pytest tests/test_jobs.py
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_the_quickstart_is_stopped_midway_and_submitted_again(head: tuple[str, P
     wait_until(lambda: job_status(address, second) not in ("PENDING", "RUNNING"), 500)
     log = ray_job(address, "logs", second)
     assert job_status(address, second) == "SUCCEEDED", log
-    assert "maskstudy resume quickstart" in log
+    assert f"{jobs.BEGAN}maskstudy resume quickstart" in log
 
     suggestions, results = read_suggestions(folder), read_results(folder)
     assert len(suggestions) == len(results) == 14
@@ -101,6 +102,8 @@ def test_our_own_submit_and_resume_tell_the_dashboard_what_runs(
     head: tuple[str, Path], tiny_study: Path
 ) -> None:
     address, storage = head
+    # long enough to be still running when it is asked for twice more
+    tiny_study.write_text(tiny_study.read_text().replace("trials: 4", "trials: 8"))
     done = maskstudy("submit", str(tiny_study), "--address", address, "--storage", str(storage))
     assert "maskstudy resume tiny" in done.stdout
     twice = maskstudy("submit", str(tiny_study), "--address", address, check=False)
@@ -114,7 +117,7 @@ def test_our_own_submit_and_resume_tell_the_dashboard_what_runs(
     assert job.metadata["question"] == "Does it run?"
     assert job.metadata["storage"] == str(storage / "studies")
     followed = maskstudy("logs", "tiny", "--address", address, "--follow").stdout
-    assert "4/4 trials" in followed
+    assert "8/8 trials" in followed
     wait_until(lambda: client.get_job_status(job.submission_id).is_terminal(), 60)
     assert client.get_job_status(job.submission_id) == jobs.JobStatus.SUCCEEDED
     assert maskstudy("logs", "tiny", "--address", address).stdout == followed
@@ -129,7 +132,7 @@ def test_our_own_submit_and_resume_tell_the_dashboard_what_runs(
     assert again.metadata is not None
     assert (again.metadata["attempt"], again.metadata["resumes"]) == ("2", job.submission_id)
     wait_until(lambda: client.get_job_status(again.submission_id).is_terminal(), 200)
-    assert "5/5 trials" in client.get_job_logs(again.submission_id)
+    assert "9/9 trials" in client.get_job_logs(again.submission_id)
     table = maskstudy("status", "tiny", "--address", address).stdout
     assert table.count("SUCCEEDED") == 2
 
@@ -170,6 +173,56 @@ def test_a_job_of_a_study_that_somebody_holds_says_so_and_ends_with_75(
     message = jobs.JobSubmissionClient(address).get_job_info(job).message
     assert "exit code 75" in str(message), message
     assert "who another driver" in maskstudy("logs", "held", "--address", address).stdout
+
+
+def test_a_job_that_was_refused_meanwhile_is_not_the_last_word_on_a_study(
+    head: tuple[str, Path],
+) -> None:
+    address, _ = head
+    client = jobs.JobSubmissionClient(address)
+    driver = submit_code(client, "word", "import time; print('1/4', flush=True); time.sleep(900)")
+    wait_until(lambda: "1/4" in client.get_job_logs(driver), 60)
+    refused = submit_code(client, "word", "raise SystemExit('held by epoch 1')")
+    wait_until(lambda: client.get_job_status(refused).is_terminal(), 60)
+    for _ in ("while it runs", "and when it has ended"):
+        told: list[str] = []
+        jobs.logs(address, "word", told.append)
+        assert "1/4" in told[0]
+        newest = [one.job for one in jobs.standings(address) if one.study == "word"]
+        assert newest == [driver]
+        assert [one.job for one in jobs.known(address) if one.study == "word"] == [refused, driver]
+        client.stop_job(driver)
+        wait_until(lambda: client.get_job_status(driver).is_terminal(), 60)
+
+
+def test_the_job_that_drove_a_study_is_submitted_again_not_one_that_was_refused(
+    head: tuple[str, Path],
+) -> None:
+    address, _ = head
+    client = jobs.JobSubmissionClient(address)
+
+    def ended(study: str, code: str) -> str:
+        job = submit_code(client, study, code)
+        wait_until(lambda: client.get_job_status(job).is_terminal(), 60)
+        return job
+
+    def entrypoint(job: str) -> str:
+        return str(client.get_job_info(job).entrypoint)
+
+    drove = ended("twice", f"print({jobs.BEGAN!r})")
+    ended("twice", "raise SystemExit('twice was begun with other settings')")
+    again, _ = jobs.resubmit(address, "twice")
+    assert entrypoint(again) == entrypoint(drove)
+    assert (client.get_job_info(again).metadata or {})["resumes"] == drove
+    only = ended("never", "raise SystemExit('no such data')")
+    again, _ = jobs.resubmit(address, "never")
+    assert entrypoint(again) == entrypoint(only)
+
+
+def submit_code(client: jobs.JobSubmissionClient, study: str, code: str) -> str:
+    """A job of a study that does no more than this."""
+    entrypoint = shlex.join([sys.executable, "-c", code])
+    return str(client.submit_job(entrypoint=entrypoint, metadata={"study": study}))
 
 
 def test_a_head_that_was_killed_has_forgotten_its_jobs_and_the_storage_has_not(

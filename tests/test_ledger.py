@@ -258,6 +258,7 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_study(folder):
         with pytest.raises(HeldError, match=r"epoch 1 .*node7.*4321.*raysubmit_1") as refusal:
             Ledger.open(folder, {})
         assert refusal.value.exit_code == 75
+        assert f"maskstudy stop {folder.in_commands}" in str(refusal.value)
     Ledger.open(folder, {}).close()
     assert read_holder(folder)["epoch"] == 2
 
@@ -464,7 +465,8 @@ def test_a_damaged_file_is_named(two_trials, kind, harm):
     with pytest.raises(LedgerError, match=path.name) as found:
         read(two_trials)
     assert found.value.exit_code == 74
-    assert any(path.name in str(error) for error in damage(two_trials))
+    told = [str(error) for error in damage(two_trials)]
+    assert any(path.name in each for each in told) and len(told) == len(set(told))
 
 
 @pytest.mark.parametrize(

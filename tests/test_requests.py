@@ -69,12 +69,14 @@ def call(*arguments: str | Path) -> int:
     return 0
 
 
-def test_a_finished_study_that_is_extended_goes_on_with_so_many_trials(folder: StudyFolder) -> None:
+def test_a_finished_study_that_is_extended_goes_on_with_so_many_trials(
+    folder: StudyFolder, tmp_path: Path
+) -> None:
     frozen = folder.spec.read_bytes()
     assert len(drive(folder)) == 4
     assert drive(folder) == []
     assert requests.extend(folder, 3) == (
-        "3 more trials, 7 in all; to go on: maskstudy resume tiny"
+        f"3 more trials, 7 in all; to go on: maskstudy resume tiny --storage {tmp_path}"
     )
     assert [one.origin for one in drive(folder)] == ["search"] * 3
     assert drive(folder) == [], "an extension counts once"
@@ -207,6 +209,14 @@ def test_all_mistakes_of_an_arm_are_told_at_once_and_by_line(
     told = capsys.readouterr().err
     assert f"{arm}:2: model.patch: given 5; expected one of 4, 8" in told
     assert f"{arm}:3: masking.ratio: given" in told
+
+
+def test_a_setting_that_is_given_twice_is_refused(
+    folder: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("enqueue", folder.root, "model.patch=4", "model.patch=8") == 2
+    assert "model.patch: given twice" in capsys.readouterr().err
+    assert not folder.requests.exists()
 
 
 def test_an_arm_is_enqueued_once(folder: StudyFolder) -> None:
@@ -348,3 +358,32 @@ def rendered(table: Any) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+def test_a_finished_study_is_submitted_only_with_a_file_that_asks_for_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted: list[Path] = []
+
+    def submit(address: str, yaml: Path, **_: Any) -> tuple[str, str]:
+        submitted.append(yaml)
+        return "tiny-2", "a link"
+
+    monkeypatch.setattr("cluster.jobs.submit", submit)
+    drive(begin(tmp_path / "studies"))
+    file = tmp_path / "tiny.yaml"
+
+    def submit_with(old: str, new: str) -> int:
+        file.write_text(TINY_STUDY.replace(old, new))
+        address = "http://127.0.0.1:8265"
+        return call("submit", file, "--address", address, "--storage", tmp_path)
+
+    assert submit_with("", "") == 0 and submitted == []
+    told = capsys.readouterr().out
+    assert "nothing is left to do" in told
+    assert f"resume tiny --storage {tmp_path / 'studies'} --address http://127.0.0.1:8265" in told
+    assert submit_with("epochs: 4", "epochs: 5") == 2 and submitted == []
+    assert "trial.pretrain.epochs: 4 -> 5" in capsys.readouterr().err
+    with Ledger.open(StudyFolder(tmp_path / "studies" / "tiny"), {}):
+        assert submit_with("trials: 4", "trials: 6") == 75 and submitted == []
+    assert submit_with("trials: 4", "trials: 6") == 0 and submitted == [file]

@@ -42,6 +42,7 @@ class Hands:
     _jobs: list[Known] = field(default_factory=list)
     _jobs_read: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _submitting: threading.Lock = field(default_factory=threading.Lock)
 
     def job(self, folder: StudyFolder) -> dict[str, str] | None:
         """id, status, link of the study's last job; None where no cluster knows one."""
@@ -102,7 +103,8 @@ def resume(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
 
     # the storage says what to do where the head has forgotten its jobs
     again = partial(jobs.resubmit, storage=str(hands.storage), home=hands.home(folder))
-    job, _ = _jobs(again, hands.address, name)
+    with hands._submitting:  # of two people at once, the second is told of the first one's job
+        job, _ = _jobs(again, hands.address, name)
     hands._jobs_read = 0.0
     return f"{name} goes on as job {job}"
 

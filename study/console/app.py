@@ -24,7 +24,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -34,7 +34,7 @@ from analysis.tables import load
 from study.console import views
 from study.console.actions import ACTIONS, Hands
 from study.console.guard import LONGEST_BODY, NOTHING, Guard
-from study.console.index import Index, NotFound, Snapshot
+from study.console.index import Index, NotFound, Snapshot, without_root
 from study.console.outlook import Outlooks
 from study.folder import Storage
 from trainables.errors import StorageError, UserError
@@ -156,9 +156,12 @@ class _Console:
         if not request.state.is_known:
             return self.page(request)
         found = self.index.look(request.path_params["study"])
-        page = self._reports.get(
-            (found.name, found.revision, found.is_read), lambda: render(load(found.folder)).encode()
-        )
+        key = (found.name, found.revision, found.is_read)
+        try:
+            page = self._reports.get(key, lambda: render(load(found.folder)).encode())
+        except (StorageError, UserError) as error:
+            told = without_root(str(error), found.folder)
+            return PlainTextResponse(f"There is no report of {found.name}: {told}", 503)
         response = Response(page, media_type="text/html; charset=utf-8")
         response.headers["Content-Security-Policy"] = (
             f"{policy(report_scripts())}; frame-ancestors 'none'; "

@@ -47,12 +47,14 @@
   // -- talking to the server --
 
   const call = async (url, options) => {
-    const answer = await fetch(url, options);
+    const answer = await fetch(url, options).catch(() => {
+      throw new Error("The console does not answer.");
+    });
     if (answer.status === 401) {
       location.reload();
       return new Promise(() => {});
     }
-    const content = await answer.json();
+    const content = await answer.json().catch(() => ({ error: `The console has failed (${answer.status}); its own log says why.` }));
     if (!answer.ok) throw new Error(content.error || answer.statusText);
     return content;
   };
@@ -78,9 +80,8 @@
           await does();
           main.querySelector("#away")?.remove();
         } catch (error) {
-          const words = error instanceof TypeError ? "The console does not answer." : error.message;
           main.querySelector("#away")?.remove();
-          main.prepend(el("p", { id: "away", class: "box bad", role: "alert" }, words));
+          main.prepend(el("p", { id: "away", class: "box bad", role: "alert" }, error.message));
         }
       }
       waiting = setTimeout(turn, milliseconds);
@@ -200,10 +201,11 @@
     const logSource = el("p", { class: "quiet" });
     const logBox = el("details", { class: "box" }, el("summary", {}, "Log of the driver"), logSource, log);
     const { box: actions, update: updateActions } = actionsBox(name, api, () => refresh());
+    const steer = el("section", { class: "actions", hidden: true }, el("h2", {}, "Steer"), actions);
     const { box: trials, update: updateTrials } = trialsBox(name, api);
     main.append(
       el("p", { class: "eyebrow" }, link("/", "All studies"), ` / ${name}`),
-      about, numbers, el("section", { class: "actions" }, el("h2", {}, "Steer"), actions), runningBox,
+      about, numbers, steer, runningBox,
       el("section", {}, el("h2", {}, "Figures"), figures),
       el("section", {}, el("h2", {}, "Trials"), trials),
       el("section", {}, el("h2", {}, "Log"), logBox));
@@ -214,6 +216,7 @@
     const refresh = every(POLL, async () => {
       const study = await call(api);
       updateActions(study);
+      steer.hidden = false;
       const now = JSON.stringify(study);
       if (now !== before) {
         before = now;
@@ -221,7 +224,7 @@
           el("h1", {}, study.question || name),
           el("p", { class: "row" }, chip(study.state), el("span", {}, study.why), study.job ? link(study.job.link, `job in the dashboard (${study.job.status.toLowerCase()})`) : null),
           study.problem ? el("p", { class: "box bad" }, study.problem) : null,
-          study.read < study.suggested ? el("p", { class: "quiet", role: "status" }, `Reading what was measured: ${study.read} of ${study.suggested} trials.`) : null,
+          study.read < study.suggested && !study.problem ? el("p", { class: "quiet", role: "status" }, `Reading what was measured: ${study.read} of ${study.suggested} trials.`) : null,
           bar(study),
           el("p", {}, link(path("report", name), "Open the report", { target: "_blank", rel: "noopener" }), el("span", { class: "quiet" }, " (made from the ledger as it is now; takes a moment)")));
         const tile = (title, value, note) => el("div", {}, el("dt", {}, title), el("dd", {}, value, el("small", {}, note)));
@@ -329,7 +332,9 @@
         } catch {
           // a word
         }
-        found[line.slice(0, at).trim()] = read;
+        const key = line.slice(0, at).trim();
+        if (Object.hasOwn(found, key)) throw new Error(`${key}: given twice; expected one value`);
+        found[key] = read;
       }
       return found;
     };

@@ -262,7 +262,7 @@ class _Watched:
             self._read_study()
             self._read_trials()
         except (StorageError, UserError) as error:
-            problem = _without_root(str(error), self.folder)
+            problem = without_root(str(error), self.folder)
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
         with self._known:
@@ -426,6 +426,6 @@ def _listing(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def _without_root(text: str, folder: StudyFolder) -> str:
+def without_root(text: str, folder: StudyFolder) -> str:
     """Paths as the console's readers know them: from the study's name on."""
     return text.replace(f"{folder.root.parent}{os.sep}", "")

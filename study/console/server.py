@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from study.console.app import Settings, build_app
@@ -165,23 +164,18 @@ def _submit(
     """Have a job deploy the console, as nothing but the dashboard may be reachable from here."""
     from ray.job_submission import JobStatus
 
-    from cluster.jobs import EXCLUDES, PACKAGES, connected
+    from cluster.jobs import code, connected
 
     arguments = ["console", "--storage", str(storage), "--address", address, "--host", host]
     arguments += ["--port", str(port)]
     arguments += ["--allow-changes"] if allow_changes else []
     arguments += [part for name in allow_hosts for part in ("--allow-host", name)]
     say(f"deploying to the cluster at {address}")
-    code = Path(__file__).resolve().parent.parent.parent
     try:
         with connected(address) as client:
             job = client.submit_job(
                 entrypoint=shlex.join(["python", "-m", "study", *arguments]),
-                runtime_env={
-                    "py_modules": [str(code / package) for package in PACKAGES],
-                    "excludes": EXCLUDES,
-                    "env_vars": {TOKEN_DIGEST: digest},
-                },
+                runtime_env={**code(), "env_vars": {TOKEN_DIGEST: digest}},
                 metadata={"job_name": "deploy the study console"},
             )
             deadline = time.monotonic() + DEPLOY_SECONDS

@@ -19,7 +19,7 @@ from analysis.gallery import CHANGING, KINDS, UNREADABLE, data_uri, shots, slice
 from analysis.report import OUTCOMES, error_text, plain_figure
 from analysis.tables import Measure, StudyTables, flatten, title_of
 from analysis.theme import GROUPS, colour, figure, plain, text
-from study.console.index import NotFound, Reached, Snapshot, refuse_links_out
+from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
 from study.ledger import Outcome, Suggestion, read_rows
 from trainables.errors import StorageError
 
@@ -152,7 +152,7 @@ def trial(found: Snapshot, name: str) -> dict[str, Any]:
     try:
         rows, problem = read_rows(found.folder, name), None
     except StorageError as error:
-        rows, problem = None, str(error).replace(f"{found.folder.root.parent}{os.sep}", "")
+        rows, problem = None, without_root(str(error), found.folder)
     metrics = []
     attempts: list[str] = []
     if rows is not None and len(rows):
