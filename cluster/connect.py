@@ -13,6 +13,7 @@ from ray._private.state import available_resources_per_node
 
 from cluster.placement import Room
 
+STARTS = 3  # of a private cluster, until it is given up
 ADVISED_RAY = (2, 55)  # fixes CVE-2026-41486; older versions are refused
 
 
@@ -32,14 +33,7 @@ def connect(*, env_vars: dict[str, str]) -> Connection:
     address = os.environ.get("RAY_ADDRESS") or "local"
     os.environ.update(env_vars)  # Tune reads some of it here; a cluster that we start inherits it
     if address == "local":
-        context = ray.init(
-            address="local",
-            include_dashboard=False,
-            # nobody else's business, and process groups look names up: this one needs no DNS
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        context = _start()
     else:
         context = ray.init(
             address=address,
@@ -53,6 +47,29 @@ def connect(*, env_vars: dict[str, str]) -> Connection:
         is_private=address == "local",
         job_id=submission_id(),
     )
+
+
+def _start() -> Any:
+    """A private cluster. Ray gives it 30 s to start, which a busy machine may not have."""
+    for left in reversed(range(STARTS)):
+        try:
+            return ray.init(
+                address="local",
+                include_dashboard=False,
+                # nobody else's business, and process groups look names up: this one needs no DNS
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise RuntimeError(
+                    f"it did not start, {STARTS} times; this machine seems too busy. Run the same "
+                    f"command again when it is less so"
+                ) from error
 
 
 @dataclass(frozen=True)
