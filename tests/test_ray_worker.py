@@ -75,6 +75,8 @@ def sums_over_ranks(
         os.kill(os.getpid(), signal.SIGKILL)
     if world_size > 1:
         torch.distributed.all_reduce(value)
+    if "cut_off" in job and rank == 0 and is_first_time(job, rank):
+        raise ray.exceptions.ActorUnavailableError("planted", bytes(16))
     if job.get("raises") and rank == world_size - 1:
         raise ValueError("a planted error")
     stop = False
@@ -145,6 +147,14 @@ def test_a_killed_worker_costs_one_attempt_and_its_peer_does_not_fail_the_trial(
     assert events[-1]["outcome"] == "complete"
     assert events[-2]["attempt"] == "1.2"
     assert not any("stacks" in event for event in events), "a dead worker is taken for a hung one"
+
+
+def test_a_worker_that_cannot_reach_the_driver_costs_one_attempt_and_not_the_trial(
+    slot: Slot, tmp_path: Path
+) -> None:
+    events = play(slot, cut_off=True, marks=str(tmp_path))
+    assert events[-1]["outcome"] == "complete"
+    assert events[-2]["attempt"] == "1.2"
 
 
 def test_an_error_on_one_rank_ends_the_trial_but_not_the_slot(slot: Slot) -> None:
