@@ -171,7 +171,7 @@ def test_workers_that_hang_say_where_and_the_job_goes_on_in_a_new_group(
     job = {"trial": "t", "serial": "hangs", "attempt": "1", "loops": [1], "marks": str(tmp_path)}
     ray.get(slot.desk.place.remote(job))
     ray.get(slot.desk.next_event.remote(1), timeout=60)
-    assert time.monotonic() - began > HANG
+    assert HANG < time.monotonic() - began < HANG + 5
     events = play(slot, **job)
     first, second = sorted(events[:2], key=lambda event: str(event["worker"]))
     assert (first["worker"], second["worker"]) == ("rank0", "rank1")

@@ -112,7 +112,7 @@ def drive_and_hit(scene: Scene, left: list[str], chance: random.Random) -> bool:
             assert scene.driver.poll() is None, scene.printed()
             return sum(witness.read(scene.log).steps.values()) > known
 
-        wait_until(has_progressed, 300, "nothing goes on")
+        wait_until(has_progressed, what="nothing goes on")
         time.sleep(chance.uniform(0, 2))
         if len(scene.processes("ray::RayTrainWorker")) < 2:
             continue
