@@ -19,9 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the quickstart study and write its report (about 4 minutes on 2 cores)
 	$(BIN)/maskstudy run study/examples/quickstart.yaml
 
-test: $(STAMP) ## run all tests: two files at a time, those that start Ray last
+test: $(STAMP) ## run all tests: two files at a time, then those that start Ray, one by one
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray'
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ray
+	$(BIN)/python -m pytest -m ray
 
 test-fast: $(STAMP) ## run the tests that start neither Ray nor a browser
 	$(BIN)/python -m pytest -m 'not ray and not browser'

@@ -72,9 +72,9 @@ class Bucket:
     port: int
     command: list[str]
     environment: dict[str, str]
-    secret: str  # the variable with it
+    secret_variable: str
     folder: Path
-    make: Callable[[int, str], urllib.request.Request]
+    request_of: Callable[[int, str], urllib.request.Request]
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -96,8 +96,17 @@ class Bucket:
             self.process = None
 
     def make_bucket(self) -> None:
-        with urllib.request.urlopen(self.make(self.port, "bucket"), timeout=30) as answer:
+        with urllib.request.urlopen(self.request_of(self.port, "bucket"), timeout=30) as answer:
             assert answer.status in (200, 201)
+
+
+@contextmanager
+def running(bucket: Bucket) -> Iterator[None]:
+    try:
+        bucket.start()
+        yield
+    finally:
+        bucket.stop()
 
 
 @contextmanager
@@ -141,20 +150,19 @@ def ceph() -> Iterator[Bucket]:
                 "AWS_ACCESS_KEY_ID": KEY,
                 "AWS_SECRET_ACCESS_KEY": SECRET,
             },
-            secret="AWS_SECRET_ACCESS_KEY",
+            secret_variable="AWS_SECRET_ACCESS_KEY",
             folder=folder,
-            make=request_of_s3,
+            request_of=request_of_s3,
         )
-        stack.callback(bucket.stop)
-        bucket.start()
-        yield bucket
+        with running(bucket):
+            yield bucket
 
 
 @contextmanager
 def azurite() -> Iterator[Bucket]:
     """What Microsoft gives out to develop against."""
     needed("azurite-blob")
-    with short_folder() as folder, ExitStack() as stack:
+    with short_folder() as folder:
         (port,) = free_ports(1)
         bucket = Bucket(
             kind="az",
@@ -173,13 +181,12 @@ def azurite() -> Iterator[Bucket]:
                 "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
                 "AZURE_STORAGE_ACCOUNT_KEY": ACCOUNT_KEY,
             },
-            secret="AZURE_STORAGE_ACCOUNT_KEY",
+            secret_variable="AZURE_STORAGE_ACCOUNT_KEY",
             folder=folder,
-            make=request_of_azure,
+            request_of=request_of_azure,
         )
-        stack.callback(bucket.stop)
-        bucket.start()
-        yield bucket
+        with running(bucket):
+            yield bucket
 
 
 def request_of_s3(port: int, name: str) -> urllib.request.Request:

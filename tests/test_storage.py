@@ -144,7 +144,7 @@ def test_names_that_no_ledger_gives_are_left_in_the_store(name):
 
 def test_nothing_secret_is_written_to_any_file(bucket, folder, tmp_path):
     drive(folder)
-    secret = os.environ[bucket.secret].encode()
+    secret = os.environ[bucket.secret_variable].encode()
     for path in tmp_path.rglob("*"):
         if path.is_file():
             assert secret not in path.read_bytes(), path
@@ -313,7 +313,7 @@ def test_without_the_bucket_the_store_or_the_right_the_error_names_the_uri(bucke
             Ledger.open(folder, {})
     finally:
         bucket.start()
-    monkeypatch.setenv(bucket.secret, "c29tZWJvZHkgZWxzZSdz")
+    monkeypatch.setenv(bucket.secret_variable, "c29tZWJvZHkgZWxzZSdz")
     store.cache_clear()
     with pytest.raises(StorageError, match=rf"{bucket.uri}/blobs\S*: the store refuses") as told:
         Ledger.open(folder, {})

@@ -46,9 +46,7 @@ Job = dict[str, Any]
 Event = dict[str, Any]
 MAX_GROUP_STARTS = 3  # worker groups that one job may lose before it is given up
 HANG_SECONDS = 1800.0
-PEERS_SECONDS = 10.0  # that a worker which hangs waits for the others to say where they do
-# what a worker hears of its desk where the network between them is cut
-CUT_OFF = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
+PEERS_SECONDS = 2.0  # that a worker which hangs waits for the others to say where they do
 A_DAY = 86_400  # of waiting in a collective: whether a group hangs is judged by its desk
 MAX_DEPARTURES = 100  # of worker groups from nodes that were told to go, in one job
 MAX_LOOKS = 1000  # answers that are kept for ranks that ask later
@@ -327,7 +325,8 @@ def work(settings: dict[str, Any]) -> None:
         try:
             outcome, first_step = _train(run_job, job, desk, ticket, device, rank, world_size)
         except Exception as error:  # whatever a trial throws is that trial's outcome
-            is_cut_off = isinstance(error, CUT_OFF)  # no fault of the trial's either
+            # what a worker hears of its desk where the network between them is cut
+            is_cut_off = isinstance(error, ray.exceptions.RayActorError)
             if not is_cut_off and not _is_lost_peer(error, world_size):
                 ray.get(desk.finish.remote(serial, *_as_outcome(error)))
             if world_size > 1 or is_cut_off:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-GRACE_SECONDS = 15.0  # from when a job hangs until whoever has not ended itself is ended
+GRACE_SECONDS = 4.0  # from when a job hangs until whoever has not ended itself is ended
 LONGEST_WAIT = 10.0  # seconds between two questions
 
 
