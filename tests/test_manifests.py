@@ -262,16 +262,18 @@ def one_machine(tmp_path: Path) -> Iterator[tuple[str, Path]]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # a shell that runs the tests in its background has them, and this one, ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield f"http://127.0.0.1:{dashboard}", tmp_path / ".ray" / "auth_token"
     finally:
         head.send_signal(signal.SIGINT)  # Ctrl-C
-        with contextlib.suppress(subprocess.TimeoutExpired):  # Ray takes its time to end
+        try:
             head.wait(60)
-        if head.poll() is None:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
+        finally:
+            if head.poll() is None:
+                os.killpg(head.pid, signal.SIGKILL)
 
 
 @pytest.mark.ray
