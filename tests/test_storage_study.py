@@ -36,11 +36,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
 
 
 @contextmanager
-def driving(path: Path, folder: StudyFolder, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A driver of a study that has saved its first checkpoint."""
+def driving(path: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     driver = start(path, **variables)
     try:
-        wait_until(lambda: has_a_checkpoint(folder), driver)
         yield driver
     finally:
         driver.kill()
@@ -62,11 +60,13 @@ def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
     uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
     path, folder = begun(tmp_path, bucket)
-    with driving(path, folder) as driver:
+    with driving(path) as driver:
+        wait_until(lambda: store(folder.remote).exists("study.yaml"), driver)
         second = start(path, log="second.log", MASKSTUDY_CACHE=str(tmp_path / "second"))
         assert second.wait(120) == 75
         printed = (tmp_path / "second.log").read_text()
         assert f"{bucket.uri}/tiny: held by" in printed and f"pid {driver.pid}" in printed
+        wait_until(lambda: has_a_checkpoint(folder), driver)
     assert len(read_results(folder)) < 2, "it was over before it was killed"
     shutil.rmtree(tmp_path / "cache")
 
@@ -87,7 +87,8 @@ def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
     uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
     path, folder = begun(tmp_path, bucket)
-    with driving(path, folder) as driver:
+    with driving(path) as driver:
+        wait_until(lambda: has_a_checkpoint(folder), driver)
         bucket.stop()
         try:
             assert driver.wait(240) == 74, path.with_suffix(".log").read_text()
@@ -114,7 +115,8 @@ def test_a_trial_goes_on_on_nodes_that_have_seen_nothing_of_it(
         add_node("first")
         add_node("second")
         cluster.wait_for_nodes(timeout=60)
-        with driving(path, folder, RAY_ADDRESS=cluster.address) as driver:
+        with driving(path, RAY_ADDRESS=cluster.address) as driver:
+            wait_until(lambda: has_a_checkpoint(folder), driver)
             for node in list(cluster.worker_nodes):
                 cluster.remove_node(node, allow_graceful=False)
             add_node("third")

@@ -148,6 +148,7 @@ def test_whatever_is_killed_nothing_is_lost_nothing_is_done_twice(
                     nothing_is_left_over(scene)
             finally:
                 scene.driver.kill()
+                scene.driver.wait()
     assert_sound(folder, by_two_workers, witness.read(scene.log))
 
 
