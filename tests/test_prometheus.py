@@ -80,7 +80,8 @@ def test_prometheus_finds_every_metric_and_the_dashboard_draws_them(
 ) -> None:
     address, storage = head
     study = tmp_path / "tiny.yaml"
-    study.write_text(TINY_STUDY.replace("epochs: 4, batch: 8", "epochs: 60, batch: 8"))
+    # a phase that is published every five seconds has to last longer than that
+    study.write_text(TINY_STUDY.replace("epochs: 4, batch: 8", "epochs: 400, batch: 8"))
     maskstudy("submit", str(study), "--address", address, "--storage", str(storage))
     folder = StudyFolder(storage / "studies" / "tiny")
     wait_until(lambda: folder.spec.exists() and len(read_results(folder)) >= 2, 300)
