@@ -30,6 +30,7 @@ pytestmark = [
         CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
     ),
 ]
+TRIALS = 10
 SLOW = 120_000  # milliseconds that a loaded machine may take
 
 
@@ -55,7 +56,9 @@ def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
     pictures = Path(os.environ.get("MASKSTUDY_PICTURES") or tmp_path / "pictures")
     pictures.mkdir(parents=True, exist_ok=True)
     study = tmp_path / "tiny.yaml"
-    study.write_text(TINY_STUDY.replace("epochs: 4, batch: 8", "epochs: 60, batch: 8"))
+    # long enough to be still running when somebody has found the button that stops it
+    text = TINY_STUDY.replace("trials: 4", f"trials: {TRIALS}")
+    study.write_text(text.replace("epochs: 4, batch: 8", "epochs: 60, batch: 8"))
     folder = StudyFolder(storage / "studies" / "tiny")
 
     (storage / "studies").mkdir(exist_ok=True)
@@ -84,7 +87,7 @@ def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
     page.screenshot(path=pictures / "4-stopped.png", full_page=True)
     wait_until(lambda: not is_held(folder), 60)
     ended, rows = read_results(folder), read_rows(folder)
-    assert len(ended) < 4, "it was not stopped midway"
+    assert len(ended) < TRIALS, "it was not stopped midway"
 
     page.click("button:has-text('Resume')")
     page.wait_for_selector("#said:has-text('goes on as job tiny-2-')")
@@ -97,7 +100,7 @@ def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
     page.screenshot(path=pictures / "7-jobs.png")
 
     results = read_results(folder)
-    assert [result.outcome for result in results.values()] == [Outcome.COMPLETE] * 4
+    assert [result.outcome for result in results.values()] == [Outcome.COMPLETE] * TRIALS
     assert {trial: results[trial] for trial in ended} == ended, "a trial was run again"
     found = read_rows(folder)
     assert not found.duplicated(["trial", "phase", "step", "metric"]).any()
