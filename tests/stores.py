@@ -74,7 +74,7 @@ class Bucket:
     environment: dict[str, str]
     secret_variable: str
     folder: Path
-    request_of: Callable[[int, str], urllib.request.Request]
+    create_request: Callable[[int, str], urllib.request.Request]
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -96,7 +96,7 @@ class Bucket:
             self.process = None
 
     def make_bucket(self) -> None:
-        with urllib.request.urlopen(self.request_of(self.port, "bucket"), timeout=30) as answer:
+        with urllib.request.urlopen(self.create_request(self.port, "bucket"), timeout=30) as answer:
             assert answer.status in (200, 201)
 
 
@@ -152,7 +152,7 @@ def ceph() -> Iterator[Bucket]:
             },
             secret_variable="AWS_SECRET_ACCESS_KEY",
             folder=folder,
-            request_of=request_of_s3,
+            create_request=create_bucket_request,
         )
         with running(bucket):
             yield bucket
@@ -183,14 +183,13 @@ def azurite() -> Iterator[Bucket]:
             },
             secret_variable="AZURE_STORAGE_ACCOUNT_KEY",
             folder=folder,
-            request_of=request_of_azure,
+            create_request=create_container_request,
         )
         with running(bucket):
             yield bucket
 
 
-def request_of_s3(port: int, name: str) -> urllib.request.Request:
-    """Which makes a bucket."""
+def create_bucket_request(port: int, name: str) -> urllib.request.Request:
     import obstore
 
     parent = obstore.store.S3Store(
@@ -205,8 +204,8 @@ def request_of_s3(port: int, name: str) -> urllib.request.Request:
     )
 
 
-def request_of_azure(port: int, name: str) -> urllib.request.Request:
-    """Which makes a container, signed as "Authorize with Shared Key" of its REST API says."""
+def create_container_request(port: int, name: str) -> urllib.request.Request:
+    """Signed as "Authorize with Shared Key" of Azure's REST API says."""
     headers = {
         "x-ms-date": format_datetime(datetime.now(UTC), usegmt=True),
         "x-ms-version": "2021-12-02",

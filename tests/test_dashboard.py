@@ -15,11 +15,11 @@ import pytest
 
 from study.folder import StudyFolder
 from study.ledger import Outcome, is_held, read_results, read_rows
-from tests.conftest import TINY_STUDY
 from tests.machine import free_ports, wait_until
 from tests.test_browser import CHROMIUM
 from tests.test_console_cluster import maskstudy_console
 from tests.test_jobs import head, maskstudy  # noqa: F401
+from tests.test_study import STUDY
 
 pytestmark = [
     pytest.mark.ray,
@@ -57,8 +57,7 @@ def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
     pictures.mkdir(parents=True, exist_ok=True)
     study = tmp_path / "tiny.yaml"
     # long enough to be still running when somebody has found the button that stops it
-    text = TINY_STUDY.replace("trials: 4", f"trials: {TRIALS}")
-    study.write_text(text.replace("epochs: 4, batch: 8", "epochs: 60, batch: 8"))
+    study.write_text(STUDY.replace("trials: 4", f"trials: {TRIALS}"))
     folder = StudyFolder(storage / "studies" / "tiny")
 
     (storage / "studies").mkdir(exist_ok=True)

@@ -325,7 +325,7 @@ def work(settings: dict[str, Any]) -> None:
         try:
             outcome, first_step = _train(run_job, job, desk, ticket, device, rank, world_size)
         except Exception as error:  # whatever a trial throws is that trial's outcome
-            # what a worker hears of its desk where the network between them is cut
+            # its desk cannot be reached: the network between them is cut
             is_cut_off = isinstance(error, ray.exceptions.RayActorError)
             if not is_cut_off and not _is_lost_peer(error, world_size):
                 ray.get(desk.finish.remote(serial, *_as_outcome(error)))
