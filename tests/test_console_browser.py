@@ -26,14 +26,24 @@ SLOW = 60_000  # milliseconds that a loaded machine may take
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     assert CHROMIUM is not None, "CI must have Chromium"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    """What a test leaves open is closed; of one that fails, pytest shows what was to be read."""
+    yield chromium
+    for context in chromium.contexts:
+        for page in context.pages:
+            print(f"{page.url}\n{page.inner_text('body')}")
+        context.close()
 
 
 class Person:
@@ -43,13 +53,17 @@ class Person:
         self.page = browser.new_context(**options).new_page()
         self.page.set_default_timeout(SLOW)
         self.complaints: list[str] = []
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("pageerror", lambda error: self._note(str(error)))
         self.page.on("console", self._hear)
 
     def _hear(self, message: Any) -> None:
         # the page that asks for the token is answered with 401, which Chromium mentions
         if message.type in ("error", "warning") and "401" not in message.text:
-            self.complaints.append(message.text)
+            self._note(message.text)
+
+    def _note(self, complaint: str) -> None:
+        print(complaint)
+        self.complaints.append(complaint)
 
     def press(self, *keys: str) -> None:
         for key in keys:
@@ -76,7 +90,9 @@ def test_by_keyboard_alone_a_study_is_found_and_extended(tmp_path: Path, browser
         settled(ask, "platelets", "interrupted")
         person = Person(browser)
         person.page.goto(f"http://127.0.0.1:{ask.port}/")
-        person.page.keyboard.type(TOKEN)  # the field has the focus
+        field = person.page.wait_for_selector("#token:focus")  # a person sees the caret first
+        person.page.keyboard.type(TOKEN)
+        assert field.input_value() == TOKEN
         person.press("Enter")
         person.page.wait_for_selector(".studies li")
         person.tab_to("platelets")
@@ -95,6 +111,21 @@ def test_by_keyboard_alone_a_study_is_found_and_extended(tmp_path: Path, browser
         person.page.wait_for_selector(".tiles dd:has-text('9 of 31')")
         assert person.complaints == []
     assert len(list(folder.requests.iterdir())) == 1
+
+
+def test_a_token_that_opens_nothing_is_answered_in_words(tmp_path: Path, browser: Any) -> None:
+    with served(tmp_path) as ask:
+        page = Person(browser).page
+        page.goto(f"http://127.0.0.1:{ask.port}/")
+        page.fill("#token", "of another console")
+        page.keyboard.press("Enter")
+        page.wait_for_selector('#said:has-text("this is not the console\'s token")')
+        page.route("**/api/login", lambda route: route.fulfill(status=500, body="Internal Error"))
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said:has-text('The console has failed (500)')")
+        page.route("**/api/login", lambda route: route.abort())
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#said:has-text('The console does not answer.')")
 
 
 def test_what_fails_is_said_in_words(tmp_path: Path, browser: Any) -> None:

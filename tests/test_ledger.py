@@ -351,7 +351,6 @@ def test_a_driver_that_is_stopped_holds_the_study_and_goes_on_when_it_is_continu
     holder.start()
     assert holds.wait(30)
     os.kill(holder.pid, signal.SIGSTOP)
-    goes_on.set()
     before = files(folder)
     began = time.monotonic()
     for _ in range(3):
@@ -360,6 +359,7 @@ def test_a_driver_that_is_stopped_holds_the_study_and_goes_on_when_it_is_continu
     assert time.monotonic() - began < 3 * 5
     assert files(folder) == before
     os.kill(holder.pid, signal.SIGCONT)
+    goes_on.set()  # not before: it waits until the holder, which may wait for it by now, wakes
     holder.join(30)
     assert holder.exitcode == 0
     assert read_rows(folder).value.tolist() == [0.5]

@@ -223,10 +223,11 @@ class _Watched:
             fresh = FAR_FRESH_SECONDS if self.folder.remote else FRESH_SECONDS
             if time.monotonic() - self._ended < fresh:
                 return
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._read, name=f"read {self.folder.root.name}", daemon=True
             )
-            self._thread.start()
+            thread.start()
+            self._thread = thread  # only now: others wait for it, and none can before it runs
 
     def wait(self, seconds: float) -> None:
         thread = self._thread

@@ -3,13 +3,19 @@
 (() => {
   const said = document.getElementById("said");
   const open = async (token) => {
-    const answer = await fetch("/api/login", {
-      method: "POST",
-      headers: { "Content-Type": "application/json", "X-Maskstudy": "1" },
-      body: JSON.stringify({ token }),
-    });
-    if (answer.ok) return location.reload();
-    said.textContent = (await answer.json()).error;
+    said.textContent = "";
+    try {
+      const answer = await fetch("/api/login", {
+        method: "POST",
+        headers: { "Content-Type": "application/json", "X-Maskstudy": "1" },
+        body: JSON.stringify({ token }),
+      });
+      if (answer.ok) return location.reload();
+      const failed = { error: `The console has failed (${answer.status}); its own log says why.` };
+      said.textContent = (await answer.json().catch(() => failed)).error;
+    } catch {
+      said.textContent = "The console does not answer.";
+    }
   };
   const fromAddress = () => {
     const given = new URLSearchParams(location.hash.slice(1)).get("token");
