@@ -97,8 +97,8 @@ def drive(conductor: Conductor) -> None:
         raise
     finally:
         watch.set()
+        fleet.leave(FAREWELL_SECONDS)
         ray.shutdown()
-        fleet.join(FAREWELL_SECONDS)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

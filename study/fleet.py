@@ -162,10 +162,14 @@ class Fleet:
             if berth.absent_since is None:
                 berth.slot.close(max(0.0, deadline - time.monotonic()))
 
-    def join(self, timeout: float) -> None:
-        """After Ray's end: wait for threads of slots that did not go home, before Python ends."""
-        for berth in [*self._homeward, *self._berths.values()]:
-            berth.slot.join(timeout)
+    def leave(self, timeout: float) -> None:
+        """Before Ray's end: let go of slots that did not go home, so that no thread uses Ray."""
+        slots = [berth.slot for berth in [*self._homeward, *self._berths.values()]]
+        for slot in slots:
+            slot.leave()
+        deadline = time.monotonic() + timeout
+        for slot in slots:
+            slot.join(max(0.0, deadline - time.monotonic()))
 
     def _note(self, berth: _Berth) -> None:
         """Whether a slot's workers are there; a trial that waits for them too long goes back."""

@@ -197,6 +197,17 @@ def test_a_stopped_worker_is_killed_and_so_are_all_if_all_are_stopped(
         time.sleep(0.2)
 
 
+def test_a_driver_that_ends_leaves_workers_that_have_not_gone_home(
+    cluster: None, tmp_path: Path
+) -> None:
+    room = {"workers": 1, "cpus_per_worker": 500, "gpus_per_worker": 0}  # waited for in vain
+    slot = Slot("left", sums_over_ranks, storage=tmp_path, **room)
+    assert not slot.join(5)
+    slot.leave()
+    assert slot.join(5), "its thread would use Ray while Ray is shut down"
+    assert slot.error is None
+
+
 def test_running_out_of_memory_is_an_outcome_of_its_own() -> None:
     assert _as_outcome(torch.OutOfMemoryError("planted")) == ("out-of-memory", "planted")
     assert _as_outcome(MemoryError())[0] == "out-of-memory"

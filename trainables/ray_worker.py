@@ -36,6 +36,8 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainables.context import LEAVING
@@ -50,6 +52,7 @@ PEERS_SECONDS = 2.0  # that a worker which hangs waits for the others to say whe
 A_DAY = 86_400  # of waiting in a collective: whether a group hangs is judged by its desk
 MAX_DEPARTURES = 100  # of worker groups from nodes that were told to go, in one job
 MAX_LOOKS = 1000  # answers that are kept for ranks that ask later
+LEAVE_SECONDS = 0.5  # that a thread which waits for workers may take to leave them
 LOOK_SECONDS = 1.0  # about so often workers ask whether their node has to go
 WITHDRAWN = "withdrawn"  # the outcome of a job that was taken off the desk: its trial goes on
 
@@ -424,15 +427,45 @@ def _is_lost_peer(error: Exception, world_size: int) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
-class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without Ray Train's cleaner of placement groups, a process that outlives a killed driver.
+class _Left(Exception):
+    """The driver ends while its workers are there."""
 
-    Where the cluster has no dashboard it does so for ever. Our groups end with the driver's job.
+
+class Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's, without its cleaner of placement groups, and with a way out of `fit`.
+
+    The cleaner is a process that outlives a killed driver, for ever where the cluster has no
+    dashboard; our groups end with the driver's job. Ray's own `fit` waits in C++ until the workers
+    are gone. A thread that still waits there when `ray.shutdown` frees what it uses may end the
+    whole process, by an abort or with exit code 1, whatever its exit code was to be.
     """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.left = threading.Event()  # set: `fit` raises _Left soon, and the workers end with Ray
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [each for each in callbacks if "PlacementGroupCleaner" not in type(each).__name__]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        options = {
+            "num_cpus": 0,
+            "scheduling_strategy": _beside_the_driver(),
+            "runtime_env": {"env_vars": get_env_vars_to_propagate()},
+        }
+        controller = ray.remote(**options)(TrainController).remote(**settings)
+        run = controller.run.remote()
+        while not ray.wait([run], timeout=LEAVE_SECONDS)[0]:
+            if self.left.is_set():
+                raise _Left
+        ray.get(run)
+        return ray.get(controller.get_result.remote())
+
+
+def _beside_the_driver() -> NodeAffinitySchedulingStrategy:
+    """For actors that would be lost with their node anywhere else, and the slot with them."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class _Obituary(UserCallback):  # type: ignore[misc]
@@ -462,12 +495,10 @@ class Slot:
         hang_seconds: float = HANG_SECONDS,
     ) -> None:
         self.name = name
-        # beside the driver: elsewhere it would be lost with its node, and the slot with it
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.desk_name = f"{name}-desk"
         self.desk = (
             ray.remote(num_cpus=0, max_concurrency=1000)(Desk)
-            .options(name=self.desk_name, scheduling_strategy=here)
+            .options(name=self.desk_name, scheduling_strategy=_beside_the_driver())
             .remote(hang_seconds)
         )
         self.error: BaseException | None = None
@@ -504,6 +535,8 @@ class Slot:
     def _fit(self) -> None:
         try:
             self._trainer.fit()
+        except _Left:
+            pass
         except BaseException as error:  # reported by the driver's loop, which owns the exit code
             self.error = error
 
@@ -511,6 +544,10 @@ class Slot:
         """Send the workers home and wait; True when they went in time."""
         self.desk.close.remote()
         return self.join(timeout)
+
+    def leave(self) -> None:
+        """Wait for the workers no longer: Ray is about to be shut down."""
+        self._trainer.left.set()
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread that waits for the workers; True when it has ended."""
@@ -521,6 +558,7 @@ class Slot:
 def quiet_environment() -> dict[str, str]:
     """Environment variables that a job needs for fast polling and calm logs."""
     return {
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train has it for its controllers
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get(
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
         ),
