@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,8 @@ def sums_over_ranks(
     """Stands for a trial: every rank adds its rank; rank 0 reports the sum and its process."""
     value = torch.tensor([float(rank + 1)])
     if rank in job.get("stops", []) and is_first_time(job, rank):
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # to this thread, which `kill` may let go on until another one has heeded the signal
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
     if rank in job.get("loops", []) and is_first_time(job, rank):
         for_ever()
     if "dies" in job and rank == 0 and attempt.endswith(job["dies"]):
