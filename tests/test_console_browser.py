@@ -120,10 +120,16 @@ def test_a_token_that_opens_nothing_is_answered_in_words(tmp_path: Path, browser
         page.fill("#token", "of another console")
         page.keyboard.press("Enter")
         page.wait_for_selector('#said:has-text("this is not the console\'s token")')
-        page.route("**/api/login", lambda route: route.fulfill(status=500, body="Internal Error"))
+        page = Person(browser).page
+        answers = [
+            lambda route: route.fulfill(status=500, body="Internal Error"),
+            lambda route: route.abort(),
+        ]
+        page.route("**/api/login", lambda route: answers.pop(0)(route))
+        page.goto(f"http://127.0.0.1:{ask.port}/")
+        page.fill("#token", TOKEN)
         page.keyboard.press("Enter")
         page.wait_for_selector("#said:has-text('The console has failed (500)')")
-        page.route("**/api/login", lambda route: route.abort())
         page.keyboard.press("Enter")
         page.wait_for_selector("#said:has-text('The console does not answer.')")
 
