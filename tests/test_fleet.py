@@ -116,7 +116,8 @@ def test_a_node_that_joins_gets_a_slot_and_one_that_is_lost_hands_its_trial_on(
     tmp_path: Path,
 ) -> None:
     # the first trial is still under way when there is room for the second, on the other node
-    text = STUDY.replace("concurrent: 1", "concurrent: 2").replace("epochs: 60", "epochs: 400")
+    text = STUDY.replace("concurrent: 1", "concurrent: 2").replace("trials: 4", "trials: 6")
+    text = text.replace("epochs: 60", "epochs: 400")
     path = write_study(tmp_path, text)
     folder, log = folder_of(path), path.with_suffix(".log")
     with cluster_of(1) as cluster:
@@ -130,7 +131,7 @@ def test_a_node_that_joins_gets_a_slot_and_one_that_is_lost_hands_its_trial_on(
         assert driver.wait(600) == 0, log.read_text()
     assert "handed back" in log.read_text()
     results = read_results(folder)
-    assert [result.outcome.value for result in results.values()] == ["complete"] * 4
+    assert [result.outcome.value for result in results.values()] == ["complete"] * 6
     rows = read_rows(folder)
     assert not rows.duplicated(["trial", "phase", "step", "metric"]).any()
 

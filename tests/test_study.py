@@ -123,10 +123,26 @@ def test_a_second_driver_is_refused_and_the_first_one_heeds_stop(tmp_path: Path)
         driver.kill()
 
 
+# A driver that tells, when it shuts Ray down, which threads still wait for workers in Ray's C++
+TELLING = """\
+import threading, ray
+from study.__main__ import main
+
+shutdown = ray.shutdown
+
+def tell_and_shut_down():
+    print("still waiting:", [t.name for t in threading.enumerate() if "-slot-" in t.name])
+    shutdown()
+
+ray.shutdown = tell_and_shut_down
+main()
+"""
+
+
 def test_a_storage_that_fails_midway_ends_the_run_with_74(tmp_path: Path) -> None:
     path = write_study(tmp_path, STUDY.replace("trials: 4", "trials: 1") + "controls: []\n")
     folder = folder_of(path)
-    driver = start(path)
+    driver = start(path, program=["-c", TELLING])
     wait_until(lambda: folder.suggestion(0).exists(), driver)
     rows = folder.rows(read_suggestions(folder)[0].trial)
     wait_until(rows.parent.is_dir, driver)
@@ -135,6 +151,7 @@ def test_a_storage_that_fails_midway_ends_the_run_with_74(tmp_path: Path) -> Non
     printed = path.with_suffix(".log").read_text()
     assert "rows" in printed
     assert "Traceback" not in printed
+    assert "still waiting: []" in printed, "Ray frees what such a thread uses"
     rows.unlink()
     code, printed = run(path)
     assert code == 0, printed
@@ -159,13 +176,18 @@ def folder_of(path: Path) -> StudyFolder:
 
 
 def start(
-    path: Path, *, log: str = "tiny.log", command: Sequence[str] = (), **variables: str
+    path: Path,
+    *,
+    log: str = "tiny.log",
+    command: Sequence[str] = (),
+    program: Sequence[str] = ("-m", "study"),
+    **variables: str,
 ) -> subprocess.Popen[bytes]:
     """Run the study; what it prints goes to a file, as Ray's processes may outlive it."""
     command = command or ["run", str(path), "--no-report"]
     with (path.parent / log).open("wb") as printed:
         return subprocess.Popen(
-            [sys.executable, "-m", "study", *command],
+            [sys.executable, *program, *command],
             stdout=printed,
             stderr=subprocess.STDOUT,
             env={**os.environ, **variables},
