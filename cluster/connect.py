@@ -5,16 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private.state import available_resources_per_node
 
 from cluster.placement import Room
 
 STARTS = 3  # of a private cluster, until it is given up
+START_SECONDS = 300.0  # that the processes of one get, as long as they live
+REMIND_SECONDS = 10.0  # between two words that it is still starting
+# Ray gives its processes a minute or less to report, and ends those that a busy machine holds up
+PATIENT = {
+    "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
+    "RAY_agent_register_timeout_ms": f"{1000 * START_SECONDS:.0f}",
+}
 ADVISED_RAY = (2, 55)  # fixes CVE-2026-41486; older versions are refused
+
+
+class NotStarted(RuntimeError):
+    """Ray could not be started on this machine."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +42,24 @@ class Connection:
     job_id: str | None  # inside a submitted job
 
 
-def connect(*, env_vars: dict[str, str]) -> Connection:
-    """Initialise Ray: the cluster at `RAY_ADDRESS`, else a private one on this machine."""
+def address() -> str | None:
+    """Of the cluster that the environment names; None: one is started here."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def connect(*, env_vars: dict[str, str], say: Callable[[str], None]) -> Connection:
+    """Initialise Ray: the cluster at `RAY_ADDRESS`, else a private one on this machine.
+
+    NotStarted: it could not be started here.
+    """
     check_version(ray.__version__)
-    address = os.environ.get("RAY_ADDRESS") or "local"
     os.environ.update(env_vars)  # Tune reads some of it here; a cluster that we start inherits it
-    if address == "local":
-        context = _start()
+    place = address()
+    if place is None:
+        context = _start(say)
     else:
         context = ray.init(
-            address=address,
+            address=place,
             log_to_driver=False,
             logging_level=logging.WARNING,
             runtime_env={"env_vars": env_vars},
@@ -44,32 +67,74 @@ def connect(*, env_vars: dict[str, str]) -> Connection:
     return Connection(
         head=ray.get_runtime_context().gcs_address,
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
-        is_private=address == "local",
+        is_private=place is None,
         job_id=submission_id(),
     )
 
 
-def _start() -> Any:
-    """A private cluster. Ray gives it 30 s to start, which a busy machine may not have."""
+def _start(say: Callable[[str], None]) -> Any:
+    """A private cluster. One whose processes live is waited for; one that died is tried again."""
+    for name, value in PATIENT.items():
+        os.environ.setdefault(name, value)
+    began = time.monotonic()
     for left in reversed(range(STARTS)):
         try:
-            return ray.init(
-                address="local",
-                include_dashboard=False,
-                # nobody else's business, and process groups look names up: this one needs no DNS
-                _node_ip_address="127.0.0.1",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _patiently(began, say):
+                return ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    # nobody else's business, and process groups look names up: this needs no DNS
+                    _node_ip_address="127.0.0.1",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         except Exception as error:  # Ray has no class for it
-            if "timed out during startup" not in str(error):
-                raise
             ray.shutdown()
-            if not left:
-                raise RuntimeError(
-                    f"it did not start, {STARTS} times; this machine seems too busy. Run the same "
-                    f"command again when it is less so"
+            seconds = time.monotonic() - began
+            if not left or seconds > START_SECONDS:
+                raise NotStarted(
+                    f"it did not start within {seconds:.0f} s ({error}); this machine seems too "
+                    f"busy, or has no room for it. Run the same command again later"
                 ) from error
+            say(f"Ray did not start ({error}); trying again")
+    raise AssertionError
+
+
+@contextmanager
+def _patiently(began: float, say: Callable[[str], None]) -> Iterator[None]:
+    """While in here, Ray waits for a node that is starting as long as its raylet lives.
+
+    Ray itself gives it 30 s, written into its code, and then ends what was about to come.
+    """
+    look, reminded = services.get_node, began
+
+    def get_node(*place: Any) -> Any:
+        nonlocal reminded
+        while True:
+            try:
+                return look(*place)
+            except RuntimeError:  # it has not registered yet
+                now = time.monotonic()
+                if now - began > START_SECONDS or not _raylet_lives():
+                    raise
+                if now - reminded > REMIND_SECONDS:
+                    say(f"Ray is starting on this machine, which is busy ({now - began:.0f} s)")
+                    reminded = now
+                time.sleep(0.1)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = look
+
+
+def _raylet_lives() -> bool:
+    import psutil  # type: ignore[import-untyped]  # Ray's own copy, once Ray is imported
+
+    children = psutil.Process().children()
+    alive = [each for each in children if each.status() != psutil.STATUS_ZOMBIE]
+    return any(each.name() == "raylet" for each in alive)
 
 
 @dataclass(frozen=True)

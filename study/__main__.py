@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from trainables.errors import StorageError, UserError
+from trainables.errors import RayStartError, StorageError, UserError
 
 EXIT_INTERRUPTED = 130
 
@@ -88,10 +87,14 @@ def masks(
     ] = False,
 ) -> None:
     """Show what each masking of the study hides of its images: one HTML file, no cluster."""
-    from analysis.atlas import build_atlas
     from study import commands
 
-    commands.masks(study, output, images=images, steps=steps, every=every, write_page=build_atlas)
+    def write_page(folder: Path, output: Path) -> Path:
+        from analysis.atlas import build_atlas
+
+        return build_atlas(folder, output)
+
+    commands.masks(study, output, images=images, steps=steps, every=every, write_page=write_page)
 
 
 @app.command()
@@ -102,7 +105,7 @@ def run(
     """Run a study, or go on where it stopped: here, or on the cluster at $RAY_ADDRESS."""
     from study import commands
 
-    raise typer.Exit(commands.run(study, build_report=_report_builder() if report else None))
+    raise typer.Exit(commands.run(study, build_report=_build_report if report else None))
 
 
 @app.command()
@@ -125,7 +128,7 @@ def resume(name: Name, address: Address = None, storage: Storage = None) -> None
     """Go on with a study by name: here, or as a new job of the cluster at --address."""
     from study import commands
 
-    raise typer.Exit(commands.resume(name, address, storage, build_report=_report_builder()))
+    raise typer.Exit(commands.resume(name, address, storage, build_report=_build_report))
 
 
 @app.command()
@@ -258,17 +261,17 @@ def schema() -> None:
     typer.echo(json.dumps(study_schema(), indent=2))
 
 
-def _report_builder() -> Callable[[Path], Path]:
+def _build_report(folder: Path) -> Path:
     from analysis.report import build_report
 
-    return build_report
+    return build_report(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: the user's errors become one message and an exit code."""
     try:
         app(args=arguments, standalone_mode=True)
-    except (UserError, StorageError) as error:
+    except (UserError, StorageError, RayStartError) as error:
         print(f"maskstudy: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -23,7 +23,8 @@ from study import space
 from trainables.atlas import draw_masks, masks_name
 from trainables.config import TrialConfig, canonical_json, geometry_errors
 from trainables.context import Context
-from trainables.data import Dataset, to_device
+from trainables.data import Dataset
+from trainables.data.batches import to_device
 from trainables.errors import UserError
 from trainables.masking import MASKING
 from trainables.pretrain import batches, make_learner, make_plan, num_pretrain, train_step

@@ -44,19 +44,22 @@ _COLOURS = {"ok": "", "warning": "yellow", "problem": "red"}  # the words say it
 
 def check(path: Path) -> None:
     """Validate, prepare the data, print the plan."""
-    import torch
-
-    from study.plan import plan
     from study.spec import load_spec
     from trainables.data import open_dataset
-    from trainables.speed import flops_per_second
 
     spec = load_spec(path)
+    console.print(f"{path}: its settings are sound; now its data", markup=False)
     folder = _begun(spec.study_folder())
     dataset = open_dataset(_prepare(spec))
     _refuse_unfit_data(spec, dataset)
     console.print(f"{path}: sound", markup=False)
     _print_pairs("data", dataset.describe())
+
+    import torch
+
+    from study.plan import plan
+    from trainables.speed import flops_per_second
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = max(1, int(spec.resources.cpus_per_worker))
     speed = flops_per_second(spec.trial, dataset, device, threads=threads)
@@ -303,11 +306,7 @@ def _needs_a_driver(folder: StudyFolder, address: str, spec: Any = None) -> bool
 
 
 def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], Path] | None) -> int:
-    from cluster.connect import submission_id
-    from study.conductor import Conductor, DataView
-    from study.driver import drive
-    from study.loggers import Journal, check_packages
-    from trainables.data import open_dataset
+    from study.loggers import check_packages
 
     check_packages(spec.log)
     is_by_name = folder is not None
@@ -316,6 +315,13 @@ def _run(spec: Any, folder: StudyFolder | None, build_report: Callable[[Path], P
         console.print(spec.storage_note, markup=False)
     # the first line of a job's log: it tells which study a job runs that has no metadata
     console.print(f"study {spec.study}: {folder.where}", markup=False)
+
+    from cluster.connect import submission_id
+    from study.conductor import Conductor, DataView
+    from study.driver import drive
+    from study.loggers import Journal
+    from trainables.data import open_dataset
+
     holder = {"job": submission_id()}
     with Ledger.open(folder, holder) as ledger:
         requests.forget_stop(folder)
@@ -607,14 +613,22 @@ def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _prepare(spec: Any) -> Path:
+    """The decoded data; what takes longer than a moment is shown."""
+    from study.progress import Patience
     from trainables.data import default_cache, prepare
 
-    folder: Path = prepare(spec.data, spec.folder_of_yaml, default_cache())
+    with Patience(console, "looking at the data") as patience:
+        folder: Path = prepare(
+            spec.data,
+            spec.folder_of_yaml,
+            default_cache(),
+            lambda done, parts: patience.say(f"decoding: {done:,} of {parts:,} files"),
+        )
     return folder
 
 
 def _refuse_unfit_data(spec: Any, dataset: Any) -> None:
-    from study.plan import data_problems, data_size
+    from study.fit import data_problems, data_size
 
     problems = data_problems(spec, data_size(dataset))
     if problems:

@@ -1,4 +1,4 @@
-"""Run or resume a study on Ray. The only file that imports ray.tune.
+"""Run or resume a study on Ray. Only this file and its relay import ray.tune.
 
 Ray Tune executes: it asks for trials through a `Searcher` and passes results to a `TrialScheduler`.
 Both are thin adapters of the `Conductor`, who decides, with the ledger as the only state. A Tune
@@ -26,7 +26,7 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from cluster.connect import connect
+from cluster.connect import NotStarted, address, connect
 from cluster.head import watch_head
 from cluster.jobs import BEGAN
 from cluster.metrics import Publisher
@@ -34,11 +34,13 @@ from cluster.placement import MOST
 from study.conductor import Conductor
 from study.fleet import Fleet
 from study.ledger import Suggestion
+from study.relay import relay
 from study.requests import was_stopped
 from study.resume import Finished, Wait
 from study.telemetry import Telemetry
-from trainables.errors import StorageError, UserError
-from trainables.ray_worker import WITHDRAWN, quiet_environment
+from trainables.desk import WITHDRAWN
+from trainables.errors import RayStartError, StorageError, UserError
+from trainables.slot import quiet_environment
 
 POLL_SECONDS = 0.5  # of heartbeats and of the request to stop
 PUBLISH_SECONDS = 5  # of metrics; Ray passes them on every 10 s
@@ -53,14 +55,20 @@ def drive(conductor: Conductor) -> None:
         return
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's own tables would fight with ours
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    place = address()
+    if place is None:
+        conductor.progress.say("starting Ray on this machine")
+    else:
+        conductor.progress.say(f"connecting to Ray at {place}")
     try:
-        connection = connect(env_vars=quiet_environment())
+        connection = connect(env_vars=quiet_environment(), say=conductor.progress.say)
+    except NotStarted as error:
+        raise RayStartError(f"Ray on this machine: {error}") from error
     except (RuntimeError, ConnectionError, ray.exceptions.AuthenticationError) as error:
-        address = os.environ.get("RAY_ADDRESS")
-        if address is None:
+        if place is None:
             raise UserError(f"Ray on this machine: {error}") from error
         raise UserError(
-            f"Ray at {address}: {error}; expected a head that runs there and can be reached, and, "
+            f"Ray at {place}: {error}; expected a head that runs there and can be reached, and, "
             f"where it wants a token, RAY_AUTH_MODE=token with the token in ~/.ray/auth_token or "
             f"RAY_AUTH_TOKEN"
         ) from error
@@ -76,7 +84,7 @@ def drive(conductor: Conductor) -> None:
     for left in folder.root.glob(".ray-*"):  # by a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".ray-", dir=shared))
-    fleet = Fleet(conductor, scratch)
+    fleet = Fleet(conductor, scratch, is_one_machine=connection.is_private)
 
     def give_up(seconds: float) -> None:
         conductor.progress.stop()
@@ -133,7 +141,7 @@ def _tuner(
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     place = ray.tune.PlacementGroupFactory([{"memory": 1 << 20}], bundle_label_selector=[here])
     return ray.tune.Tuner(
-        ray.tune.with_resources(_relay, place),
+        ray.tune.with_resources(relay, place),
         tune_config=ray.tune.TuneConfig(
             search_alg=_Searcher(conductor, fleet, errors),
             scheduler=_Scheduler(conductor, fleet, errors),
@@ -149,22 +157,6 @@ def _tuner(
             failure_config=ray.tune.FailureConfig(max_failures=3),  # a relay picks up its thread
         ),
     )
-
-
-def _relay(config: dict[str, Any]) -> None:
-    """The Tune trial: lay the job on the slot's desk, pass on every event.
-
-    Started again after a failure it passes on all events once more; the ledger keeps each once.
-    """
-    desk = ray.get_actor(config["desk"])
-    ray.get(desk.place.remote(config["job"]))
-    number = 0
-    while True:
-        event = ray.get(desk.next_event.remote(number))
-        ray.tune.report({**event, "number": number})
-        if "outcome" in event:
-            return
-        number += 1
 
 
 class _Adapter:
@@ -298,6 +290,8 @@ def _watching(conductor: Conductor, fleet: Fleet) -> Iterator[None]:
                 os.kill(os.getpid(), signal.SIGINT)  # Tune's loop has the main thread
                 return
             fleet.tick()
+            for trial, text in fleet.waiting():
+                conductor.progress.waiting(trial, text)
             for vital in fleet.vitals():
                 beat = vital["beat"]
                 if beat:

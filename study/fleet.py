@@ -10,6 +10,7 @@ The thread that watches calls `tick`; the one that runs the study takes and free
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import suppress
@@ -29,14 +30,14 @@ from cluster.connect import Nodes, draining, nodes
 from cluster.placement import MOST, Gang, in_words, num_gangs, refusal
 from study.conductor import Conductor
 from trainables.errors import UserError
-from trainables.job import run_job
-from trainables.ray_worker import Slot
-from trainables.speed import peak_flops
+from trainables.job import measure_peak, run_job
+from trainables.slot import Slot
 
 SURVEY_SECONDS = 2  # between looks at the nodes
 PATIENCE_SECONDS = 30  # that a lost worker group gets to come back before its trial is handed on
 FIRST_PATIENCE_SECONDS = 120  # that a new one gets to come
 HANDOVER_SECONDS = 5  # that both get while another slot has nothing to do
+COMING_SECONDS = 600  # that workers get which Ray has started, and which import or wait for peers
 
 
 @dataclass
@@ -46,6 +47,7 @@ class _Berth:
     slot: Slot
     absent_since: float | None  # its workers; None: they are there
     serial: str | None = None  # of the job on its desk
+    trial: str = ""  # of that job
     is_taken: bool = False
     is_parked: bool = False  # gets no trial before its workers are back
     is_warm: bool = False  # has ended a trial
@@ -55,8 +57,10 @@ class _Berth:
 class Fleet:
     """All slots of a running study."""
 
-    def __init__(self, conductor: Conductor, scratch: Path) -> None:
+    def __init__(self, conductor: Conductor, scratch: Path, *, is_one_machine: bool) -> None:
         self._conductor, self._scratch = conductor, scratch
+        # a worker group takes two cores to start: side by side, none would be ready soon
+        self._at_once = max(1, (os.cpu_count() or 1) // 2) if is_one_machine else MOST
         self._resources = each = conductor.spec.resources
         self.gang = Gang(each.workers, each.cpus_per_worker, each.gpus_per_worker)
         self._berths: dict[str, _Berth] = {}
@@ -66,6 +70,8 @@ class Fleet:
         self._num_begun = 0
         self._surveyed = 0.0
         self._told = ""
+        self._seen: Nodes | None = None  # at the newest survey
+        self._is_short = False  # of room, for workers that Ray was asked for
 
     def begin(self) -> None:
         """The first slots. UserError: the cluster can never hold one."""
@@ -92,7 +98,7 @@ class Fleet:
         """Lay a job on a slot's desk."""
         with self._lock:
             berth = self._berths[name]
-            berth.serial = job["serial"]
+            berth.serial, berth.trial = job["serial"], job["trial"]
         berth.slot.desk.place.remote(job)
 
     def decide(self, name: str, event: int, stop: bool) -> None:
@@ -129,6 +135,30 @@ class Fleet:
             berths = [*self._homeward, *self._berths.values()]
             return [berth.vitals for berth in berths if berth.vitals]
 
+    def waiting(self) -> list[tuple[str, str]]:
+        """(trial, what is done for it) of the trials that are not training yet."""
+        with self._lock:
+            return [
+                (berth.trial, self._reason(berth))
+                for berth in self._berths.values()
+                if berth.serial is not None and berth.vitals and not self._trains(berth)
+            ]
+
+    def _trains(self, berth: _Berth) -> bool:
+        beat = berth.vitals["beat"]
+        return berth.absent_since is None and bool(beat) and beat["trial"] == berth.trial
+
+    def _reason(self, berth: _Berth) -> str:
+        """What a trial on that slot waits for."""
+        if berth.vitals["told"]:
+            return str(berth.vitals["told"])
+        if berth.absent_since is None:
+            return "its workers are about to begin"
+        if self._is_short and self._seen is not None:
+            rooms = f"{in_words(self._seen.free)} of {in_words(self._seen.total)} are free"
+            return f"waits for room: its workers need {self.gang}; {rooms}"
+        return "Ray is starting its workers"
+
     def tick(self) -> None:
         """Look after the slots: who is there, who is not, and whether there are too many."""
         with self._lock:
@@ -140,7 +170,7 @@ class Fleet:
                 self._note(berth)
         if time.monotonic() - self._surveyed > SURVEY_SECONDS:
             try:
-                seen, leaving = nodes(), draining()
+                seen, leaving, self._is_short = nodes(), draining(), self._has_pending()
             except Exception:  # whatever Ray throws while its head is away: no slot can begin
                 return
             self._evacuate(berths, leaving)
@@ -176,17 +206,21 @@ class Fleet:
         now = time.monotonic()
         with self._lock:
             if berth.vitals["nodes"]:
+                if berth.absent_since is not None:
+                    self._surveyed = 0.0  # the next slot may begin
                 berth.absent_since, berth.is_parked = None, False
                 return
             if berth.absent_since is None:
                 berth.absent_since = now
             heirs = [other for other in self._berths.values() if other.absent_since is None]
             patience = PATIENCE_SECONDS if berth.vitals["entered"] else FIRST_PATIENCE_SECONDS
+            if berth.vitals["told"]:
+                patience = COMING_SECONDS
             if not all(heir.is_taken for heir in heirs):
                 patience = HANDOVER_SECONDS
             if not berth.is_parked and now - berth.absent_since > patience:
                 berth.is_parked = True
-                self._say(f"{berth.slot.name} waits for its workers: it needs {self.gang}")
+                self._say(f"no trial for {berth.slot.name} for now: {self._reason(berth)}")
             if berth.is_parked and berth.serial is not None and heirs:
                 berth.slot.desk.withdraw.remote(berth.serial)
 
@@ -205,15 +239,17 @@ class Fleet:
 
     def _grow(self, seen: Nodes) -> None:
         """Begin slots for which there is room, and ask for room where that helps."""
+        self._seen = seen
         num_before, wanted = len(self._berths), self._num_wanted()
         idle = [b for b in self._berths.values() if not b.is_taken and not b.is_parked]
         lacking = 0 if idle else wanted - num_before
-        for _ in range(min(lacking, self._room(seen))):
+        room = self._room(seen)
+        for _ in range(min(lacking, room, self._at_once - self._num_coming())):
             self._start_slot()
         asked = min(wanted, self._resources.autoscale or 0) - len(self._berths)
         has_nothing_to_do = any(berth.absent_since is None for berth in idle)
         self._ask(0 if has_nothing_to_do else max(0, asked))
-        self._tell(seen, num_before)
+        self._tell(seen, num_before, min(lacking, room))
 
     def _room(self, seen: Nodes) -> int:
         """Slots that can begin now. What was asked for and given is free for them from here on."""
@@ -222,8 +258,23 @@ class Fleet:
             self._asked.remove(group)
             remove_placement_group(group)
         # those that have not come yet will take what seems free
-        coming = sum(berth.absent_since is not None for berth in self._berths.values())
-        return num_gangs(seen.free, self.gang) + len(given) - coming
+        return num_gangs(seen.free, self.gang) + len(given) - self._num_coming()
+
+    def _num_coming(self) -> int:
+        return sum(berth.absent_since is not None for berth in self._berths.values())
+
+    def _has_pending(self) -> bool:
+        """Whether workers of a slot wait in Ray's queue, for want of room."""
+        pending = [
+            group
+            for group in placement_group_table().values()
+            if group["state"] == "PENDING" and list(group["bundles"].values()) == self._bundles()
+        ]
+        return len(pending) > len(self._asked)
+
+    def _bundles(self) -> list[dict[str, float]]:
+        each = {"CPU": self.gang.cpus} | ({"GPU": self.gang.gpus} if self.gang.gpus else {})
+        return [each] * self.gang.workers
 
     def _shrink(self) -> None:
         """Send home slots that nothing is left for."""
@@ -243,8 +294,7 @@ class Fleet:
         while len(self._asked) > count:
             remove_placement_group(self._asked.pop())
         while len(self._asked) < count:
-            each = {"CPU": self.gang.cpus} | ({"GPU": self.gang.gpus} if self.gang.gpus else {})
-            self._asked.append(placement_group([each] * self.gang.workers))
+            self._asked.append(placement_group(self._bundles()))
 
     def _start_slot(self) -> None:
         conductor, resources = self._conductor, self._resources
@@ -257,22 +307,23 @@ class Fleet:
             cpus_per_worker=self.gang.cpus,
             gpus_per_worker=self.gang.gpus,
             storage=self._scratch,
-            measure_peak=None if resources.peak_flops else peak_flops,
+            measure_peak=None if resources.peak_flops else measure_peak,
             hang_seconds=60 * resources.hang_minutes,
         )
         self._berths[name] = _Berth(slot, absent_since=time.monotonic())
 
-    def _tell(self, seen: Nodes, num_before: int) -> None:
-        """One line whenever something has changed."""
+    def _tell(self, seen: Nodes, num_before: int, fitting: int) -> None:
+        """One line whenever something has changed. `fitting`: slots that could have begun."""
         count = len(self._berths)
         self._conductor.progress.slots = max(
             1, sum(not berth.is_parked for berth in self._berths.values())
         )
         if count > num_before:
             verb = "starting" if num_before == 0 else "room for more; starting"
+            more = ", others as soon as these are there" if num_before + fitting > count else ""
             self._say(
-                f"{count} trial(s) at once on {in_words(seen.total)}; "
-                f"{verb} {count - num_before} x {self.gang.workers} workers"
+                f"{num_before + fitting} trial(s) at once on {in_words(seen.total)}; "
+                f"{verb} {count - num_before} x {self.gang.workers} workers{more}"
             )
         elif count == 0:
             asked = ", asked of the autoscaler" if self._asked else ""

@@ -15,14 +15,13 @@ import torch
 
 from cluster.placement import Gang, Room, num_gangs
 from study import space
-from study.checks import PER_CLASS, geometry_problems
+from study.fit import DataSize, data_size
 from trainables import cost
 from trainables.config import TrialConfig, arm_id
 from trainables.edges import Edges, grid_of, in_words
 from trainables.mae import MAE
 from trainables.masking import has_teacher, hidden_units
 from trainables.schedules import MIDPOINTS, value_at
-from trainables.surfaces import NAMES as CASE_NAMES
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -33,17 +32,6 @@ MOST_WALKED = 2_000
 MOST_COUNTED = 100_000  # arms of a grid
 BYTES_PER_PARAMETER = 16  # float32: weight, gradient, two moments of AdamW
 TEACHER_BYTES = 4  # of each parameter: the moving average's weight
-
-
-@dataclass(frozen=True)
-class DataSize:
-    """What a plan needs to know of the data."""
-
-    size: tuple[int, ...]
-    channels: int
-    pretrain_images: int
-    train_images: int
-    classes: tuple[str, ...]  # empty without labels
 
 
 @dataclass(frozen=True)
@@ -94,43 +82,6 @@ class Plan:
             "hours": "not measured" if self.hours is None else f"at most {self.hours:.2f}",
         }
         return lines | {f"warning {n}": text for n, text in enumerate(self.warnings, 1)}
-
-
-def data_size(dataset: Dataset) -> DataSize:
-    """The numbers of a prepared data set."""
-    return DataSize(
-        size=tuple(dataset.size),
-        channels=dataset.channels,
-        pretrain_images=len(dataset.rows("pretrain")),
-        train_images=len(dataset.rows("train")),
-        classes=tuple(dataset.classes) if dataset.is_labelled else (),
-    )
-
-
-def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
-    """Why the study cannot run on these data, which the study file alone could not tell."""
-    problems = geometry_problems(spec, data.size)
-    for objective in spec.objectives:
-        phase, _, metric = objective.metric.partition("/")
-        key, _, name = metric.partition("/")
-        if phase == "segment" and not data.classes:
-            problems.append(
-                f"objectives: given {objective.metric!r}, but the data have no labels; expected a "
-                f"pretrain metric such as pretrain/probe_psnr, or data with masks"
-            )
-            continue
-        if key in CASE_NAMES and len(data.size) == 2:
-            problems.append(
-                f"objectives: given {objective.metric!r}, which is measured of volumes, but the "
-                f"images have 2 axes; expected another metric such as segment/miou"
-            )
-        scored = data.classes[1:] if key in CASE_NAMES else data.classes
-        if key in PER_CLASS and name and name not in scored:
-            problems.append(
-                f"objectives: given {objective.metric!r}; expected a class of the data: "
-                f"{', '.join(scored)}"
-            )
-    return problems
 
 
 def plan(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -14,6 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from study.ledger import Outcome, Suggestion
+
+MOMENT_SECONDS = 0.5  # that nobody needs to be told what they wait for
+REMIND_SECONDS = 5.0  # between two lines of a log about the same
 
 
 @dataclass
@@ -28,6 +33,46 @@ class Line:
     values: dict[str, float] = field(default_factory=dict)
     outcome: Outcome | None = None
     seconds: float = 0.0
+    reminded: float = 0.0  # when a log last said what it waits for
+
+
+class Patience(AbstractContextManager["Patience"]):
+    """Shows what takes long before there is a study to show: on a terminal in place, else in lines.
+
+    A log gets a first line when it has taken a moment, and the newest state every few seconds.
+    """
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._text, self._began = console, what, time.monotonic()
+        self._status = console.status(what) if console.is_terminal else None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._remind, name="patience", daemon=True)
+
+    def say(self, text: str) -> None:
+        """What is done now; cheap, from any thread."""
+        self._text = text
+
+    def __enter__(self) -> Patience:
+        if self._status is not None:
+            self._status.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._status is not None:
+            self._status.stop()
+
+    def _remind(self) -> None:
+        wait = MOMENT_SECONDS
+        while not self._ended.wait(wait):
+            if self._status is not None:
+                self._status.update(self._text)
+                continue
+            seconds = time.monotonic() - self._began
+            self._console.print(f"{self._text} ({seconds:.0f} s)", markup=False, soft_wrap=True)
+            wait = REMIND_SECONDS
 
 
 class Progress:
@@ -63,6 +108,18 @@ class Progress:
         self.lines[suggestion.trial] = Line(suggestion, time.monotonic())
         verb = "goes on with" if resumed else "starts"
         self._event(f"{verb} {describe(suggestion)}")
+
+    def waiting(self, trial: str, text: str) -> None:
+        """What is done for a trial before it trains; a log hears of changes, and now and then."""
+        line = self.lines.get(trial)
+        if line is None or line.outcome is not None:
+            return
+        now = time.monotonic()
+        if now - line.began < MOMENT_SECONDS:
+            return
+        if text != line.phase or now - line.reminded > REMIND_SECONDS:
+            line.phase, line.reminded = text, now
+            self._event(f"{describe(line.suggestion)}: {text} ({now - line.began:.0f} s)")
 
     def beat(self, trial: str, phase: str, progress: float, images_per_second: float) -> None:
         line = self.lines.get(trial)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.test_store import source_of
-from trainables.data import open_dataset, to_device, whole_volume
+from trainables.data import open_dataset
+from trainables.data.batches import to_device, whole_volume
 from trainables.data.source import Decoded, Whole, tile_corners
 from trainables.data.store import write
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np, torch
 from trainables.config import TrialConfig
 from trainables.context import Context
-from trainables.data import open_dataset, to_device
+from trainables.data import open_dataset
+from trainables.data.batches import to_device
 from trainables.data.source import Decoded, Source, Whole
 from trainables.data.store import write
 from trainables.pretrain import batches, make_learner, make_plan, train_step

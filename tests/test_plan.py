@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from study.plan import DataSize, arm_cost, count_parameters, data_problems, data_size, plan
+from study.fit import DataSize, data_problems, data_size
+from study.plan import arm_cost, count_parameters, plan
 from study.spec import parse_spec
 from trainables.config import TrialConfig
 from trainables.data import open_dataset, prepare

@@ -13,7 +13,7 @@ from torch import multiprocessing as workers
 from tests import toy
 from trainables import checkpoint, pretrain
 from trainables.config import ProbeConfig
-from trainables.data import to_device
+from trainables.data.batches import to_device
 from trainables.distributed import batch_slice
 from trainables.errors import UserError
 from trainables.mae import build_mae

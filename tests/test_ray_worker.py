@@ -18,15 +18,10 @@ import ray
 import torch
 from ray import cloudpickle
 
+from trainables.desk import MAX_GROUP_STARTS, WITHDRAWN, Desk
 from trainables.errors import StorageError
-from trainables.ray_worker import (
-    MAX_GROUP_STARTS,
-    WITHDRAWN,
-    Desk,
-    Slot,
-    _as_outcome,
-    quiet_environment,
-)
+from trainables.ray_worker import _as_outcome
+from trainables.slot import Slot, quiet_environment
 
 pytestmark = [
     pytest.mark.ray,
@@ -65,6 +60,7 @@ def sums_over_ranks(
     saved: Any,
     alive: Any,
     is_leaving: Any,
+    tell: Any,
 ) -> str:
     """Stands for a trial: every rank adds its rank; rank 0 reports the sum and its process."""
     value = torch.tensor([float(rank + 1)])

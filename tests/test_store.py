@@ -15,7 +15,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from trainables.data import DataConfig, default_cache, open_dataset, prepare, to_device
+from trainables.data import DataConfig, default_cache, open_dataset, prepare
+from trainables.data.batches import to_device
 from trainables.data.source import Decoded, Source
 from trainables.data.store import damage, write
 from trainables.errors import StorageError, UserError

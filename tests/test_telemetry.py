@@ -20,10 +20,17 @@ from study.spec import parse_spec
 from study.telemetry import Telemetry
 from tests.conftest import TINY_STUDY
 from trainables import speed
-from trainables.ray_worker import Desk
+from trainables.desk import Desk
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "manifests" / "grafana.json"
-VITALS = {"entered": 2, "peak_flops": 50.0, "checkpoints": 3, "checkpoint_seconds": 1.5, "beat": {}}
+VITALS = {
+    "entered": 2,
+    "peak_flops": 50.0,
+    "checkpoints": 3,
+    "checkpoint_seconds": 1.5,
+    "beat": {},
+    "told": "",
+}
 VITALS |= {"nodes": ["n"], "ticket": 0}
 
 

@@ -17,7 +17,8 @@ from tests import toy
 from tests.test_images import manifest
 from tests.test_nifti import ramp, save
 from trainables.config import ProbeConfig
-from trainables.data import DataConfig, open_dataset, prepare, to_device
+from trainables.data import DataConfig, open_dataset, prepare
+from trainables.data.batches import to_device
 from trainables.data.source import Source
 from trainables.data.volumes import HIGHEST, resampled, to_levels, to_ras, volumes
 from trainables.errors import UserError

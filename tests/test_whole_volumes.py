@@ -15,7 +15,8 @@ from torch import nn
 from tests import toy
 from tests.test_store import source_of
 from trainables.config import ProbeConfig
-from trainables.data import Resident, open_dataset, to_device, whole_volume
+from trainables.data import open_dataset
+from trainables.data.batches import Resident, to_device, whole_volume
 from trainables.data.source import Decoded, Whole
 from trainables.data.store import write
 from trainables.losses import LOSSES

@@ -7,11 +7,16 @@ changes images and masks alike, and add it to AUGMENTATIONS.
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from trainables import counter
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Late("torch")
 
 
 def none(

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from trainables.storage import store
+
+if TYPE_CHECKING:
+    import torch
 
 LEAVING = "leaving"  # the outcome of a trial that has saved because its workers have to go
 

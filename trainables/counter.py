@@ -7,9 +7,15 @@ same bits: a worker that holds the second half of a batch names those samples an
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Late("torch")
 
 # Constants of SplitMix64 (Steele, Lea & Flood 2014), as int64 sees their bits
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64

@@ -1,4 +1,4 @@
-"""The two errors that are the user's to mend; everything else is a defect of ours."""
+"""The errors that are the user's to mend; everything else is a defect of ours."""
 
 
 class UserError(ValueError):
@@ -14,3 +14,9 @@ class StorageError(OSError):
     """The study's storage refused to read or write (exit code 74)."""
 
     exit_code = 74
+
+
+class RayStartError(RuntimeError):
+    """Ray could not be started on this machine, which may be too busy (exit code 71)."""
+
+    exit_code = 71

@@ -1,22 +1,27 @@
-"""A job: what the driver sends to a worker group, as plain JSON, and how a worker runs it."""
+"""A job: what the driver sends to a worker group, as plain JSON, and how a worker runs it.
+
+The driver, and Ray Train's controller too, know the functions of this file; only workers call those
+that train, and import what that takes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import TypeAdapter
 
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context, Row
 from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
-from trainables.data.store import damage
+from trainables.data.store import Hears, damage
 from trainables.errors import UserError
 from trainables.storage import mirror_of
-from trainables.trial import run_trial
+
+if TYPE_CHECKING:
+    import torch
 
 
 def make_job(
@@ -62,8 +67,14 @@ def run_job(
     saved: Callable[[float], None],
     alive: Callable[[], None],
     is_leaving: Callable[[str, int], bool],
+    tell: Callable[[str], None],
 ) -> str:
-    """Train the job's trial; see `run_trial` for what comes back."""
+    """Train the job's trial; see `run_trial` for what comes back.
+
+    `tell` hears what goes on before it trains, for people.
+    """
+    from trainables.trial import run_trial
+
     context = Context(
         device=device,
         # of a store, every node has a mirror of its own
@@ -79,18 +90,30 @@ def run_job(
         rank=rank,
         world_size=world_size,
     )
-    dataset = _dataset_on_this_node(job, alive)
+
+    def decoded(done: int, parts: int) -> None:
+        alive()
+        tell(f"its workers are decoding images: {done:,} of {parts:,} files")
+
+    dataset = _dataset_on_this_node(job, decoded)
     config = TrialConfig.model_validate(job["config"])
     probe = ProbeConfig.model_validate(job["probe"])
     return run_trial(config, job["seed"], dataset, probe, context)
 
 
-def _dataset_on_this_node(job: dict[str, Any], alive: Callable[[], None]) -> Dataset:
+def measure_peak(device: torch.device) -> float:
+    """Operations per second that a worker could do; see `peak_flops`."""
+    from trainables.speed import peak_flops
+
+    return peak_flops(device)
+
+
+def _dataset_on_this_node(job: dict[str, Any], decoded: Hears) -> Dataset:
     """The decoded data, from this node's cache or decoded here for all trials to come."""
     folder = default_cache() / job["fingerprint"]
     if damage(folder) is not None:
         config = TypeAdapter(DataConfig).validate_python(job["data"])
-        folder = prepare(config, Path(job["data_root"]), default_cache(), alive)
+        folder = prepare(config, Path(job["data_root"]), default_cache(), decoded)
         if folder.name != job["fingerprint"]:
             raise UserError(
                 f"{job['data_root']}: the data on this node differs from the driver's "

@@ -10,12 +10,19 @@ B batch · X hidden patches of an image · N next patches · Q values of one pat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional
+
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+else:
+    torch = Late("torch")
+    functional = Late("torch.nn.functional")
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -24,7 +31,7 @@ RANKING_EPSILON = 1e-6
 # Of a variance of errors, so that equal ones are all 0 when standardised
 VARIANCE_FLOOR = 1e-6
 # Instead of dividing by a weight of 0
-_TINY = torch.finfo(torch.float32).tiny
+_TINY = 2.0**-126  # the smallest normal float32
 
 
 def mean(errors_BX: Tensor, truth_BXQ: Tensor, weight_BX: Tensor | None = None) -> Tensor:

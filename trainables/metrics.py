@@ -21,13 +21,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from scipy import ndimage
-from torch import Tensor
+
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import torch
+    from scipy import ndimage
+    from torch import Tensor
+else:
+    torch = Late("torch")
+    ndimage = Late("scipy.ndimage")
 
 IGNORED = 255  # label of pixels that are not labelled
 SIZE_BINS = ("small", "medium", "large")

@@ -49,16 +49,23 @@ def named(table: Mapping[str, Callable[..., Any]], *, key: str = "name") -> Any:
 
 
 def _options_model(name: str, function: Callable[..., Any], key: str) -> type[Choice]:
-    hints = typing.get_type_hints(function, include_extras=True)
+    options = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    # those of the options alone: others may name types of libraries that are not imported yet
+    written = types.SimpleNamespace(
+        __annotations__={each.name: each.annotation for each in options}
+    )
+    hints = typing.get_type_hints(written, function.__globals__, include_extras=True)
     fields: dict[str, Any] = {"name": (Literal[name], Field(alias=key))}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            required = parameter.default is inspect.Parameter.empty
-            default = ... if required else parameter.default
-            hint = hints[parameter.name]
-            if _holds_tuple(hint):  # files hold lists, and study files are read strictly
-                hint = Annotated[hint, BeforeValidator(_as_tuple)]
-            fields[parameter.name] = (hint, default)
+    for option in options:
+        default = ... if option.default is inspect.Parameter.empty else option.default
+        hint = hints[option.name]
+        if _holds_tuple(hint):  # files hold lists, and study files are read strictly
+            hint = Annotated[hint, BeforeValidator(_as_tuple)]
+        fields[option.name] = (hint, default)
     return create_model(
         f"{function.__name__}_options", __base__=Choice, __doc__=function.__doc__, **fields
     )

@@ -9,11 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import nn
+
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    torch = Late("torch")
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]

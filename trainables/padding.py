@@ -9,11 +9,16 @@ B batch · C channels · *S spatial axes · N places in a sequence · L cells of
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from trainables.edges import grid_of
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Late("torch")
 
 
 def filled(values: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import LEAVING, Context, Row
 from trainables.cost import mae_flops
 from trainables.cross_decoder import CrossBlock
-from trainables.data import Dataset, to_device
+from trainables.data import Dataset
+from trainables.data.batches import to_device
 from trainables.edges import grid_of
 from trainables.errors import UserError
 from trainables.export import export_encoder

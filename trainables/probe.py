@@ -33,7 +33,8 @@ from trainables import counter, distributed
 from trainables.atlas import draw_masks, masks_name
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context
-from trainables.data import Dataset, to_device
+from trainables.data import Dataset
+from trainables.data.batches import to_device
 from trainables.edges import grid_of
 from trainables.mae import MAE
 from trainables.masking import (

@@ -30,7 +30,8 @@ from trainables.augment import AUGMENTATIONS
 from trainables.config import SegmentConfig, TrialConfig
 from trainables.context import LEAVING, Context
 from trainables.cost import segment_flops
-from trainables.data import Dataset, to_device, whole_volume
+from trainables.data import Dataset
+from trainables.data.batches import to_device, whole_volume
 from trainables.errors import UserError
 from trainables.metrics import (
     IGNORED,

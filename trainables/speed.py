@@ -20,7 +20,8 @@ from torch import Tensor
 from trainables.config import TrialConfig
 from trainables.context import Context
 from trainables.cost import mae_flops
-from trainables.data import Dataset, to_device
+from trainables.data import Dataset
+from trainables.data.batches import to_device
 from trainables.mae import build_mae
 from trainables.masking import MaskRequest, hidden_units
 from trainables.pretrain import choose_patches, make_learner, make_plan, train_step

@@ -34,14 +34,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
-from scipy.spatial import KDTree
 
+from trainables.late import Late
 from trainables.metrics import IGNORED, Counts, mean_of_present, present
+
+if TYPE_CHECKING:
+    from scipy import ndimage, spatial
+else:
+    ndimage, spatial = Late("scipy.ndimage"), Late("scipy.spatial")
 
 NAMES = ("case_dice", "hd95", "nsd")
 PERCENTILE = 95
@@ -123,7 +127,7 @@ def _distances(surface: Flags, other: Flags, spacing: Sequence[float]) -> Floats
     """Distance (E,) in mm of each voxel of a surface to the nearest of the other."""
     places, others = np.argwhere(surface), np.argwhere(other)
     if surface.size > VOXELS_PER_POINT * (len(places) + len(others)):
-        found, _ = KDTree(others * spacing).query(places * spacing)
+        found, _ = spatial.KDTree(others * spacing).query(places * spacing)
         return np.asarray(found)
     nearest: npt.NDArray[Any] = ndimage.distance_transform_edt(
         ~other, sampling=spacing, return_distances=False, return_indices=True

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainables.data import images, smears, volumes
-from trainables.data.batches import Resident, to_device, whole_volume
 from trainables.data.source import Source
-from trainables.data.store import Dataset, default_cache, open_dataset, write
+from trainables.data.store import Dataset, Hears, default_cache, open_dataset, write
 from trainables.named import Choice, named
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -28,23 +27,20 @@ else:
 
 
 def prepare(
-    config: Choice, root: Path, cache: Path, alive: Callable[[], None] = lambda: None
+    config: Choice, root: Path, cache: Path, decoded: Hears = lambda done, parts: None
 ) -> Path:
     """Decode once into `cache/<fingerprint>`; paths count from `root`, the folder of the YAML.
 
-    `alive` is called whenever another part is decoded.
+    `decoded` hears of every part (a file, a generated image) that is done, from any thread.
     """
-    return write(SOURCES[config.name](root, **config.options()), cache, alive)
+    return write(SOURCES[config.name](root, **config.options()), cache, decoded)
 
 
 __all__ = [
     "SOURCES",
     "DataConfig",
     "Dataset",
-    "Resident",
     "default_cache",
     "open_dataset",
     "prepare",
-    "to_device",
-    "whole_volume",
 ]

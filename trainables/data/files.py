@@ -13,14 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-import tifffile
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from trainables.errors import UserError
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import tifffile
+else:
+    tifffile = Late("tifffile")
 
 Array = npt.NDArray[Any]
 

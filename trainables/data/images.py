@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from pydantic import Field
-from scipy import ndimage
 
 from trainables.data import files
 from trainables.data.entries import (
@@ -47,6 +46,12 @@ from trainables.data.rows import (
 )
 from trainables.data.source import NOT_LABELLED, Decoded, Source, refuse, tile_corners
 from trainables.errors import UserError
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    from scipy import ndimage
+else:
+    ndimage = Late("scipy.ndimage")
 
 Array = npt.NDArray[Any]
 Edge = Annotated[int, Field(ge=8, le=4096)]

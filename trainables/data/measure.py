@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from trainables.data.source import NOT_LABELLED, Array, Source, Whole, rows_of
 from trainables.errors import UserError
+from trainables.late import Late
 from trainables.metrics import diameter
+
+if TYPE_CHECKING:
+    from scipy import ndimage
+else:
+    ndimage = Late("scipy.ndimage")
 
 PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
 SPOTS = 256  # voxels of each class and volume that are remembered

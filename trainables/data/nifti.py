@@ -18,17 +18,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-import nibabel
 import numpy as np
 import numpy.typing as npt
-from nibabel.spatialimages import HeaderDataError
 
 from trainables.config import digest
 from trainables.data import files
 from trainables.data.rows import times
 from trainables.errors import UserError
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    import nibabel
+    from nibabel import spatialimages
+else:
+    nibabel, spatialimages = Late("nibabel"), Late("nibabel.spatialimages")
 
 Array = npt.NDArray[Any]
 
@@ -201,7 +206,7 @@ def _affine(fields: Any) -> Array:
     try:
         with np.errstate(all="ignore"):
             affine = np.asarray(fields.get_best_affine(), np.float64)
-    except (ValueError, ArithmeticError, HeaderDataError) as error:
+    except (ValueError, ArithmeticError, spatialimages.HeaderDataError) as error:
         raise UserError(f"has an affine that cannot be computed: {error}") from error
     if not np.isfinite(affine).all():
         raise UserError("has an affine that is not finite (NaN or infinite); expected numbers")

@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from scipy import ndimage
 
 from trainables.data.source import Decoded, Source
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    from scipy import ndimage
+else:
+    ndimage = Late("scipy.ndimage")
 
 Floats = npt.NDArray[np.float32]
 Placed = tuple[Floats, Floats]  # radii (N,), centres (N, 2)

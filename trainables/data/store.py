@@ -49,6 +49,7 @@ from trainables.data.source import (
 )
 from trainables.errors import StorageError, UserError
 
+Hears = Callable[[int, int], None]  # (parts that are decoded, of how many), from any thread
 DECODING_BYTES = 2**31  # that volumes decoded side by side may take
 _LOG = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("MASKSTUDY_CACHE") or "~/.cache/maskstudy").expanduser()
 
 
-def write(source: Source, cache: Path, alive: Callable[[], None] = lambda: None) -> Path:
+def write(source: Source, cache: Path, decoded: Hears = lambda done, parts: None) -> Path:
     """The folder of the decoded source; decoded by the first process that asks for it."""
     fingerprint = source.fingerprint()
     folder = cache / fingerprint
@@ -160,7 +161,7 @@ def write(source: Source, cache: Path, alive: Callable[[], None] = lambda: None)
             shutil.rmtree(aside, ignore_errors=True)  # of a process that died
             aside.mkdir()
             try:
-                _decode_into(source, aside, fingerprint, alive)
+                _decode_into(source, aside, fingerprint, decoded)
                 if folder.exists():
                     shutil.rmtree(folder)
                 os.rename(aside, folder)
@@ -263,7 +264,7 @@ def _part_of(flat: Array, volumes: Volumes, volume: int, channels: tuple[int, ..
     return flat[begin * each : (begin + math.prod(shape)) * each].reshape(*channels, *shape)
 
 
-def _decode_into(source: Source, folder: Path, fingerprint: str, alive: Callable[[], None]) -> None:
+def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears) -> None:
     started = time.monotonic()
     num_images, pixels, channels = len(source.names), source.size, source.channels
     of_images: tuple[int, ...] = (num_images, channels, *pixels)
@@ -281,21 +282,23 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, alive: Callable
         else None
     )
 
+    done = itertools.count(1)
+
     def fill(part: int) -> str | None:
         rows = slice(source.parts[part].start, source.parts[part].stop)
         try:
-            decoded = source.decode(part)
-            alive()
+            found = source.decode(part)
+            decoded(next(done), len(source.parts))
         except UserError as error:
             return str(error)
         if source.whole is not None:
             start, end = int(first[rows.start]), int(first[rows.stop])
-            images[start * channels : end * channels] = decoded.images.reshape(-1)
-            masks[start:end] = decoded.masks.reshape(-1)
+            images[start * channels : end * channels] = found.images.reshape(-1)
+            masks[start:end] = found.masks.reshape(-1)
             return None
-        images[rows], masks[rows] = decoded.images, decoded.masks
+        images[rows], masks[rows] = found.images, found.masks
         if instances is not None:
-            instances[rows] = decoded.instances
+            instances[rows] = found.instances
         return None
 
     at_once = min(8, os.cpu_count() or 1)

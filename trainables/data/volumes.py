@@ -20,13 +20,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from nibabel.orientations import apply_orientation, io_orientation
 from pydantic import Field
-from scipy import ndimage
 
 from trainables.data import nifti
 from trainables.data.entries import (
@@ -54,6 +52,14 @@ from trainables.data.rows import (
 )
 from trainables.data.source import NOT_LABELLED, Decoded, Source, Whole, refuse
 from trainables.errors import UserError
+from trainables.late import Late
+
+if TYPE_CHECKING:
+    from nibabel import orientations
+    from scipy import ndimage
+else:
+    orientations = Late("nibabel.orientations")
+    ndimage = Late("scipy.ndimage")
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -277,7 +283,7 @@ def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decode
 
 def to_ras(stored: Array, affine: Array) -> Array:
     """The same voxels with axes to the right, to the front and upwards."""
-    return np.asarray(apply_orientation(stored, io_orientation(affine)))
+    return np.asarray(orientations.apply_orientation(stored, orientations.io_orientation(affine)))
 
 
 def resampled(
@@ -353,7 +359,7 @@ def _unchanged(path: Path, before: nifti.Inspected, reading: Reading) -> Array:
 
 def _in_ras(header: nifti.Header) -> tuple[Shape, tuple[float, ...]]:
     """Shape and spacing along the rows' axes."""
-    place = {int(axis): i for i, (axis, _) in enumerate(io_orientation(header.affine))}
+    place = {int(axis): i for i, (axis, _) in enumerate(orientations.io_orientation(header.affine))}
     order = [place[axis] for axis in range(3)]
     return tuple(header.shape[i] for i in order), tuple(header.spacing[i] for i in order)
 

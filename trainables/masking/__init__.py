@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from trainables import padding
 from trainables.edges import grid_of
 from trainables.masking.guided import anatomask, attmask, hpm
@@ -34,6 +32,8 @@ from trainables.masking.request import (
 from trainables.schedules import value_at
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainables.config import TrialConfig
     from trainables.mae import MAE
 

@@ -9,10 +9,9 @@ that is not padded; of a padded one as large a part of what it hides is guided (
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from trainables.masking.plain import random
 from trainables.masking.request import (
@@ -24,6 +23,9 @@ from trainables.masking.request import (
     mean_of_real,
 )
 from trainables.schedules import Schedule, parse, value_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Part = Annotated[float, Field(ge=0, le=1)]
 

@@ -11,15 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, Field
-from torch import Tensor
-from torch.nn.functional import pad
 
 from trainables import counter
+from trainables.late import Late
 from trainables.masking.request import MaskRequest, hide_first
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Late("torch")
 
 
 def _rising(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -189,7 +193,7 @@ def _to_cells(values_BU: Tensor, grid: Sequence[int], cell: int, beyond: float) 
     """(B, U) -> (B, G, L); cells that the edge cuts off are filled up with `beyond`."""
     batch, axes = len(values_BU), len(grid)
     room = [amount for edge in reversed(grid) for amount in (0, -edge % cell)]
-    values = pad(values_BU.reshape(batch, *grid), room, value=beyond)
+    values = torch.nn.functional.pad(values_BU.reshape(batch, *grid), room, value=beyond)
     values = values.reshape(batch, *(edge for units in grid for edge in (-(-units // cell), cell)))
     order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2)]
     return values.permute(order).reshape(batch, -1, cell**axes)

@@ -14,15 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from trainables import counter, padding
 from trainables.edges import grid_of
 from trainables.errors import UserError
+from trainables.late import Late
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from trainables.mae import MAE
+else:
+    torch = Late("torch")
 
 
 @dataclass(frozen=True)
