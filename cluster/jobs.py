@@ -24,10 +24,11 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from cluster.connect import BEGAN
+
 PACKAGES = ("study", "trainables", "analysis", "cluster")
 EXCLUDES = ["studies/", ".venv/", ".git/", "__pycache__/", "*.egg-info/"]
 ALIVE = (JobStatus.PENDING, JobStatus.RUNNING)
-BEGAN = "to go on if interrupted: "  # a driver says it once nothing refuses its study
 
 # `ray job submit ... -- python -m study run x.yaml` tells Ray no name; the log begins with it
 _BY_HAND = re.compile(r"(-m study|maskstudy) (run|resume)\b")

@@ -42,18 +42,18 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "only"),
     [
-        ("ray.tune", "study/driver.py"),
-        ("ray.train", "trainables/ray_worker.py"),
-        ("timm", "trainables/timm_blocks.py"),
+        ("ray.tune", {"study/tune.py", "study/relay.py"}),  # a relay's process imports little else
+        ("ray.train", {"trainables/slot.py"}),
+        ("timm", {"trainables/timm_blocks.py"}),
     ],
 )
-def test_one_file_knows_a_library_that_changes_often(module: str, only: str) -> None:
+def test_few_files_know_a_library_that_changes_often(module: str, only: set[str]) -> None:
     users = {
         path.relative_to(ROOT).as_posix()
         for path in FILES
         if any(name == module or name.startswith(f"{module}.") for name in imported(path))
     }
-    assert users == {only}
+    assert users == only
 
 
 def test_reading_a_study_needs_neither_torch_nor_ray_nor_optuna() -> None:

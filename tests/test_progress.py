@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from study.ledger import Outcome, Suggestion
-from study.progress import Progress, duration
+from study.progress import Patience, Progress, duration
+from tests.machine import wait_until
 
 
 def suggestion(number: int, origin: str = "search") -> Suggestion:
@@ -82,3 +84,37 @@ def test_waiting_for_the_first_step_is_summed_up_cold_and_warm() -> None:
 
 def test_durations_are_rounded_for_people() -> None:
     assert [duration(s) for s in (5, 89, 300, 7200)] == ["5 s", "89 s", "5 min", "2.0 h"]
+
+
+def test_a_log_hears_what_a_trial_waits_for_when_that_changes() -> None:
+    progress = played()
+    trial = f"{2:012x}"
+    progress.lines[trial].began -= 7
+    for text in ("Ray is starting its workers", *["its workers are importing torch"] * 3):
+        progress.waiting(trial, text)
+    progress.lines[trial].reminded -= 6
+    progress.waiting(trial, "its workers are importing torch")
+    progress.beat(trial, "pretrain", 0.6, 123.0)
+    progress.waiting("of another run", "Ray is starting its workers")
+    lines = [line for line in progress.console.export_text().splitlines() if "workers" in line]
+    assert [line.partition("]: ")[2] for line in lines] == [
+        "Ray is starting its workers (7 s)",
+        *["its workers are importing torch (7 s)"] * 2,
+    ]
+    assert progress.lines[trial].phase == "pretrain"
+
+
+def test_nobody_is_told_to_wait_for_a_moment() -> None:
+    progress = played()
+    progress.waiting(f"{2:012x}", "its workers are about to begin")
+    assert "about to begin" not in progress.console.export_text()
+
+
+def test_what_takes_long_is_shown_with_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("study.progress.MOMENT_SECONDS", 0.05)
+    monkeypatch.setattr("study.progress.REMIND_SECONDS", 0.05)
+    log = Console(width=160, record=True, file=io.StringIO())
+    with Patience(log, "looking at the data") as patience:
+        wait_until(lambda: "looking at the data (0 s)" in log.export_text(clear=False))
+        patience.say("decoding: 120 of 4,000 files")
+        wait_until(lambda: "decoding: 120 of 4,000 files (0 s)" in log.export_text(clear=False))

@@ -18,10 +18,11 @@ import ray
 import torch
 from ray import cloudpickle
 
+from cluster.connect import quiet_environment
 from trainables.desk import MAX_GROUP_STARTS, WITHDRAWN, Desk
 from trainables.errors import StorageError
 from trainables.ray_worker import _as_outcome
-from trainables.slot import Slot, quiet_environment
+from trainables.slot import Slot
 
 pytestmark = [
     pytest.mark.ray,

@@ -47,7 +47,8 @@ class Desk:
         self.num_hung = 0  # of the groups that took the present job
         self.num_told = 0  # workers of the present group that have said where they hang
         self.progressed = 0.0  # by this process's monotonic clock
-        self.workers: list[Any] = []  # actors of the present group
+        # actors of the present group, pickled: to know one takes all that Ray Train imports
+        self.workers: list[bytes] = []
         self.guard: asyncio.Task[None] | None = None
         self.beat_: dict[str, Any] = {}
         self.vitals_ = {"entered": 0, "peak_flops": 0.0}
@@ -111,9 +112,9 @@ class Desk:
         return {**self.vitals_, "beat": self.beat_, "told": self.told, **place}
 
     async def enter(
-        self, peak_flops: float = 0.0, node: str = "", worker: Any = None, size: int = 1
+        self, peak_flops: float = 0.0, node: str = "", worker: bytes = b"", size: int = 1
     ) -> int:
-        """A worker of a group of that size has come; what it gets is its ticket for `take`."""
+        """A worker (its actor, pickled) of a group of that size has come; gets its ticket."""
         self.vitals_["entered"] += 1
         self.workers = [*self.workers, worker][-size:]
         self.vitals_["peak_flops"] = max(self.vitals_["peak_flops"], peak_flops)
@@ -244,7 +245,7 @@ class Desk:
             await asyncio.sleep(left)
             if not self._is_running(serial):
                 return
-        workers = self.workers
+        workers = [ray.cloudpickle.loads(worker) for worker in self.workers]
         if await _has_died(workers):
             return  # nothing hangs: Ray Train is about to replace the group
         if not self.num_told:

@@ -50,7 +50,8 @@ def work(
     if world_size > 1:
         _meet(rank, world_size, backend, agree)
     peak = measure_peak(device) if measure_peak and rank == 0 else 0.0
-    node, actor = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().current_actor
+    node = ray.get_runtime_context().get_node_id()
+    actor = ray.cloudpickle.dumps(ray.get_runtime_context().current_actor)
     ticket = ray.get(desk.enter.remote(peak, node, actor, world_size))
     finished = None
     while True:

@@ -15,7 +15,6 @@ here but by `work`, in the workers.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -204,18 +203,3 @@ class Slot:
         """Wait for the thread that waits for the workers; True when it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
-
-
-def quiet_environment() -> dict[str, str]:
-    """Environment variables that a job needs for fast polling and calm logs."""
-    return {
-        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Ray Train has it for its controllers
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": os.environ.get(
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5"
-        ),
-        # the driver looks for nodes that have to go: no need for a process of every slot that does
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "TRAIN_ENABLE_SHARE_CUDA_VISIBLE_DEVICES": "1",  # NCCL's shortest way between two GPUs
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    }
