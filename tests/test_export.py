@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.timm_models import create_model
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.export import export_encoder, timm_weights
 from trainables.mae import Encoder, initialise, patchify
-from trainables.timm_blocks import create_model
 
 torch.set_num_threads(1)
 

@@ -44,7 +44,6 @@ def test_imports_point_one_way(path: Path) -> None:
     [
         ("ray.tune", {"study/tune.py", "study/relay.py"}),  # a relay's process imports little else
         ("ray.train", {"trainables/slot.py"}),
-        ("timm", {"trainables/timm_blocks.py"}),
     ],
 )
 def test_few_files_know_a_library_that_changes_often(module: str, only: set[str]) -> None:
@@ -54,6 +53,21 @@ def test_few_files_know_a_library_that_changes_often(module: str, only: set[str]
         if any(name == module or name.startswith(f"{module}.") for name in imported(path))
     }
     assert users == only
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_no_package_imports_what_only_tests_compare_with(library: str) -> None:
+    users = [path for path in FILES if library in {name.split(".")[0] for name in imported(path)}]
+    assert users == []
+
+
+def test_one_file_of_the_tests_imports_timm() -> None:
+    users = [
+        path.name
+        for path in (ROOT / "tests").rglob("*.py")
+        if "timm" in {name.split(".")[0] for name in imported(path)}
+    ]
+    assert users == ["timm_models.py"]
 
 
 def test_reading_a_study_needs_neither_torch_nor_ray_nor_optuna() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.timm_models import create_model
 from trainables.config import TrialConfig
 from trainables.edges import grid_of
 from trainables.mae import (
@@ -16,7 +17,6 @@ from trainables.mae import (
     unpatchify,
 )
 from trainables.masking import MaskRequest, pixels_hidden, random, split_indices
-from trainables.timm_blocks import create_model
 
 # image size, patch, channels: not square, not cubic
 SHAPES = [

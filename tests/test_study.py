@@ -18,7 +18,7 @@ import torch
 from study.folder import StudyFolder
 from study.ledger import Outcome, read_results, read_rows, read_suggestions
 from tests.conftest import TINY_STUDY
-from trainables.timm_blocks import create_model
+from tests.timm_models import create_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

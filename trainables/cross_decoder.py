@@ -17,15 +17,14 @@ X hidden patches · P patches · D encoder width · E decoder width · H heads �
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-HEAD_WIDTH = 64  # as attention kernels like it
+from trainables.blocks import layer_norm
 
-_norm = partial(nn.LayerNorm, eps=1e-6)
+HEAD_WIDTH = 64  # as attention kernels like it
 
 
 class CrossBlock(nn.Module):
@@ -33,12 +32,12 @@ class CrossBlock(nn.Module):
 
     def __init__(self, encoder_width: int, width: int) -> None:
         super().__init__()
-        self.question_norm = _norm(width)
-        self.source_norm = _norm(encoder_width)
+        self.question_norm = layer_norm(width)
+        self.source_norm = layer_norm(encoder_width)
         self.question = nn.Linear(width, width)
         self.key_value = nn.Linear(encoder_width, 2 * width)
         self.project = nn.Linear(width, width)
-        self.mlp_norm = _norm(width)
+        self.mlp_norm = layer_norm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -75,7 +74,7 @@ class CrossDecoder(nn.Module):
         self.layer_mix = nn.Parameter(torch.zeros(depth, 1 + encoder_depth))
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.ModuleList(CrossBlock(encoder_width, width) for _ in range(depth))
-        self.norm = _norm(width)
+        self.norm = layer_norm(width)
         self.head = nn.Linear(width, values)
 
     def forward(

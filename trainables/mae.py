@@ -1,4 +1,4 @@
-"""Masked autoencoder (He et al. 2022) for images of any number of axes, on timm's blocks.
+"""Masked autoencoder (He et al. 2022) for images of any number of axes.
 
 The encoder sees visible patches only: patches are cut first, the visible ones gathered raw, and
 only those embedded. The decoder sees them and a mask token for each hidden one. Which patches are
@@ -22,20 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from trainables import losses, padding
+from trainables.blocks import Block, layer_norm
 from trainables.config import SIZES, TrialConfig
 from trainables.cross_decoder import HEAD_WIDTH, CrossDecoder
 from trainables.edges import grid_of
 from trainables.masking import unit_to_patch
 from trainables.masking.lesions import CATEGORY_WIDTH, NUM_DESCRIPTORS, descriptors
-from trainables.timm_blocks import Block
 
 # Positions count in patches of 16 pixels, the usual size, whatever the patch is
 PIXELS_PER_POSITION = 16
 # Added to a patch's variance when targets are normalised, as (this many deviations of the data
 # set)^2: otherwise one grey level in a black patch would become a target of several units
 DEVIATION_FLOOR = 0.05
-
-_norm = partial(nn.LayerNorm, eps=1e-6)  # as timm's models, so that an export computes the same
 
 
 def patchify(images: Tensor, patch: Sequence[int]) -> Tensor:
@@ -106,8 +104,8 @@ class Encoder(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, self.width))
         # Fixed, and computed again wherever a model is built
         self.register_buffer("positions", positions(self.grid, patch, self.width), persistent=False)
-        self.blocks = nn.ModuleList(_block(self.width, self.heads) for _ in range(self.depth))
-        self.norm = _norm(self.width)
+        self.blocks = nn.ModuleList(Block(self.width, self.heads) for _ in range(self.depth))
+        self.norm = layer_norm(self.width)
 
     def forward(
         self,
@@ -147,10 +145,9 @@ class Encoder(nn.Module):
             tokens = block(tokens, is_key)
         tokens = last.norm1(tokens)
         batch, count = tokens.shape[:2]
-        attention = last.attn
-        query, key, _ = attention.qkv(tokens).reshape(batch, count, 3, self.heads, -1).unbind(2)
-        query, key = attention.q_norm(query[:, 0]), attention.k_norm(key)
-        scores = torch.einsum("bhd,bnhd->bhn", query.float(), key.float()) * attention.scale
+        query, key, _ = last.attn.qkv(tokens).reshape(batch, count, 3, self.heads, -1).unbind(2)
+        scores = torch.einsum("bhd,bnhd->bhn", query[:, 0].float(), key.float())
+        scores = scores * key.shape[-1] ** -0.5
         if is_key is not None:
             scores = scores.masked_fill(~is_key[:, 0], -math.inf)
         shares: Tensor = scores.softmax(dim=-1).mean(dim=1)
@@ -207,8 +204,8 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("positions", positions(grid, patch, width), persistent=False)
-        self.blocks = nn.ModuleList(_block(width, width // HEAD_WIDTH) for _ in range(depth))
-        self.norm = _norm(width)
+        self.blocks = nn.ModuleList(Block(width, width // HEAD_WIDTH) for _ in range(depth))
+        self.norm = layer_norm(width)
         self.head = nn.Linear(width, values)
 
     def forward(
@@ -489,11 +486,6 @@ def initialise(model: nn.Module, seed: int) -> None:
                 nn.init.xavier_uniform_(module.layer_mix, generator=generator)
     if isinstance(model, MAE) and model.stand_in is not None:
         nn.init.normal_(model.stand_in, std=0.02, generator=generator)
-
-
-def _block(width: int, heads: int) -> nn.Module:
-    block: nn.Module = Block(width, heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=_norm)
-    return block
 
 
 def _pick(patches_BPQ: Tensor, numbers_BN: Tensor) -> Tensor:

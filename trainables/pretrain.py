@@ -29,6 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trainables import checkpoint, counter, distributed, padding
 from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
+from trainables.blocks import Block
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import LEAVING, Context, Row
 from trainables.cost import mae_flops
@@ -50,7 +51,6 @@ from trainables.masking import (
 from trainables.metrics import rows as metric_rows
 from trainables.optimizers import OPTIMIZERS, learning_rate, parameter_groups, set_learning_rate
 from trainables.schedules import value_at
-from trainables.timm_blocks import Block
 
 Weights = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""What we take from timm. No other file imports timm, or torchvision, which timm needs.
+"""What tests compare with, of timm. No other file imports timm, or torchvision, which it needs.
 
 PyPI's torchvision is built for CUDA. Beside a CPU-only torch its library cannot load; torchvision
 tolerates that but for two operators that it describes at import without having them ("operator
