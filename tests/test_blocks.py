@@ -1,13 +1,14 @@
-"""Our blocks compute what timm's do: `python -m pytest tests/test_blocks.py`."""
+"""Our blocks compute what timm's and MONAI's do: `python -m pytest tests/test_blocks.py`."""
 
 from functools import partial
 
 import pytest
 import torch
+from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock
 from torch import nn
 
 from tests import timm_models
-from trainables.blocks import Attention, Block
+from trainables.blocks import CONVOLUTION, Attention, Block, ResidualBlock, nested
 
 torch.set_num_threads(1)
 
@@ -84,3 +85,44 @@ def test_a_block_without_weights_passes_its_input_through():
     for parameter in block.parameters():
         nn.init.zeros_(parameter)
     assert torch.equal(block(noise(2, 3, 8)), noise(2, 3, 8))
+
+
+# --- convolutions ---
+
+
+@pytest.mark.parametrize("size", [(13,), (1,), (6, 9), (1, 1), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("width", [8, 6, 3])
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_a_residual_block_is_monais_bit_for_bit(size, width, is_bf16):
+    axes = len(size)
+    norm = ("group", {"num_groups": {8: 4, 6: 2, 3: 1}[width]})
+    theirs = seeded(
+        lambda: UnetrBasicBlock(axes, width, width, 3, stride=1, norm_name=norm, res_block=True)
+    )
+    ours = seeded(lambda: nested("layer", ResidualBlock(axes, width)))
+    assert_same_weights(ours, theirs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        assert_same(*(results(block, noise(2, width, *size)) for block in (ours, theirs)))
+
+
+@pytest.mark.parametrize("size", [(13,), (6, 9), (3, 4, 5)], ids=str)
+def test_a_head_is_monais_bit_for_bit(size):
+    axes = len(size)
+    theirs = seeded(lambda: UnetOutBlock(axes, 8, 3))
+    ours = seeded(lambda: nested("conv", nested("conv", CONVOLUTION[axes](8, 3, kernel_size=1))))
+    assert_same_weights(ours, theirs)
+    assert_same(*(results(block, noise(2, 8, *size)) for block in (ours, theirs)))
+
+
+def test_a_residual_block_whose_norm_gives_0_rectifies_its_input():
+    block = ResidualBlock(2, 4)
+    nn.init.zeros_(block.norm2.weight)
+    features = torch.tensor([-2.0, 0.0, 3.0, 100.0]).reshape(1, 4, 1, 1).expand(2, -1, -1, -1)
+    expected = torch.tensor([-0.02, 0.0, 3.0, 100.0])
+    torch.testing.assert_close(block(features)[1].flatten(), expected)
+
+
+def test_a_residual_block_leaves_its_input_as_it_was():
+    features = noise(2, 4, 5, 5)
+    ResidualBlock(2, 4)(features)
+    assert torch.equal(features, noise(2, 4, 5, 5))

@@ -37,6 +37,28 @@ def test_volumes_have_three_axes():
     assert model(torch.randn(1, 1, 16, 24, 8)).shape == (1, 3, 16, 24, 8)
 
 
+def test_weights_keep_the_names_that_checkpoints_have():
+    names = build_unetr(config(8), (16, 16), channels=1, num_classes=3).state_dict()
+    assert [name for name in names if name.startswith(("refine.0", "narrow.0", "head"))] == [
+        "narrow.0.weight",
+        "narrow.0.bias",
+        "refine.0.layer.conv1.conv.weight",
+        "refine.0.layer.conv2.conv.weight",
+        "refine.0.layer.norm1.weight",
+        "refine.0.layer.norm1.bias",
+        "refine.0.layer.norm2.weight",
+        "refine.0.layer.norm2.bias",
+        "head.conv.conv.weight",
+        "head.conv.conv.bias",
+    ]
+    block = [name.removeprefix("encoder.blocks.0.") for name in names if "blocks.0." in name]
+    assert block == [
+        f"{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ]
+
+
 @pytest.mark.parametrize("patch", [(2, 4, 4), (1, 8, 4), (20, 2, 5)], ids=str)
 def test_every_weight_is_used_with_edges_of_each_axis(patch):
     size = tuple(2 * edge for edge in patch)

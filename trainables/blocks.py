@@ -1,21 +1,27 @@
-"""Blocks that the networks are made of.
+"""Blocks that the networks are made of: transformer blocks, and convolutions along any axes.
 
-They are our own because timm costs every worker seconds of import for these few lines.
+They are our own because timm and MONAI cost every worker seconds of import for these few lines.
 Weights have the names, the order and the initial values that they have there, so that an encoder
 loads in timm and an older checkpoint here. tests/test_blocks.py compares them bit by bit.
 
-B batch · N tokens · D width · H heads
+B batch · N tokens · D width · H heads · C channels · *S spatial axes
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 MLP_RATIO = 4
+NORM_GROUPS = 4
+SLOPE = 0.01  # of the leaky rectifier below 0, as in nnU-Net
+# By number of axes
+CONVOLUTION: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 # as timm's models, so that an export computes the same
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -61,3 +67,33 @@ class Block(nn.Module):
         tokens_BND = tokens_BND + self.attn(self.norm1(tokens_BND), is_key)
         tokens_BND = tokens_BND + self.mlp(self.norm2(tokens_BND))
         return tokens_BND
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, added to their input, of 3 pixels along every axis: (B, C, *S) -> the same.
+
+    As in nnU-Net with residuals (Isensee et al. 2024), but for its norm: group norm, as instance
+    norm cannot handle a level of a single pixel.
+    """
+
+    def __init__(self, axes: int, width: int) -> None:
+        super().__init__()
+        convolution = partial(CONVOLUTION[axes], width, width, 3, padding=1, bias=False)
+        groups = math.gcd(width, NORM_GROUPS)
+        self.conv1 = nested("conv", convolution())
+        self.conv2 = nested("conv", convolution())
+        self.norm1 = nn.GroupNorm(groups, width)
+        self.norm2 = nn.GroupNorm(groups, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        refined = self.norm1(self.conv1(features))
+        # In place, as the features of a batch of volumes are most of the memory
+        refined = functional.leaky_relu(refined, SLOPE, inplace=True)
+        refined = self.norm2(self.conv2(refined))
+        refined += features
+        return functional.leaky_relu(refined, SLOPE, inplace=True)
+
+
+def nested(name: str, module: nn.Module) -> nn.Module:
+    """The module, its weights' names behind `name`, as MONAI's wrappers have them."""
+    return nn.Sequential(OrderedDict({name: module}))

@@ -20,6 +20,7 @@ from trainables.edges import grid_of
 from trainables.masking import MASKING, plan_hidden
 from trainables.masking.lesions import CATEGORY_WIDTH, NUM_DESCRIPTORS
 from trainables.schedules import value_at
+from trainables.unetr import build_unetr
 
 # Bytes that backward needs per token and channel of one block: half precision, float32
 _BLOCK_BYTES = {"bf16": 34, "auto": 34, "fp32": 68}
@@ -227,8 +228,6 @@ def _plan(config: TrialConfig, image_size: Sequence[int], steps: int, seed: int)
 def _count_segment_flops(
     config_json: str, image_size: tuple[int, ...], channels: int, num_classes: int
 ) -> float:
-    from trainables.unetr import build_unetr  # MONAI takes seconds to import
-
     config = TrialConfig.model_validate_json(config_json)
     with torch.device("meta"):
         model = build_unetr(config, image_size, channels, num_classes)

@@ -25,18 +25,16 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock
-from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables import padding
+from trainables.blocks import CONVOLUTION, ResidualBlock, nested
 from trainables.config import TrialConfig
 from trainables.mae import Encoder, initialise, patchify, unpatchify
 
 FEWEST_LEVELS = 3  # under the image's own
 WIDEST = 8  # channels double with the level up to this many times the finest level's
-NORM_GROUPS = 4
 # By number of axes
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 POOLING: dict[int, Callable[..., Tensor]] = {
@@ -69,7 +67,7 @@ class UNETR(nn.Module):
         widths = [features * min(2**level, WIDEST) for level in (0, *levels)]
 
         axes = len(image_size)
-        convolution = Conv["conv", axes]
+        convolution = CONVOLUTION[axes]
         self.image_skip = convolution(encoder.channels, widths[0], kernel_size=3, padding=1)
         self.token_skips = nn.ModuleList(
             TokenSkip(encoder, level, widths[level], self.sizes[level]) for level in levels
@@ -77,8 +75,11 @@ class UNETR(nn.Module):
         self.narrow = nn.ModuleList(
             convolution(deeper, width, kernel_size=1) for width, deeper in pairwise(widths)
         )
-        self.refine = nn.ModuleList(_residual_block(axes, width) for width in widths[:-1])
-        self.head = UnetOutBlock(axes, widths[0], num_classes)
+        self.refine = nn.ModuleList(
+            nested("layer", ResidualBlock(axes, width)) for width in widths[:-1]
+        )
+        head = convolution(widths[0], num_classes, kernel_size=1)
+        self.head = nested("conv", nested("conv", head))
 
     def train(self, mode: bool = True) -> UNETR:
         """A frozen encoder stays in evaluation mode."""
@@ -141,15 +142,6 @@ def build_unetr(
         )
     initialise(encoder, seed)
     return model
-
-
-def _residual_block(axes: int, width: int) -> nn.Module:
-    """Two convolutions; group norm, as instance norm cannot handle a level of a single pixel."""
-    norm = ("group", {"num_groups": math.gcd(width, NORM_GROUPS)})
-    block: nn.Module = UnetrBasicBlock(
-        axes, width, width, kernel_size=3, stride=1, norm_name=norm, res_block=True
-    )
-    return block
 
 
 def _resized(features: Tensor, size: tuple[int, ...]) -> Tensor:
