@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from monai.inferers import sliding_window_inference
 from torch import nn
 
 from tests import toy
@@ -249,6 +250,21 @@ def test_a_volume_smaller_than_a_crop_is_predicted_without_its_padding(tmp_path)
     images, _ = to_device(dataset, np.array([row]), "cpu").batch(torch.tensor([0]))
     first = predict(model, images, settings, CPU)[:, :6, :, :1]
     assert torch.equal(found[:, :, :, :1].long(), first)  # the other window does not reach there
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overlap", [0.0, 0.5])
+def test_classes_are_those_of_monais_windows_also_where_a_window_is_larger(tmp_path, overlap):
+    dataset = balls(tmp_path, overlap=overlap)
+    settings, model = unetr(dataset)
+    for volume, shape in enumerate(SHAPES):
+        found = predict_volume(model, dataset, volume, settings, CPU)
+        model.eval()
+        scores = sliding_window_inference(
+            whole_volume(dataset, volume, CPU), SIZE, 2, model, overlap=overlap, mode="gaussian"
+        )
+        x, y, z = shape
+        assert torch.equal(found, scores.argmax(dim=1)[:, :x, :y, :z].to(torch.uint8))
 
 
 def test_windows_that_overlap_are_their_weighted_mean(tmp_path):

@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor
 from torch.nn import functional
 
@@ -57,6 +56,7 @@ from trainables.pretrain import (
 )
 from trainables.probe import PICTURES, probe_rows
 from trainables.unetr import UNETR, build_unetr
+from trainables.windows import stitched_scores
 
 DICE_SMOOTHING = 1e-5
 STITCHING_SHARE = 0.25  # of the free device memory that a whole volume's scores may take
@@ -321,8 +321,8 @@ def predict_volume(
 ) -> Tensor:
     """The likeliest class of every voxel of a whole volume, uint8 (1, *shape) on the host.
 
-    Windows of the crop's size, `segment.batch` at a time, overlap and are weighed with a Gaussian
-    (MONAI). On a GPU the scores of all classes are put together there if they take little of it.
+    Windows of the crop's size, `segment.batch` at a time, overlap (see windows.py). On a GPU the
+    scores of all classes are put together there if they take little of it.
     """
     assert dataset.volumes is not None
     shape = dataset.volumes.shapes[volume].tolist()
@@ -338,18 +338,16 @@ def predict_volume(
         return scores.float()
 
     model.eval()
-    scores = sliding_window_inference(
+    scores = stitched_scores(
+        scores_of,
         whole_volume(dataset, volume, place),
         dataset.size,
-        settings.batch,
-        scores_of,
+        len(dataset.classes),
+        batch=settings.batch,
         overlap=dataset.volumes.overlap,
-        mode="gaussian",
-        sw_device=device,
-        device=place,
+        device=device,
     )
     model.train()
-    assert isinstance(scores, Tensor)
     labels = scores[0].argmax(dim=0).to(torch.uint8).cpu()
     return labels[tuple(slice(edge) for edge in shape)][None]
 
