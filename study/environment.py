@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("maskstudy", "torch", "timm", "monai", "ray", "optuna", "pyarrow", "numpy")
+PACKAGES = ("maskstudy", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
 LOCK_FILES = ("uv.lock", "pylock.toml", "requirements.lock", "poetry.lock", "pixi.lock")
 
 

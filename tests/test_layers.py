@@ -55,7 +55,7 @@ def test_few_files_know_a_library_that_changes_often(module: str, only: set[str]
     assert users == only
 
 
-@pytest.mark.parametrize("library", ["timm", "torchvision"])
+@pytest.mark.parametrize("library", ["timm", "torchvision", "monai"])
 def test_no_package_imports_what_only_tests_compare_with(library: str) -> None:
     users = [path for path in FILES if library in {name.split(".")[0] for name in imported(path)}]
     assert users == []
