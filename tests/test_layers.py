@@ -70,6 +70,17 @@ def test_one_file_of_the_tests_imports_timm() -> None:
     assert users == ["timm_models.py"]
 
 
+def test_a_worker_imports_nothing_that_it_does_not_train_with() -> None:
+    """Each of these would cost every worker process from a tenth of a second to two seconds."""
+    code = (
+        "import sys, trainables.job; unused = ('ray', 'optuna', 'pandas', 'pyarrow', 'plotly',"
+        "'timm', 'torchvision', 'monai', 'scipy.spatial', 'scipy.stats', 'sympy', 'torch._dynamo');"
+        "print([name for name in unused if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_reading_a_study_needs_neither_torch_nor_ray_nor_optuna() -> None:
     code = (
         "import sys, analysis.report, study.ledger;"
