@@ -51,13 +51,14 @@ folder, heavy = os.environ["WITNESS"], set(os.environ["WITNESS_OF"].split())
 threading.Thread(target=watch, daemon=True).start()
 """
 
-# What a process of our own needs of them; what it has beyond that is a fault
+# What a process of our own needs of them; what it has beyond that is a fault. Ray itself imports
+# pyarrow in every worker, and parts of Tune with Train
 NEEDED = {
     "driver": {"ray", "ray.train", "ray.tune", "pandas", "pyarrow", "optuna"},
-    "Desk": {"ray"},
+    "Desk": {"ray", "pyarrow"},
     "TrainController": {"ray", "ray.train", "pandas", "pyarrow"},
     "relay": {"ray", "ray.train", "ray.tune", "pandas", "pyarrow"},
-    "RayTrainWorker": {"ray", "ray.train", "pandas", "pyarrow", "torch", "scipy"},
+    "RayTrainWorker": {"ray", "ray.train", "ray.tune", "pandas", "pyarrow", "torch", "scipy"},
 }
 
 
