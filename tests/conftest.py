@@ -12,6 +12,8 @@ from study.folder import StudyFolder
 from tests import machine
 from tests.stores import Bucket, azurite, ceph
 
+pytest_plugins = ("tests.budget", "tests.order")
+
 # before torch and ray are imported, and for every process that a test starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"
