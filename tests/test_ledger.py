@@ -311,25 +311,25 @@ def test_a_driver_paused_right_before_its_rename_is_fenced(two_trials, monkeypat
     stale.close()
 
 
-def compete(root: Path, start: Any, outcomes: Any) -> None:
+def compete(root: Path, start: Any, outcomes: Any, all_have_told: Any) -> None:
     start.wait()
     try:
         with Ledger.open(StudyFolder(root), {}):
             outcomes.put("holds")
-            time.sleep(1.5)
+            all_have_told.wait()
     except HeldError:
         outcomes.put("refused")
 
 
 def test_of_four_drivers_at_once_one_holds_the_study(folder, processes):
-    start, outcomes = processes.Event(), processes.Queue()
-    drivers = [
-        processes.Process(target=compete, args=(folder.root, start, outcomes)) for _ in range(4)
-    ]
+    start, outcomes, all_have_told = processes.Event(), processes.Queue(), processes.Event()
+    arguments = (folder.root, start, outcomes, all_have_told)
+    drivers = [processes.Process(target=compete, args=arguments) for _ in range(4)]
     for driver in drivers:
         driver.start()
     start.set()
-    told = sorted(outcomes.get(timeout=30) for _ in drivers)
+    told = sorted(outcomes.get(timeout=60) for _ in drivers)
+    all_have_told.set()
     for driver in drivers:
         driver.join()
     assert told == ["holds", "refused", "refused", "refused"]

@@ -17,7 +17,6 @@ import stat
 import string
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -233,12 +232,20 @@ def test_on_slurm_the_end_of_the_time_interrupts_the_study_and_queues_it_again(
     slurm = Slurm(tmp_path, waits)
     try:
         wait_until((tmp_path / "runs").exists, 60)
-        time.sleep(0.5)  # until the script waits for it
+        wait_until(lambda: catches(slurm.process.pid, signal.SIGTERM), 60)
         slurm.process.send_signal(signal.SIGTERM)
         assert slurm.process.wait(60) == 130
     finally:
         slurm.end()
     assert "scontrol requeue 4711" in slurm.calls()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has said what it does at a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+    assert caught
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 @pytest.fixture

@@ -68,11 +68,11 @@ def test_a_sign_of_progress_now_and_then_is_enough_and_the_end_is_the_end(
 ) -> None:
     monkeypatch.setattr(watch, "GRACE_SECONDS", 0.2)
     told: list[str] = []
-    with watched(lambda silent: 1.0 - silent, told.append) as alive:
-        for _ in range(15):
-            time.sleep(0.1)
+    with watched(lambda silent: 2.0 - silent, told.append) as alive:
+        for _ in range(12):
+            time.sleep(0.2)
             alive()
-    time.sleep(1.5)
+    time.sleep(2.5)
     assert told == []
 
 
