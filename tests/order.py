@@ -29,6 +29,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"order of the tests: --shuffle {config.option.shuffle}"
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    if exitstatus:
+        terminalreporter.write_line(pytest_report_header(config))
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest then brings together what shares a parametrised fixture
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     seed = config.option.shuffle

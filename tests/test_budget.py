@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -153,7 +154,11 @@ def test_files_and_the_tests_in_them_come_in_an_order_that_the_seed_repeats(
     assert list(dict.fromkeys(files)) != sorted(files)
 
 
-def test_an_order_that_nobody_asked_for_is_told(project: pytest.Pytester) -> None:
-    project.makepyfile(**TESTS)
-    told = project.runpytest_inprocess("-p", "tests.order", "--collect-only")
-    told.stdout.re_match_lines([r"order of the tests: --shuffle \d+"])
+def test_an_order_that_nobody_asked_for_is_told_and_again_where_a_test_has_failed(
+    project: pytest.Pytester,
+) -> None:
+    project.makepyfile("def test_fails(): assert False")
+    told = project.runpytest_inprocess("-p", "tests.order").stdout.str()
+    seeds = re.findall(r"^order of the tests: --shuffle (\d+)$", told, re.MULTILINE)
+    assert len(seeds) == 2
+    assert seeds[0] == seeds[1]
