@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-fast lint clean
+.PHONY: help demo test test-fast chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -19,9 +19,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## run the quickstart study and write its report (about 4 minutes on 2 cores)
 	$(BIN)/maskstudy run study/examples/quickstart.yaml
 
-test: $(STAMP) ## run all tests: two files at a time, then those that start Ray, one by one
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray'
-	$(BIN)/python -m pytest -m ray
+test: $(STAMP) ## run the tests: two files at a time, then those that start Ray, one by one
+	rm -f build/durations.json
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not ray' --durations=15
+	$(BIN)/python -m pytest -m 'ray and not chaos' --durations=15
+
+chaos: $(STAMP) ## run the long tests: series of faults, fleets, hosts that are cut off, tokens
+	$(BIN)/python -m pytest -m chaos --durations=15
 
 test-fast: $(STAMP) ## run the tests that start neither Ray nor a browser
 	$(BIN)/python -m pytest -m 'not ray and not browser'

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from study.folder import StudyFolder
 from tests import machine
 from tests.stores import Bucket, azurite, ceph
+
+if TYPE_CHECKING:
+    from tests.clusters import Head  # which imports Ray
 
 pytest_plugins = ("tests.budget", "tests.order")
 
@@ -19,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["COLUMNS"] = "200"
+os.environ.pop("RAY_ADDRESS", None)  # nobody's cluster but those that tests start
 
 TINY_STUDY = """\
 study: tiny
@@ -70,11 +75,34 @@ def tiny_study(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def by_two_workers(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
-    """What a study comes to that nobody disturbs; for tests that start Ray."""
-    from tests.test_study import TWO_WORKERS, undisturbed
+def by_one_worker(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """What a study comes to that nobody disturbs, on a private cluster; it is only looked at."""
+    from tests.studies import undisturbed
 
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"), TWO_WORKERS)
+    return undisturbed(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="session")
+def by_two_workers(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    """The same of a longer one whose trials are each trained by two workers."""
+    from tests.studies import TWO_WORKERS, undisturbed
+
+    return undisturbed(tmp_path_factory.mktemp("two"), TWO_WORKERS)
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head node for whoever needs any; studies on it have names that no other test uses."""
+    from tests.clusters import running_head
+
+    with running_head(tmp_path_factory.mktemp("head")) as head:
+        yield head
+
+
+@pytest.fixture
+def on_the_head(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers that are started here join the head; without it each starts a cluster of its own."""
+    monkeypatch.setenv("RAY_ADDRESS", head.gcs)
 
 
 @pytest.fixture(scope="session", params=["s3", "az"])

@@ -15,11 +15,10 @@ import pytest
 
 from study.folder import StudyFolder
 from study.ledger import Outcome, is_held, read_results, read_rows
+from tests.clusters import Head, held_still, maskstudy
 from tests.machine import free_ports, wait_until
+from tests.studies import STUDY
 from tests.test_browser import CHROMIUM
-from tests.test_console_cluster import maskstudy_console
-from tests.test_jobs import head, maskstudy  # noqa: F401
-from tests.test_study import STUDY
 
 pytestmark = [
     pytest.mark.ray,
@@ -30,7 +29,7 @@ pytestmark = [
         CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium on this machine"
     ),
 ]
-TRIALS = 10
+TRIALS = 4
 SLOW = 120_000  # milliseconds that a loaded machine may take
 
 
@@ -48,28 +47,24 @@ def page() -> Iterator[Any]:
 
 
 def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
-    head: tuple[str, Path],  # noqa: F811
-    tmp_path: Path,
-    page: Any,
+    head: Head, tmp_path: Path, page: Any
 ) -> None:
-    address, storage = head
+    address, storage = head.dashboard, head.storage
     pictures = Path(os.environ.get("MASKSTUDY_PICTURES") or tmp_path / "pictures")
     pictures.mkdir(parents=True, exist_ok=True)
-    study = tmp_path / "tiny.yaml"
-    # long enough to be still running when somebody has found the button that stops it
-    study.write_text(STUDY.replace("trials: 4", f"trials: {TRIALS}"))
-    folder = StudyFolder(storage / "studies" / "tiny")
+    study = tmp_path / "seen.yaml"
+    study.write_text(STUDY.replace("study: tiny", "study: seen"))
+    folder = StudyFolder(storage / "studies" / "seen")
 
     (storage / "studies").mkdir(exist_ok=True)
     options = ["--storage", str(storage / "studies"), "--port", str(free_ports(1)[0])]
-    started = maskstudy_console("--address", address, "--allow-changes", *options)
-    assert started.returncode == 0, started.stderr
+    started = maskstudy("console", "--address", address, "--allow-changes", *options)
     link = re.search(r"study console: (http://127\.0\.0\.1:\d+/#token=\S+)", started.stdout)
     assert link, started.stdout
 
     maskstudy("submit", str(study), "--address", address, "--storage", str(storage))
     page.goto(f"{address}/#/jobs")
-    page.wait_for_selector("td:has-text('study tiny')")
+    page.wait_for_selector("td:has-text('study seen')")
     page.wait_for_selector("td:has-text('RUNNING')")
     page.screenshot(path=pictures / "1-jobs.png")
     page.goto(f"{address}/#/serve")
@@ -77,11 +72,13 @@ def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
     page.screenshot(path=pictures / "2-serve.png")
 
     wait_until(lambda: folder.spec.is_file() and len(read_results(folder)) >= 1, 300)
-    page.goto(link[1])
-    page.click("a:has-text('tiny')")
-    page.wait_for_selector(".state:has-text('running')")
-    page.screenshot(path=pictures / "3-running.png", full_page=True)
-    page.click("button:has-text('Stop')")
+    with held_still(head.mark):  # until somebody has found the button that stops it
+        page.goto(link[1])
+        page.click("a:has-text('seen')")
+        page.wait_for_selector(".state:has-text('running')")
+        page.screenshot(path=pictures / "3-running.png", full_page=True)
+        page.click("button:has-text('Stop')")
+        page.wait_for_selector("#said:has-text('has been stopped')")
     page.wait_for_selector(".state:has-text('interrupted')")
     page.screenshot(path=pictures / "4-stopped.png", full_page=True)
     wait_until(lambda: not is_held(folder), 60)
@@ -89,7 +86,7 @@ def test_a_study_is_found_stopped_and_resumed_from_the_dashboard(
     assert len(ended) < TRIALS, "it was not stopped midway"
 
     page.click("button:has-text('Resume')")
-    page.wait_for_selector("#said:has-text('goes on as job tiny-2-')")
+    page.wait_for_selector("#said:has-text('goes on as job seen-2-')")
     page.wait_for_selector(".state:has-text('running')")
     page.screenshot(path=pictures / "5-resumed.png", full_page=True)
     page.wait_for_selector(".state:has-text('finished')", timeout=400_000)

@@ -18,7 +18,7 @@ import pytest
 
 from cluster import doctor, jobs
 from cluster.doctor import VERDICTS, Level, Verdict
-from tests.test_jobs import running_head
+from tests.clusters import Head
 from tests.test_requests import begin
 
 VERSIONS = {
@@ -252,28 +252,28 @@ def test_an_address_where_no_dashboard_is_gets_a_clear_answer() -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_real_head_is_looked_at_and_nothing_of_it_stays(tmp_path: Path) -> None:
-    storage, home = tmp_path / "storage", tmp_path / "home"
+def test_a_real_head_is_looked_at_and_nothing_of_it_stays(head: Head, tmp_path: Path) -> None:
+    address, storage = head.dashboard, tmp_path / "storage"
     storage.mkdir()
-    home.mkdir()
-    with running_head(home, storage) as address:
-        facts = doctor.cluster_facts(address, str(storage))
-        (here,) = facts["nodes"]
-        assert facts["open"] is True
-        assert "error" not in here
-        assert here["storage"]["left"] in facts["storage"]["seen"]
-        port = int(facts["dashboard"].rpartition(":")[2])
-        assert ["127.0.0.1", port] in here["listening"]
-        assert json.dumps(facts)
-        found = judged(facts)
-        assert found["token"].level is not Level.OK
-        assert found["storage"].level is Level.OK
-        assert found["equal versions"].level is Level.OK
-        assert list(storage.iterdir()) == []
-        assert jobs.JobSubmissionClient(address).list_jobs() == []
-        done = run("--address", address, "--storage", storage)
-        assert done.returncode == 1, done.stdout  # there is no token, and GCS is on all addresses
-        assert "1 answer" in done.stdout
-        assert "whoever reaches GCS" in done.stdout
-        again = run("--address", address, "--storage", storage)
-        assert again.stdout == done.stdout
+    client = jobs.JobSubmissionClient(address)
+    before = {job.submission_id for job in client.list_jobs()}
+    facts = doctor.cluster_facts(address, str(storage))
+    (here,) = facts["nodes"]
+    assert facts["open"] is True
+    assert "error" not in here
+    assert here["storage"]["left"] in facts["storage"]["seen"]
+    port = int(facts["dashboard"].rpartition(":")[2])
+    assert ["127.0.0.1", port] in here["listening"]
+    assert json.dumps(facts)
+    found = judged(facts)
+    assert found["token"].level is not Level.OK
+    assert found["storage"].level is Level.OK
+    assert found["equal versions"].level is Level.OK
+    assert list(storage.iterdir()) == []
+    assert {job.submission_id for job in client.list_jobs()} == before
+    done = run("--address", address, "--storage", storage)
+    assert done.returncode == 1, done.stdout  # there is no token, and GCS is on all addresses
+    assert "1 answer" in done.stdout
+    assert "whoever reaches GCS" in done.stdout
+    again = run("--address", address, "--storage", storage)
+    assert again.stdout == done.stdout

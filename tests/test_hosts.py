@@ -20,17 +20,17 @@ import pytest
 
 from study.folder import StudyFolder
 from tests import witness
-from tests.machine import wait_until
-from tests.test_study import TWO_WORKERS, candidates, comparable, folder_of, write_study
+from tests.clusters import BIN
+from tests.machine import processes, wait_until
+from tests.studies import TWO_WORKERS, first_trials, folder_of, write_study
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos(5), pytest.mark.timeout(900)]
 
 ONE_TRIAL = TWO_WORKERS.replace(" hang_minutes: 0.2,", "").replace("trials: 7", "trials: 1")
 ONE_TRIAL += "controls: []\n"
 NETWORK = "10.213.7"
 PORT = 7013
 CUT_SECONDS = 20
-BIN = Path(sys.executable).parent
 
 
 class Host:
@@ -100,10 +100,9 @@ class Host:
     def has_workers(self) -> bool:
         """Whether workers of a trial run on it."""
         mine = os.readlink(f"/proc/{self.pid}/ns/pid")
-        for process in candidates():
+        for worker in processes("ray::RayTrainWorker"):
             with suppress(OSError):
-                is_worker = (process / "cmdline").read_text().startswith("ray::RayTrainWorker")
-                if is_worker and os.readlink(process / "ns/pid") == mine:
+                if os.readlink(f"/proc/{worker}/ns/pid") == mine:
                     return True
         return False
 
@@ -190,10 +189,7 @@ def test_a_cut_link_is_waited_for_and_a_lost_host_is_done_without(
     lost.lose()
     assert driver.wait(300) == 0, path.with_suffix(".log").read_text()
     assert len(witness.read(log).jumps) > interruptions, "it did not go on elsewhere"
-    whole = comparable(by_two_workers)
-    mine = comparable(StudyFolder(folder_of(path).root))
-    whole = whole[whole.trial.isin(mine.trial)].reset_index(drop=True)
-    pd.testing.assert_frame_equal(mine, whole)
+    pd.testing.assert_frame_equal(*first_trials(folder_of(path), by_two_workers, 1))
 
 
 def num_nodes(head: Host) -> int:

@@ -6,7 +6,6 @@ pytest tests/test_prometheus.py
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import urllib.parse
@@ -19,32 +18,29 @@ import pytest
 from cluster.metrics import METRICS, exported_name
 from study.folder import StudyFolder
 from study.ledger import read_results, read_rows
+from tests.clusters import Head, maskstudy, running_head
 from tests.conftest import TINY_STUDY
 from tests.machine import free_ports, wait_until
-from tests.test_jobs import head, maskstudy
 from tests.test_telemetry import targets
-
-__all__ = ["head"]  # a fixture
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.chaos(3),
     pytest.mark.timeout(600),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus in the PATH"),
 ]
-INTERVAL = "RAY_metrics_report_interval_ms"
 NEVER_COUNTED = "maskstudy_workers_restarted"  # Ray exports no counter before it has counted
 
 
-@pytest.fixture(scope="module", autouse=True)
-def metrics_every_second() -> Iterator[None]:
-    """Must come before the head node, which passes it on."""
-    os.environ[INTERVAL] = "1000"
-    yield
-    del os.environ[INTERVAL]
+@pytest.fixture
+def publishing_head(tmp_path: Path) -> Iterator[Head]:
+    """A head whose metrics are of this second."""
+    with running_head(tmp_path / "head", RAY_metrics_report_interval_ms="1000") as head:
+        yield head
 
 
 @pytest.fixture
-def prometheus(head: tuple[str, Path], tmp_path: Path) -> Iterator[str]:
+def prometheus(publishing_head: Head, tmp_path: Path) -> Iterator[str]:
     """Its address; it asks the head node what there is to be scraped."""
     config = {
         "global": {"scrape_interval": "1s"},
@@ -52,7 +48,10 @@ def prometheus(head: tuple[str, Path], tmp_path: Path) -> Iterator[str]:
             {
                 "job_name": "ray",
                 "http_sd_configs": [
-                    {"url": f"{head[0]}/api/prometheus/sd", "refresh_interval": "2s"}
+                    {
+                        "url": f"{publishing_head.dashboard}/api/prometheus/sd",
+                        "refresh_interval": "2s",
+                    }
                 ],
             }
         ],
@@ -76,9 +75,9 @@ def prometheus(head: tuple[str, Path], tmp_path: Path) -> Iterator[str]:
 
 
 def test_prometheus_finds_every_metric_and_the_dashboard_draws_them(
-    head: tuple[str, Path], prometheus: str, tmp_path: Path
+    publishing_head: Head, prometheus: str, tmp_path: Path
 ) -> None:
-    address, storage = head
+    address, storage = publishing_head.dashboard, publishing_head.storage
     study = tmp_path / "tiny.yaml"
     # a phase that is published every five seconds has to last longer than that
     study.write_text(TINY_STUDY.replace("epochs: 4, batch: 8", "epochs: 400, batch: 8"))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,17 @@ import pytest
 from study import mirror
 from study.folder import Storage, StudyFolder
 from study.ledger import read_results, read_rows
-from tests.clusters import cluster_of
-from tests.test_study import STUDY, comparable, run, start, undisturbed, wait_until, write_study
+from tests.clusters import cluster_of, held_still
+from tests.studies import (
+    MARK,
+    STUDY,
+    TWO_WORKERS,
+    driving,
+    first_trials,
+    run,
+    wait_until,
+    write_study,
+)
 from trainables.storage import store
 
 pytestmark = [
@@ -26,23 +32,7 @@ pytestmark = [
 ]
 
 TWO_TRIALS = STUDY.replace("trials: 4", "trials: 2")
-BY_TWO_WORKERS = TWO_TRIALS.replace("workers: 1,", "workers: 2,")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
-    """In a folder, without any store."""
-    return undisturbed(tmp_path_factory.mktemp("whole"), TWO_TRIALS)
-
-
-@contextmanager
-def driving(path: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    driver = start(path, **variables)
-    try:
-        yield driver
-    finally:
-        driver.kill()
-        driver.wait()
+BY_TWO_WORKERS = TWO_WORKERS.replace("trials: 7", "trials: 2")
 
 
 def begun(tmp_path: Path, bucket: Any, text: str = TWO_TRIALS) -> tuple[Path, StudyFolder]:
@@ -56,17 +46,20 @@ def has_a_checkpoint(folder: StudyFolder) -> bool:
     return any(name.endswith("manifest.json") for name in names)
 
 
+@pytest.mark.chaos(2)
 def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
-    uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
+    by_one_worker: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
     path, folder = begun(tmp_path, bucket)
     with driving(path) as driver:
-        wait_until(lambda: store(folder.remote).exists("study.yaml"), driver)
-        second = start(path, log="second.log", MASKSTUDY_CACHE=str(tmp_path / "second"))
-        assert second.wait(120) == 75
-        printed = (tmp_path / "second.log").read_text()
-        assert f"{bucket.uri}/tiny: held by" in printed and f"pid {driver.pid}" in printed
         wait_until(lambda: has_a_checkpoint(folder), driver)
+        with held_still(f"{MARK}={path}"):
+            elsewhere = str(tmp_path / "second")
+            with driving(path, log="second.log", MASKSTUDY_CACHE=elsewhere) as second:
+                assert second.wait(120) == 75
+            printed = (tmp_path / "second.log").read_text()
+            assert f"{bucket.uri}/tiny: held by" in printed and f"pid {driver.pid}" in printed
+            driver.kill()
     assert len(read_results(folder)) < 2, "it was over before it was killed"
     shutil.rmtree(tmp_path / "cache")
 
@@ -77,14 +70,14 @@ def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
     assert store(folder.remote).exists("report.html")
     shutil.rmtree(tmp_path / "cache" / "mirrors")
     mirror.pull(folder)
-    pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
+    pd.testing.assert_frame_equal(*first_trials(folder, by_one_worker, 2))
     kept = store(folder.remote).entries("trials")
     assert sum(name.endswith("encoder.safetensors") for name in kept) == 1
     assert sum(name.endswith("segmentation.png") for name in kept) == 2
 
 
 def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
-    uninterrupted: StudyFolder, bucket: Any, tmp_path: Path
+    by_one_worker: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
     path, folder = begun(tmp_path, bucket)
     with driving(path) as driver:
@@ -100,11 +93,12 @@ def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
     code, printed = run(path)
     assert code == 0, printed
     mirror.pull(folder)
-    pd.testing.assert_frame_equal(comparable(folder), comparable(uninterrupted))
+    pd.testing.assert_frame_equal(*first_trials(folder, by_one_worker, 2))
 
 
+@pytest.mark.chaos(2)
 def test_a_trial_goes_on_on_nodes_that_have_seen_nothing_of_it(
-    bucket: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    by_two_workers: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
     path, folder = begun(tmp_path, bucket, BY_TWO_WORKERS)
     with cluster_of() as cluster:
@@ -126,5 +120,4 @@ def test_a_trial_goes_on_on_nodes_that_have_seen_nothing_of_it(
     assert attempts.max() == 2, "it was over before its nodes were lost"
     for name in ("first", "second", "third", "fourth"):
         assert (tmp_path / name).is_dir(), f"the {name} node had no cache of its own"
-    alone = undisturbed(tmp_path_factory.mktemp("alone"), BY_TWO_WORKERS)
-    pd.testing.assert_frame_equal(comparable(folder), comparable(alone))
+    pd.testing.assert_frame_equal(*first_trials(folder, by_two_workers, 2))

@@ -25,8 +25,8 @@ from study.folder import StudyFolder
 from study.ledger import Outcome, read_results, read_rows, read_suggestions
 from tests import witness
 from tests.clusters import cluster_of, parent, raylet_of
-from tests.machine import wait_until
-from tests.test_study import TWO_WORKERS, candidates, comparable, folder_of, write_study
+from tests.machine import processes, wait_until
+from tests.studies import MARK, STUDY, TWO_WORKERS, comparable, folder_of, write_study
 
 pytestmark = [
     pytest.mark.ray,
@@ -44,8 +44,8 @@ RUNGS = (0, 45, 90)  # steps of pretraining that a checkpoint of a trial certain
 class Scene:
     """A cluster, a driver on it, and what may happen to them."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.log = path, path.with_name("witness.log")
+    def __init__(self, path: Path, workers: int) -> None:
+        self.path, self.log, self.workers = path, path.with_name("witness.log"), workers
         self.runs = 0
         self.cluster: Cluster
         self.driver: subprocess.Popen[bytes]
@@ -67,16 +67,7 @@ class Scene:
 
     def processes(self, title: str) -> list[int]:
         """Of this cluster, by how their titles begin."""
-        mark = f"MASKSTUDY_TEST={self.path}".encode()
-        found = []
-        for process in candidates():
-            try:
-                is_mine = mark in (process / "environ").read_bytes().split(b"\0")
-                if is_mine and (process / "cmdline").read_text().startswith(title):
-                    found.append(int(process.name))
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-        return sorted(found)
+        return processes(title, f"{MARK}={self.path}")
 
     def hit(self, fault: str, chance: random.Random) -> bool:
         """Let it happen; whether the driver survives it. False, too, if it has ended by itself."""
@@ -114,12 +105,12 @@ def drive_and_hit(scene: Scene, left: list[str], chance: random.Random) -> bool:
 
         wait_until(has_progressed, what="nothing goes on")
         time.sleep(chance.uniform(0, 2))
-        if len(scene.processes("ray::RayTrainWorker")) < 2:
+        if len(scene.processes("ray::RayTrainWorker")) < scene.workers:
             continue
         fault = left.pop()
         began = time.monotonic()
         if not scene.hit(fault, chance):
-            code = scene.driver.wait(15)
+            code = scene.driver.wait(60)
             assert code == EXITS[fault], scene.printed()
             if fault != "head":
                 scene.drive()
@@ -129,18 +120,35 @@ def drive_and_hit(scene: Scene, left: list[str], chance: random.Random) -> bool:
     return True
 
 
+def test_a_killed_worker_and_a_lost_head_cost_what_no_checkpoint_held_and_nothing_else(
+    by_one_worker: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path, STUDY)
+    monkeypatch.setenv(MARK, str(path))  # by which its processes are known
+    scene = Scene(path, workers=1)
+    survive(scene, ["worker", "head"], random.Random(SEED), nodes=1)
+    assert_sound(folder_of(path), by_one_worker, witness.read(scene.log))
+
+
+@pytest.mark.chaos(4)
 def test_whatever_is_killed_nothing_is_lost_nothing_is_done_twice(
     by_two_workers: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_study(tmp_path, TWO_WORKERS)
-    folder, scene = folder_of(path), Scene(path)
-    monkeypatch.setenv("MASKSTUDY_TEST", str(path))  # by which its processes are known
-    chance = random.Random(SEED)
-    left = chance.sample(FAULTS, len(FAULTS))
-    print(f"seed {SEED}: {left[::-1]}")
+    monkeypatch.setenv(MARK, str(path))  # by which its processes are known
+    scene, chance = Scene(path, workers=2), random.Random(SEED)
+    faults = chance.sample(FAULTS, len(FAULTS))[::-1]
+    print(f"seed {SEED}: {faults}")
+    survive(scene, faults, chance, nodes=3)
+    assert_sound(folder_of(path), by_two_workers, witness.read(scene.log))
+
+
+def survive(scene: Scene, faults: list[str], chance: random.Random, nodes: int) -> None:
+    """Run the study to its end through all faults, on another cluster when the head is lost."""
+    left = faults[::-1]
     has_head = False
     while not has_head:
-        with cluster_of(1, 1, 1) as scene.cluster:
+        with cluster_of(*[1] * nodes) as scene.cluster:
             try:
                 has_head = drive_and_hit(scene, left, chance)
                 if has_head:
@@ -149,14 +157,13 @@ def test_whatever_is_killed_nothing_is_lost_nothing_is_done_twice(
             finally:
                 scene.driver.kill()
                 scene.driver.wait()
-    assert_sound(folder, by_two_workers, witness.read(scene.log))
 
 
 def nothing_is_left_over(scene: Scene) -> None:
     """No actor, no placement group and no process of the study, soon after its end."""
     ray.init(address=scene.cluster.address, log_to_driver=False)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while left := left_over(scene):
             assert time.monotonic() < deadline, left
             time.sleep(1)

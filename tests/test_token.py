@@ -16,12 +16,11 @@ import pytest
 
 from study.folder import StudyFolder
 from study.ledger import read_results
+from tests.clusters import BIN, get, maskstudy, running_head, status_of
 from tests.conftest import TINY_STUDY
 from tests.machine import free_ports, wait_until
-from tests.test_console_cluster import get, status_of
-from tests.test_jobs import BIN, maskstudy, running_head
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos(3), pytest.mark.timeout(900)]
 
 FACTS = """\
 import json, sys
@@ -33,15 +32,13 @@ print(json.dumps(doctor.cluster_facts(sys.argv[1], sys.argv[2])))
 def test_a_cluster_with_a_token_serves_who_has_it_and_tells_others_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home, storage, token = tmp_path / "home", tmp_path / "storage", secrets.token_hex(32)
+    home, token = tmp_path / "home", secrets.token_hex(32)
     (home / ".ray").mkdir(parents=True)
     file = home / ".ray" / "auth_token"
     file.touch(0o600)
     file.write_text(token)
-    storage.mkdir()
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_STUDY.replace("trials: 4", "trials: 400"))  # it is stopped, twice
-    folder = StudyFolder(storage / "studies" / "tiny")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("HOME", str(home))
 
@@ -51,7 +48,9 @@ def test_a_cluster_with_a_token_serves_who_has_it_and_tells_others_what_is_missi
         except OSError:
             return False
 
-    with running_head(home, storage, is_ready) as address:
+    with running_head(tmp_path, is_ready) as head:
+        address, storage = head.dashboard, head.storage
+        folder = StudyFolder(storage / "studies" / "tiny")
         to_it = ("--address", address)
         with monkeypatch.context() as stranger:
             stranger.setenv("HOME", str(tmp_path))
