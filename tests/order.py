@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # workers of xdist are handed the options as they stand after this, and so have the same order
-    if config.option.shuffle is None:
-        config.option.shuffle = str(random.SystemRandom().randrange(10**6))
+    given = getattr(config, "workerinput", {}).get("shuffle") or config.option.shuffle
+    config.option.shuffle = given or str(random.SystemRandom().randrange(10**6))
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist, whose workers have to come to the same order
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["shuffle"] = node.config.option.shuffle
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -131,12 +131,16 @@ def test_a_run_keeps_what_it_cost_and_fails_where_that_is_too_much(
     assert later["ray"], "what other runs have measured was forgotten"
 
 
-def test_files_and_the_tests_in_them_come_in_an_order_that_the_seed_repeats(
-    project: pytest.Pytester,
-) -> None:
+def with_many_tests(project: pytest.Pytester) -> None:
     for name in "abcdef":
         tests = "\n".join(f"def test_{number}(): pass" for number in range(6))
         project.makepyfile(**{f"test_{name}": tests})
+
+
+def test_files_and_the_tests_in_them_come_in_an_order_that_the_seed_repeats(
+    project: pytest.Pytester,
+) -> None:
+    with_many_tests(project)
 
     def order(*options: str) -> list[str]:
         told = project.runpytest_inprocess("-p", "tests.order", "--collect-only", "-q", *options)
@@ -152,6 +156,14 @@ def test_files_and_the_tests_in_them_come_in_an_order_that_the_seed_repeats(
         dict.fromkeys(files)
     ), "a file is left and come back to"
     assert list(dict.fromkeys(files)) != sorted(files)
+
+
+def test_workers_that_run_the_tests_together_have_them_in_one_order(
+    project: pytest.Pytester,
+) -> None:
+    with_many_tests(project)
+    run = project.runpytest_subprocess("-p", "tests.order", "-n", "2", "--dist", "loadfile")
+    run.assert_outcomes(passed=36)
 
 
 def test_an_order_that_nobody_asked_for_is_told_and_again_where_a_test_has_failed(

@@ -44,8 +44,9 @@ RUNGS = (0, 45, 90)  # steps of pretraining that a checkpoint of a trial certain
 class Scene:
     """A cluster, a driver on it, and what may happen to them."""
 
-    def __init__(self, path: Path, workers: int) -> None:
+    def __init__(self, path: Path, *, workers: int, steps: int, seconds: float) -> None:
         self.path, self.log, self.workers = path, path.with_name("witness.log"), workers
+        self.steps, self.seconds = steps, seconds  # at least, and at most then, before a fault
         self.runs = 0
         self.cluster: Cluster
         self.driver: subprocess.Popen[bytes]
@@ -97,14 +98,14 @@ def drive_and_hit(scene: Scene, left: list[str], chance: random.Random) -> bool:
     """
     scene.drive()
     while left:
-        known = sum(witness.read(scene.log).steps.values())
+        expected = witness.read(scene.log).steps.total() + scene.steps
 
-        def has_progressed(known: int = known) -> bool:
+        def has_progressed(expected: int = expected) -> bool:
             assert scene.driver.poll() is None, scene.printed()
-            return sum(witness.read(scene.log).steps.values()) > known
+            return witness.read(scene.log).steps.total() >= expected
 
         wait_until(has_progressed, what="nothing goes on")
-        time.sleep(chance.uniform(0, 2))
+        time.sleep(chance.uniform(0, scene.seconds))
         if len(scene.processes("ray::RayTrainWorker")) < scene.workers:
             continue
         fault = left.pop()
@@ -125,7 +126,7 @@ def test_a_killed_worker_and_a_lost_head_cost_what_no_checkpoint_held_and_nothin
 ) -> None:
     path = write_study(tmp_path, STUDY)
     monkeypatch.setenv(MARK, str(path))  # by which its processes are known
-    scene = Scene(path, workers=1)
+    scene = Scene(path, workers=1, steps=50, seconds=0)  # the first checkpoint is at step 45
     survive(scene, ["worker", "head"], random.Random(SEED), nodes=1)
     assert_sound(folder_of(path), by_one_worker, witness.read(scene.log))
 
@@ -136,7 +137,7 @@ def test_whatever_is_killed_nothing_is_lost_nothing_is_done_twice(
 ) -> None:
     path = write_study(tmp_path, TWO_WORKERS)
     monkeypatch.setenv(MARK, str(path))  # by which its processes are known
-    scene, chance = Scene(path, workers=2), random.Random(SEED)
+    scene, chance = Scene(path, workers=2, steps=1, seconds=2), random.Random(SEED)
     faults = chance.sample(FAULTS, len(FAULTS))[::-1]
     print(f"seed {SEED}: {faults}")
     survive(scene, faults, chance, nodes=3)
