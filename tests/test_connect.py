@@ -67,7 +67,7 @@ def test_a_ray_that_cannot_start_here_is_no_fault_of_the_file(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(1)
 @pytest.mark.timeout(200)
 def test_a_machine_too_busy_for_rays_own_patience_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,

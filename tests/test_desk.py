@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainables import ray_worker
+from trainables import desk as desks
+from trainables.desk import MAX_GROUP_STARTS, WITHDRAWN, Desk
 from trainables.errors import StorageError
-from trainables.ray_worker import MAX_GROUP_STARTS, WITHDRAWN, Desk, _as_outcome
+from trainables.ray_worker import _as_outcome
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(ray_worker, "time", clock)
+    monkeypatch.setattr(desks, "time", clock)
     return clock
 
 
