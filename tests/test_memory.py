@@ -35,7 +35,7 @@ from trainables.unetr import build_unetr
 
 torch.set_num_threads(1)
 SHAPE, SIZE, COUNT = (256, 256, 160), (64, 64, 64), 6
-peak = 0
+peak, looking = 0, threading.Lock()
 
 def own_mib():
     for line in open("/proc/self/status"):
@@ -45,7 +45,8 @@ def own_mib():
 def watch():
     global peak
     while True:
-        peak = max(peak, own_mib())
+        with looking:
+            peak = max(peak, own_mib())
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
@@ -53,7 +54,8 @@ found = {}
 
 def phase(name, task):
     global peak
-    before = peak = own_mib()
+    with looking:  # or a look begun before would bring in the peak of the phase before
+        before = peak = own_mib()
     result = task()
     found[name] = max(peak, own_mib()) - before
     return result

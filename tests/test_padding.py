@@ -118,7 +118,8 @@ def loss_and_gradients(config, images, visible_BV, hidden_BX, weights=None, is_p
 
 
 def assert_alike(found, expected):
-    assert found[0] == pytest.approx(expected[0], abs=1e-6)
+    # float32 sums, which processors add up in different orders
+    assert found[0] == pytest.approx(expected[0], rel=2e-6, abs=1e-6)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         if gradient is None:

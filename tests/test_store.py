@@ -322,9 +322,10 @@ def test_smears_from_the_study_file_to_a_batch(tmp_path):
     config = TypeAdapter(DataConfig).validate_python(
         {"source": "smears", "size": 32, "images": 6, "val": 2, "test": 2, "unlabelled": 2}
     )
-    signs: list[None] = []
-    folder = prepare(config, tmp_path, tmp_path / "cache", lambda: signs.append(None))
-    assert len(signs) == 12
+    signs: list[tuple[int, int]] = []
+    heard = lambda done, parts: signs.append((done, parts))  # noqa: E731
+    folder = prepare(config, tmp_path, tmp_path / "cache", heard)
+    assert sorted(signs) == [(done, 12) for done in range(1, 13)]
     dataset = open_dataset(folder)
     assert dataset.describe()["images"] == {"pretrain": 8, "train": 6, "val": 2, "test": 2}
     assert dataset.instances is not None and dataset.instances.dtype == np.uint16
