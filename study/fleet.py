@@ -320,7 +320,7 @@ class Fleet:
         )
         if count > num_before:
             verb = "starting" if num_before == 0 else "room for more; starting"
-            more = ", others as soon as these are there" if num_before + fitting > count else ""
+            more = "; the others follow" if num_before + fitting > count else ""
             self._say(
                 f"{num_before + fitting} trial(s) at once on {in_words(seen.total)}; "
                 f"{verb} {count - num_before} x {self.gang.workers} workers{more}"

@@ -4,9 +4,10 @@
 
 A run fails when the tests of one file take more than twice what is budgeted for them. Budgets are
 seconds on two quiet cores; where it is less quiet, MASKSTUDY_BUDGET_FACTOR=3 (or --budget-factor 3)
-allows for it. Fixtures of the whole session are counted apart: which file comes to set them up is
-chance. Tests that start Ray and the long ones have budgets of their own, as they are run apart; of
-each of the long ones the mark says how many minutes it takes, and so does a run of it.
+allows for it, and a machine that is slower than theirs has as much more. Fixtures of the whole
+session are counted apart: which file comes to set them up is chance. Tests that start Ray and the
+long ones have budgets of their own, as they are run apart; of each of the long ones the mark says
+how many minutes it takes, and so does a run of it.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Meter:
         if self.is_worker or not self.seconds:
             return
         keep(self.file, self.seconds, self.shared)
-        factor = self.config.option.budget_factor
+        factor = self.config.option.budget_factor * slowness(self.config.option.budgets)
         self.excess = exceeded(by_file(self.seconds), self.config.option.budgets, factor)
         if self.excess and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -129,6 +130,22 @@ def by_file(seconds: Costs) -> dict[str, dict[str, float]]:
     return found
 
 
+def slowness(budgets: Path) -> float:
+    """How many times slower this machine is than that of the budgets; 1: not at all."""
+    return max(1.0, yardstick() / tomllib.loads(budgets.read_text())["yardstick"])
+
+
+def yardstick() -> float:
+    """Seconds of a fixed piece of Python, the shortest of several: load is another matter."""
+    spent = []
+    for _ in range(5):
+        began, total = time.perf_counter(), 0
+        for number in range(10**6):
+            total += number % 7
+        spent.append(time.perf_counter() - began)
+    return min(spent)
+
+
 def exceeded(costs: Costs, budgets: Path, factor: float) -> list[str]:
     """A line for every file that took more than twice its budget."""
     given = tomllib.loads(budgets.read_text())
@@ -137,7 +154,7 @@ def exceeded(costs: Costs, budgets: Path, factor: float) -> list[str]:
         for name, seconds in sorted(files.items()):
             budget = given.get(tier, {}).get(name, given["default"])
             if seconds > TOLERANCE * factor * budget:
-                limit = f"{TOLERANCE} x {budget} s" + (f" x {factor:g}" if factor != 1 else "")
+                limit = f"{TOLERANCE} x {budget} s" + (f" x {factor:.2g}" if factor != 1 else "")
                 found.append(f"{name} ({tier}): {seconds:.0f} s, of at most {limit}")
     return found
 
@@ -155,12 +172,15 @@ def keep(file: Path, seconds: Costs, shared: Mapping[str, float]) -> None:
 def rewritten(budgets: Path, costs: Costs) -> str:
     """The budgets after a measurement; files and tiers that it does not know keep theirs."""
     given = tomllib.loads(budgets.read_text())
-    default = given.pop("default")
+    default, _ = given.pop("default"), given.pop("yardstick")
     for tier, files in costs.items():
         known = {name: each for name, each in given.get(tier, {}).items() if name not in files}
         measured = {name: rounded(each) for name, each in files.items() if each > default}
         given[tier] = {**known, **measured}
-    lines = [f"{HEAD}default = {default} # of a file that is not named"]
+    lines = [
+        f"{HEAD}default = {default} # of a file that is not named",
+        f"yardstick = {yardstick():.3f} # seconds of a fixed piece of work on that machine",
+    ]
     for tier in ("fast", "ray", "chaos"):
         lines += ["", f"[{tier}]"]
         lines += [f'"{name}" = {each}' for name, each in sorted(given.get(tier, {}).items())]

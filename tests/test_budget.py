@@ -15,6 +15,7 @@ pytest_plugins = ("pytester",)
 
 BUDGETS = """\
 default = 10
+yardstick = 1000
 [fast]
 "tests/test_a.py" = 30
 "tests/test_b.py" = 20
@@ -60,11 +61,21 @@ def test_a_machine_that_is_busier_still_may_have_more_and_the_line_says_by_how_m
     ]
 
 
+def test_a_slower_machine_has_as_much_more_and_a_faster_one_no_less(
+    budgets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, slower in ((2500.0, 2.5), (400.0, 1.0)):
+        monkeypatch.setattr(budget, "yardstick", lambda seconds=seconds: seconds)
+        assert budget.slowness(budgets) == slower
+
+
 def test_rewritten_budgets_are_what_was_measured_and_what_was_not_measured_stays(
     budgets: Path,
 ) -> None:
     costs = {"fast": {"tests/test_a.py": 31.0, "tests/test_c.py": 10.1, "tests/test_d.py": 9.9}}
-    assert tomllib.loads(budget.rewritten(budgets, costs)) == {
+    rewritten = tomllib.loads(budget.rewritten(budgets, costs))
+    assert 0.001 < rewritten.pop("yardstick") < 10
+    assert rewritten == {
         "default": 10,
         "fast": {"tests/test_a.py": 35, "tests/test_b.py": 20, "tests/test_c.py": 15},
         "ray": {"tests/test_a.py": 100},
@@ -74,7 +85,7 @@ def test_rewritten_budgets_are_what_was_measured_and_what_was_not_measured_stays
 
 def test_the_budgets_of_this_suite_name_files_that_are_there() -> None:
     given = tomllib.loads(budget.BUDGETS.read_text())
-    del given["default"]
+    del given["default"], given["yardstick"]
     files = {name for tier in given.values() for name in tier}
     assert files
     assert not [name for name in files if not (budget.BUDGETS.parent.parent / name).is_file()]
@@ -108,7 +119,7 @@ def test_a_run_keeps_what_it_cost_and_fails_where_that_is_too_much(
 ) -> None:
     project.makepyfile(**TESTS)
     limits = project.path / "limits.toml"
-    limits.write_text('default = 60\n[fast]\n"test_slow.py" = 0.1')
+    limits.write_text('default = 60\nyardstick = 1000\n[fast]\n"test_slow.py" = 0.1')
     options = ("-p", "tests.budget", f"--budgets={limits}", *workers)
     run = project.runpytest_subprocess if workers else project.runpytest_inprocess
     failed = run(*options)

@@ -24,7 +24,7 @@ from tests.clusters import BIN
 from tests.machine import processes, wait_until
 from tests.studies import TWO_WORKERS, first_trials, folder_of, write_study
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos(5), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos(2), pytest.mark.timeout(900)]
 
 ONE_TRIAL = TWO_WORKERS.replace(" hang_minutes: 0.2,", "").replace("trials: 7", "trials: 1")
 ONE_TRIAL += "controls: []\n"

@@ -181,7 +181,7 @@ def submit_code(client: jobs.JobSubmissionClient, study: str, code: str) -> str:
     return str(client.submit_job(entrypoint=entrypoint, metadata={"study": study}))
 
 
-@pytest.mark.chaos(2)
+@pytest.mark.chaos(1)
 def test_a_head_that_was_killed_has_forgotten_its_jobs_and_the_storage_has_not(
     tmp_path: Path, tiny_study: Path
 ) -> None:

@@ -66,7 +66,10 @@ NEEDED = {
 @pytest.mark.timeout(300)
 def test_every_process_of_a_study_has_imported_only_what_it_needs(tmp_path: Path) -> None:
     study = tmp_path / "tiny.yaml"
-    study.write_text(TINY_STUDY.replace("trials: 4", "trials: 1") + "controls: []\n")
+    two_at_once = TINY_STUDY.replace("trials: 4", "trials: 2").replace(
+        "concurrent: 1", "concurrent: 2"
+    )
+    study.write_text(two_at_once)
     (tmp_path / "sitecustomize.py").write_text(WITNESS)
     told = tmp_path / "told"
     told.mkdir()
@@ -75,13 +78,14 @@ def test_every_process_of_a_study_has_imported_only_what_it_needs(tmp_path: Path
         "WITNESS": str(told),
         "WITNESS_OF": " ".join(HEAVY),
     }
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "study", "run", str(study), "--no-report"],
         check=True,
         env={**os.environ, "MASKSTUDY_CACHE": warm_cache(study), **variables},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert len(list((tmp_path / "studies" / "tiny" / "trials").iterdir())) == 1
+    says_what_it_waits_for(done.stdout)
     found: dict[str, set[str]] = {}
     for path in told.glob("*.json"):
         process = json.loads(path.read_text())
@@ -90,6 +94,18 @@ def test_every_process_of_a_study_has_imported_only_what_it_needs(tmp_path: Path
     beyond = {name: found[name] - needed for name, needed in NEEDED.items()}
     assert not any(beyond.values()), beyond
     assert "torch" in found["RayTrainWorker"], "the witness sees nothing"
+
+
+def says_what_it_waits_for(log: str) -> None:
+    """While Ray and the workers come up; and a worker that imports waits for no room."""
+    until_it_trains = log.partition(": pretrain 25%")[0]
+    told = ["starting Ray on this machine", "Ray is starting its workers", "importing torch"]
+    places = [until_it_trains.find(text) for text in told]
+    assert -1 not in places and places == sorted(places), until_it_trains
+    if (os.cpu_count() or 1) < 4:  # a worker group takes two cores to start
+        assert "; starting 1 x 1 workers; the others follow" in until_it_trains
+        assert "room for more; starting 1 x 1 workers" in log
+    assert "waits for room" not in log
 
 
 def kind(title: str) -> str:

@@ -25,7 +25,7 @@ from tests.test_telemetry import targets
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.chaos(3),
+    pytest.mark.chaos(2),
     pytest.mark.timeout(600),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus in the PATH"),
 ]

@@ -11,7 +11,7 @@ from study.folder import StudyFolder
 from study.ledger import Outcome, read_results, read_suggestions
 from tests.studies import run
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos(3), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos(2), pytest.mark.timeout(900)]
 
 QUICKSTART = Path(__file__).parent.parent / "study" / "examples" / "quickstart.yaml"
 

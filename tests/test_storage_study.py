@@ -46,7 +46,7 @@ def has_a_checkpoint(folder: StudyFolder) -> bool:
     return any(name.endswith("manifest.json") for name in names)
 
 
-@pytest.mark.chaos(2)
+@pytest.mark.chaos(1)
 def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
     by_one_worker: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:
@@ -96,7 +96,7 @@ def test_a_store_that_stops_midway_ends_the_run_with_74_and_it_goes_on_later(
     pd.testing.assert_frame_equal(*first_trials(folder, by_one_worker, 2))
 
 
-@pytest.mark.chaos(2)
+@pytest.mark.chaos(1)
 def test_a_trial_goes_on_on_nodes_that_have_seen_nothing_of_it(
     by_two_workers: StudyFolder, bucket: Any, tmp_path: Path
 ) -> None:

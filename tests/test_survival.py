@@ -131,7 +131,7 @@ def test_a_killed_worker_and_a_lost_head_cost_what_no_checkpoint_held_and_nothin
     assert_sound(folder_of(path), by_one_worker, witness.read(scene.log))
 
 
-@pytest.mark.chaos(4)
+@pytest.mark.chaos(3)
 def test_whatever_is_killed_nothing_is_lost_nothing_is_done_twice(
     by_two_workers: StudyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from tests.clusters import BIN, get, maskstudy, running_head, status_of
 from tests.conftest import TINY_STUDY
 from tests.machine import free_ports, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos(3), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos(2), pytest.mark.timeout(900)]
 
 FACTS = """\
 import json, sys
