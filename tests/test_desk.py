@@ -68,6 +68,18 @@ def test_a_job_that_always_kills_its_workers_is_given_up_and_the_next_one_is_tak
     told(story())
 
 
+def test_what_workers_do_before_they_train_is_told_until_it_is_over_or_they_are_gone() -> None:
+    async def story() -> None:
+        desk = Desk()
+        for over in (desk.enter(), desk.lost(), desk.beat({"trial": "t"})):
+            await desk.tell("its workers are importing torch")
+            assert (await desk.vitals())["told"] == "its workers are importing torch"
+            await over
+            assert (await desk.vitals())["told"] == ""
+
+    told(story())
+
+
 def test_a_worker_that_waits_for_a_decision_nobody_makes_is_freed_by_the_next_job() -> None:
     async def story() -> None:
         desk = Desk()

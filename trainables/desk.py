@@ -119,6 +119,7 @@ class Desk:
         self.workers = [*self.workers, worker][-size:]
         self.vitals_["peak_flops"] = max(self.vitals_["peak_flops"], peak_flops)
         self.nodes.add(node)
+        self.told = ""
         return self.num_condemned
 
     async def lost(self) -> None:
@@ -126,6 +127,7 @@ class Desk:
         async with self.changed:
             self.num_condemned += 1
             self.nodes.clear()
+            self.told = ""
             self.changed.notify_all()
 
     async def leave(self, ticket: int) -> None:
