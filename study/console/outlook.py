@@ -1,7 +1,7 @@
 """How many trials a study will have, and whether any is left to run.
 
-Judging a study file takes the packages of training, which take seconds to import; so this is done
-in a thread, and until then the numbers of the file stand for the plan.
+Judging a study asks its sampler, with all of its trials before it, which may take seconds; so this
+is done in a thread, and until then the numbers of the file stand for the plan.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from study import requests
 from study.console.index import Snapshot
 from study.ledger import COLUMNS
+from study.resume import AskSampler, Finished, next_step, num_planned
+from study.samplers import Brain
+from study.spec import parse_spec
+from study.stopping import collect
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +69,6 @@ class Outlooks:
 
 def judge(found: Snapshot) -> Outlook:
     """Decided as the driver decides, from the ledger alone."""
-    from study import requests
-    from study.resume import AskSampler, Finished, next_step, num_planned
-    from study.samplers import Brain
-    from study.spec import parse_spec
-    from study.stopping import collect
-
     asked = parse_spec(found.spec_text, found.folder.root, where=str(found.folder.spec))
     answers = requests.expected(found.folder, asked)
     spec = requests.grown(asked, answers)
