@@ -21,8 +21,10 @@ BEGAN = "to go on if interrupted: "  # a driver says it once nothing refuses its
 STARTS = 3  # of a private cluster, until it is given up
 START_SECONDS = 300.0  # that the processes of one get, as long as they live
 REMIND_SECONDS = 10.0  # between two words that it is still starting
-# Ray gives its processes a minute or less to report, and ends those that a busy machine holds up
-PATIENT = {
+# Ray gives its processes a minute or less to report, and ends those that a busy machine holds up;
+# and it runs workers at niceness 15, which leaves them a thirtieth of a core that others want too
+OF_A_BUSY_MACHINE = {
+    "RAY_worker_niceness": "0",
     "RAY_worker_register_timeout_seconds": f"{START_SECONDS:.0f}",
     "RAY_agent_register_timeout_ms": f"{1000 * START_SECONDS:.0f}",
 }
@@ -91,7 +93,7 @@ def quiet_environment() -> dict[str, str]:
 
 def _start(say: Callable[[str], None]) -> Any:
     """A private cluster. One whose processes live is waited for; one that died is tried again."""
-    for name, value in PATIENT.items():
+    for name, value in OF_A_BUSY_MACHINE.items():
         os.environ.setdefault(name, value)
     began = time.monotonic()
     for left in reversed(range(STARTS)):

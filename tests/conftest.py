@@ -22,6 +22,8 @@ pytest_plugins = ("tests.budget", "tests.order")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# or what else runs here would hold up every cluster
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["COLUMNS"] = "200"
 os.environ.pop("RAY_ADDRESS", None)  # nobody's cluster but those that tests start
 

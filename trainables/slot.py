@@ -45,7 +45,8 @@ def work(settings: dict[str, Any]) -> None:
     """What Ray Train runs in every worker of a slot, until it is sent home."""
     desk, context = settings["desk"], get_context()
     desk.tell.remote("its workers are importing torch")
-    from trainables import ray_worker
+    # what jobs need is here before the first of them is watched for its progress
+    from trainables import ray_worker, trial  # noqa: F401
 
     ray_worker.work(
         desk,
