@@ -21,13 +21,14 @@ from torch import Tensor
 
 from study import space
 from trainables.atlas import draw_masks, masks_name
-from trainables.config import TrialConfig, canonical_json, geometry_errors
+from trainables.config import TrialConfig, canonical_json, geometry_misfits
 from trainables.context import Context
 from trainables.data import Dataset
 from trainables.data.batches import to_device
 from trainables.errors import UserError
 from trainables.masking import MASKING
-from trainables.pretrain import batches, make_learner, make_plan, num_pretrain, train_step
+from trainables.phase import batches
+from trainables.pretrain import make_learner, make_plan, num_pretrain, train_step
 from trainables.probe import probe_rows
 from trainables.schedules import parse, value_at
 
@@ -117,12 +118,14 @@ def sections(
         except ValidationError as error:
             left_out.append(f"{why}: {error.errors()[0]['msg']}")
             continue
-        misfits = geometry_errors(config, size, None)
+        misfits = geometry_misfits(config, size, None)
         key = canonical_json([config.model.patch, config.masking.model_dump(mode="json")])
         if key in found:
             continue
         if misfits:
-            left_out.append(f"{why}: " + "; ".join(f"{k} {v}" for k, v in misfits.items()))
+            left_out.append(
+                f"{why}: " + "; ".join(f"{path} {each.text}" for path, each in misfits.items())
+            )
         elif len(found) == MOST_SECTIONS:
             left_out.append(f"{why}: more than {MOST_SECTIONS} maskings")
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,18 +14,14 @@ from study import space
 from study.mistakes import Problems, Where, explain, listed, message, near
 from study.reader import Document
 from study.space import SearchItem
-from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_errors
+from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
-from trainables.metrics import METRICS
-from trainables.surfaces import NAMES as CASE_NAMES
+from trainables.metrics import METRICS, PHASES, metric_of, objectives, parse
+from trainables.scores import SIZE_BINS
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
 
-PHASES = ("pretrain", "segment")
-PER_CLASS = ("iou", "dice", *CASE_NAMES)  # also measured per class: iou/platelet
-WITH_CLASS = (*PER_CLASS, "object_f1")  # or by size
-WITH_RATIO = ("probe_psnr", "probe_ssim")  # also measured per ratio: probe_psnr@0.25
 MOST_COMBINATIONS = 2_000  # that are looked at one by one
 MOST_ARMS = 10_000  # of a grid
 
@@ -44,7 +39,7 @@ def check_metrics(spec: Any, problems: Problems) -> None:
         if problem:
             problems.add((*path, "metric"), problem)
             continue
-        best = METRICS[_metric_key(name)].goal
+        best = metric_of(name).goal
         if goal is not None and goal != best:
             problems.add((*path, "goal"), f"given {goal!r}; expected {best!r} for {name}")
     names = [objective.metric for objective in spec.objectives or []]
@@ -55,51 +50,38 @@ def check_metrics(spec: Any, problems: Problems) -> None:
 
 def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
     """Why this cannot be an objective; None if it can."""
-    phase, _, metric = name.partition("/")
-    key = _metric_key(name)
-    known = _objective_names()
-    base = f"{phase}/{key}"
-    if phase not in PHASES or base not in [*known, "segment/iou"]:
-        if key.startswith("test_"):
-            return f"given {name!r}; expected no test score, as nothing may be chosen by it"
-        if key == "loss":
-            return (
-                f"given {name!r}; expected a metric that compares arms, such as "
-                f"pretrain/probe_psnr: losses differ with ratio, patch and target"
-            )
+    phase, key, part = parse(name)
+    metric = METRICS.get(key)
+    if metric is not None and metric.is_held_out:
+        return f"given {name!r}; expected no test score, as nothing may be chosen by it"
+    if metric is None or metric.goal == "none" or phase not in metric.phases:
+        known = objectives()
         of_phase = [other for other in known if other.startswith(f"{phase}/")] or known
         same = [other for other in known if other.endswith(f"/{name.rpartition('/')[2]}")]
         hint = f" (did you mean {same[0]!r}?)" if same else near(name, known)
         return f"given {name!r}; expected one of {listed(of_phase)}{hint}"
-    suffix = metric[len(key) :]
-    if key == "iou" and len(suffix) < 2:
-        return f"given {name!r}; expected segment/iou/<class>, or segment/miou for their mean"
-    if suffix.startswith("/") and (key not in WITH_CLASS or len(suffix) < 2):
-        return f"given {name!r}; expected {base!r}, which is not measured per class"
-    if suffix.startswith("@"):
-        ratios = [] if probe is None else [f"{ratio:g}" for ratio in probe.ratios]
-        if key not in WITH_RATIO:
-            return f"given {name!r}; expected {base!r}, which is not measured per ratio"
-        if probe is not None and suffix[1:] not in ratios:
-            return f"given {name!r}; expected one of the probe's ratios: {listed(ratios)}"
+    if not metric.is_objective:
+        return (
+            f"given {name!r}; expected a metric that compares arms, such as pretrain/probe_psnr: "
+            f"{metric.explains}"
+        )
+    mark = {"class": "/", "size": "/", "ratio": "@", None: ""}[metric.parts]
+    whole, one = f"{phase}/{key}", f"{phase}/{key}{mark}<{metric.parts}>"
+    if part and part[0] != mark:
+        kind = "ratio" if part[0] == "@" else "class"
+        return f"given {name!r}; expected {whole!r}, which is not measured per {kind}"
+    if not part and metric.has_whole:
+        return None
+    if len(part) < 2:
+        return f"given {name!r}; expected {f'{whole} or {one}' if metric.has_whole else one}"
+    known_parts: list[str] = []
+    if metric.parts == "size":
+        known_parts = list(SIZE_BINS)
+    elif metric.parts == "ratio" and probe is not None:
+        known_parts = [f"{ratio:g}" for ratio in probe.ratios]
+    if known_parts and part[1:] not in known_parts:
+        return f"given {name!r}; expected one of its {metric.parts}s: {listed(known_parts)}"
     return None
-
-
-def _metric_key(name: str) -> str:
-    return re.split("[@/]", name.partition("/")[2], maxsplit=1)[0]
-
-
-def _objective_names() -> list[str]:
-    """Metrics by which arms can be compared."""
-    shared = ("images_per_second", "device_seconds", "flops", "planned_flops", "peak_memory")
-    names = []
-    for key, metric in METRICS.items():
-        if metric.goal == "none" or key in ("loss", "iou") or key.startswith("test_"):
-            continue
-        is_segment = key.startswith(("miou", *WITH_CLASS))
-        phases = PHASES if key in shared else PHASES[1:] if is_segment else PHASES[:1]
-        names += [f"{phase}/{key}" for phase in phases]
-    return sorted(names)
 
 
 def check_search(spec: Any, problems: Problems) -> None:
@@ -340,23 +322,19 @@ def _check_geometry(
                 f"least two; expected {divisors}",
             )
     for config in configs:
-        for name, problem in geometry_errors(config, size, unit).items():
-            if name == "masking.unit" and config.masking.unit is None:
+        for path, misfit in geometry_misfits(config, size, unit).items():
+            if path == "masking.unit" and config.masking.unit is None:
                 continue  # the patch itself is at fault, and told
-            if "probe" in problem and is_misfit:
+            if misfit.to == "probe" and is_misfit:
                 continue  # so is the patch that the probe's unit follows
-            if "axes" in problem:
-                way_out = "expected one edge for each axis, or one number for all"
-            elif "probe" in problem:
-                way_out = f"set probe.unit to a multiple of every patch, such as {such_as}"
-            elif "multiple" in problem:
-                way_out = (
-                    f"leave masking.unit out, so that it follows the patch, or take a multiple of "
-                    f"every patch, such as {such_as}"
-                )
-            else:
-                way_out = f"take {divisors}"
-            problems.add(_source(spec, *name.split(".")), f"{problem}; {way_out}")
+            way_out = {
+                "axes": "expected one edge for each axis, or one number for all",
+                "probe": f"set probe.unit to a multiple of every patch, such as {such_as}",
+                "patch": "leave masking.unit out, so that it follows the patch, or take a multiple "
+                f"of every patch, such as {such_as}",
+                "image": f"take {divisors}",
+            }[misfit.to]
+            problems.add(_source(spec, *path.split(".")), f"{misfit.text}; {way_out}")
         if not fits(config.unit, axes):
             continue
         units = math.prod(grid_of(size, config.unit_edges(axes)))

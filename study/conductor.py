@@ -41,6 +41,7 @@ from study.samplers import Brain
 from study.spec import StudySpec
 from study.stopping import Measured, collect, goes_on
 from trainables.config import TrialConfig, arm_id, trial_id
+from trainables.endings import Ending
 from trainables.job import make_job
 
 STOPPED_HERE = "stopped_here"  # the row that keeps the decision to stop beside the values
@@ -171,12 +172,12 @@ class Conductor:
             f"anew; where {worker} hung: {path.relative_to(self.ledger.folder.root)}"
         )
 
-    def done(self, suggestion: Suggestion, outcome: str, error: str | None) -> None:
-        """Keep how a trial ended. Outcome "lost": the infrastructure failed, not the trial."""
+    def done(self, suggestion: Suggestion, ending: Ending, error: str | None) -> None:
+        """Keep how a trial ended; one that is lost may go on, unless it was so too often."""
         trial = suggestion.trial
-        if outcome == "lost":
+        is_lost = ending is Ending.LOST
+        if is_lost:
             error = infrastructure_error(self.results.get(trial), error or "no reason given")
-            outcome = Outcome.FAILED
         began = self.running.pop(trial, None)
         reached: dict[str, float] = {}
         for metric, curve in self.measured.get(trial, {}).items():
@@ -184,7 +185,7 @@ class Conductor:
             reached[phase] = max(reached.get(phase, 0.0), *curve)
         result = Result(
             trial=trial,
-            outcome=Outcome(outcome),
+            outcome=Outcome.FAILED if is_lost else Outcome(ending),
             seconds=0.0 if began is None else time.monotonic() - began,
             error=error,
             progress=reached,
@@ -247,4 +248,4 @@ class Conductor:
             was_stopped = any(name.endswith(f"/{STOPPED_HERE}") for name in metrics)
             if was_stopped and suggestion.trial not in self.results:
                 self.progress.suggested(suggestion, resumed=True)
-                self.done(suggestion, "stopped", None)
+                self.done(suggestion, Ending.STOPPED, None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from study.checks import PER_CLASS, geometry_problems
-from trainables.surfaces import NAMES as CASE_NAMES
+from study.checks import geometry_problems
+from trainables.metrics import metric_of, parse
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -39,21 +39,20 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Why the study cannot run on these data, which the study file alone could not tell."""
     problems = geometry_problems(spec, data.size)
     for objective in spec.objectives:
-        phase, _, metric = objective.metric.partition("/")
-        key, _, name = metric.partition("/")
-        if phase == "segment" and not data.classes:
+        name, metric = parse(objective.metric), metric_of(objective.metric)
+        if name.phase == "segment" and not data.classes:
             problems.append(
                 f"objectives: given {objective.metric!r}, but the data have no labels; expected a "
                 f"pretrain metric such as pretrain/probe_psnr, or data with masks"
             )
             continue
-        if key in CASE_NAMES and len(data.size) == 2:
+        if metric.of_volumes and len(data.size) == 2:
             problems.append(
                 f"objectives: given {objective.metric!r}, which is measured of volumes, but the "
                 f"images have 2 axes; expected another metric such as segment/miou"
             )
-        scored = data.classes[1:] if key in CASE_NAMES else data.classes
-        if key in PER_CLASS and name and name not in scored:
+        scored = data.classes[1:] if metric.of_volumes else data.classes
+        if metric.parts == "class" and name.of and name.of not in scored:
             problems.append(
                 f"objectives: given {objective.metric!r}; expected a class of the data: "
                 f"{', '.join(scored)}"

@@ -19,8 +19,9 @@ from study.fit import DataSize, data_size
 from trainables import cost
 from trainables.config import TrialConfig, arm_id
 from trainables.edges import Edges, grid_of, in_words
+from trainables.hiding import has_teacher
 from trainables.mae import MAE
-from trainables.masking import has_teacher, hidden_units
+from trainables.masking import hidden_units
 from trainables.schedules import MIDPOINTS, value_at
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from study.ledger import Outcome, Suggestion
+from trainables.metrics import sign
 
 MOMENT_SECONDS = 0.5  # that nobody needs to be told what they wait for
 REMIND_SECONDS = 5.0  # between two lines of a log about the same
@@ -218,8 +219,7 @@ class Progress:
         ]
         if not known:
             return ""
-        choose = max if goal == "maximize" else min
-        best = choose(known, key=lambda line: line.values[metric])
+        best = max(known, key=lambda line: sign(goal) * line.values[metric])
         return f" · best {metric} {best.values[metric]:.4g} ({arm_text(best.suggestion)})"
 
     def _left_text(self) -> str:

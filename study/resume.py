@@ -20,6 +20,7 @@ from study.ledger import Outcome, Result, Suggestion
 from study.space import params_of
 from study.stopping import Measured, final_value
 from trainables.config import TrialConfig, arm_id
+from trainables.metrics import sign
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -145,14 +146,13 @@ def num_planned(spec: StudySpec) -> int:
 def best_arms(spec: StudySpec, suggestions: Sequence[Suggestion], measured: Measured) -> list[str]:
     """Searched arms that measured the first objective in every seed, the best mean first."""
     objective = spec.objectives[0]
-    sign = -1.0 if objective.goal == "maximize" else 1.0
     scores = {}
     for arm, trials in _searched(suggestions).items():
         values = [final_value(measured, trial.trial, objective.metric) for trial in trials]
         finite = [value for value in values if value is not None and math.isfinite(value)]
         if len(finite) == spec.seeds:
-            scores[arm] = sign * fmean(finite)
-    return sorted(scores, key=lambda arm: scores[arm])  # stable: of equals the older arm
+            scores[arm] = sign(objective.goal) * fmean(finite)
+    return sorted(scores, key=lambda arm: -scores[arm])  # stable: of equals the older arm
 
 
 def twin(spec: StudySpec, control: str) -> TrialConfig:

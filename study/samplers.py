@@ -36,7 +36,7 @@ from study.ledger import Outcome, Result, Suggestion
 from study.resume import is_infrastructure
 from study.stopping import Measured, final_value, values_at_rung
 from trainables.config import TrialConfig, arm_id
-from trainables.metrics import metric_of
+from trainables.metrics import metric_of, parse, sign
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -241,15 +241,15 @@ class Brain:
         metric = self.spec.stopping.options().get("metric")
         if metric is None or len(self.spec.objectives) > 1:
             return {}
-        phase, _, name = metric.partition("/")
-        sign = 1.0 if metric_of(name).goal == self.spec.objectives[0].goal else -1.0
+        phase = parse(metric).phase
+        turned = sign(metric_of(metric).goal) * sign(self.spec.objectives[0].goal)
         curve = {}
         for rung in range(len(self.spec.rungs)):
             found = [
                 values_at_rung(self._measured, trial.trial, phase, rung, self.spec.rungs)
                 for trial in trials
             ]
-            values = [sign * one[metric] for one in found if metric in one]
+            values = [turned * one[metric] for one in found if metric in one]
             if values and all(map(math.isfinite, values)):
                 curve[rung] = fmean(values)
         return curve

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from study.ledger import Suggestion
-from trainables.metrics import metric_of
+from trainables.metrics import metric_of, sign
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -50,9 +50,9 @@ def halving(
     """
     if metric not in rung.own:
         return True
-    sign = -1.0 if metric_of(metric.partition("/")[2]).goal == "minimize" else 1.0
-    own = sign * rung.own[metric]
-    others = [sign * values[metric] for values in rung.others if metric in values]
+    turned = sign(metric_of(metric).goal)
+    own = turned * rung.own[metric]
+    others = [turned * values[metric] for values in rung.others if metric in values]
     if not math.isfinite(own):
         return False
     seen = len(others) + 1

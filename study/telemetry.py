@@ -10,10 +10,9 @@ from cluster.metrics import Reading
 from study.conductor import Conductor
 from study.ledger import Outcome
 from study.stopping import Measured, final_value
+from trainables.metrics import PHASES, sign
 
 log = logging.getLogger(__name__)
-
-PHASES = ("pretrain", "segment")
 
 
 class Telemetry:
@@ -95,8 +94,7 @@ def best_values(conductor: Conductor) -> dict[str, float]:
         finals = [final_value(conductor.measured, trial, objective.metric) for trial in complete]
         values = [value for value in finals if value is not None]
         if values:
-            choose = max if objective.goal == "maximize" else min
-            best[objective.metric] = choose(values)
+            best[objective.metric] = max(values, key=lambda value: sign(objective.goal) * value)
     return best
 
 

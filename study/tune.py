@@ -24,7 +24,7 @@ from study.fleet import Fleet
 from study.ledger import Suggestion
 from study.relay import relay
 from study.resume import Finished, Wait
-from trainables.desk import WITHDRAWN
+from trainables.endings import Ending
 from trainables.errors import StorageError
 
 
@@ -112,17 +112,18 @@ class _Searcher(_Adapter, Searcher):  # type: ignore[misc]
     ) -> None:
         slot, suggestion = self._taken.pop(trial_id)
         if error or result is None or "outcome" not in result:
-            result = {"outcome": "lost", "error": "its relay in Ray Tune died"}
-        is_warm = self.fleet.free(slot, has_ended=result["outcome"] != WITHDRAWN)
+            result = {"outcome": Ending.LOST, "error": "its relay in Ray Tune died"}
+        ending = Ending(result["outcome"])
+        is_warm = self.fleet.free(slot, has_ended=ending is not Ending.WITHDRAWN)
         # Tune would log a storage that fails and go on; it learns of it when it next asks
         with suppress(StorageError), self.keeping_errors():
-            if result["outcome"] == WITHDRAWN:
+            if ending is Ending.WITHDRAWN:
                 self._lost[suggestion.trial] = result["lost"]
                 self.conductor.hand_back(suggestion)
                 return
             waited = result.get("first_step_seconds")
             self.conductor.progress.first_step(waited, is_warm=is_warm)
-            self.conductor.done(suggestion, result["outcome"], result.get("error"))
+            self.conductor.done(suggestion, ending, result.get("error"))
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()

@@ -30,7 +30,8 @@ from tests.toy import discs, trial
 from trainables import pictures
 from trainables.atlas import class_numbers, draw_masks, masks_name
 from trainables.config import TrialConfig
-from trainables.masking import MASKING, MaskRequest, hide, pixels_hidden
+from trainables.hiding import hide
+from trainables.masking import MASKING, MaskRequest, Strategy, pixels_hidden
 from trainables.schedules import value_at
 
 CLASSES = {"background", "red cell", "white cell", "platelet"}
@@ -125,13 +126,13 @@ def test_the_grey_of_a_draw_and_the_heat_of_many_are_the_hidden_pixels(tmp_path)
 
 
 def test_masks_of_training_are_not_shown_again(tmp_path, monkeypatch) -> None:
-    asked, random = [], MASKING["random"]
+    asked, random = [], MASKING["random"].hide
 
     def spy(request: MaskRequest) -> torch.Tensor:
         asked.append(request.step)
         return random(request)
 
-    monkeypatch.setitem(MASKING, "random", spy)
+    monkeypatch.setitem(MASKING, "random", Strategy(spy))
     draw(tmp_path / "m.png", trial(), 0.5)
     assert asked == list(range(-1, -17, -1))
 

@@ -14,6 +14,7 @@ from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, r
 from study.resume import RETRIES, Finished, Wait
 from study.spec import StudySpec, parse_spec
 from tests.conftest import TINY_STUDY
+from trainables.endings import Ending
 
 HALVING = TINY_STUDY.replace(
     "stopping: {name: none}",
@@ -60,9 +61,9 @@ def play(conductor: Conductor, miou: float) -> Suggestion:
     assert isinstance(suggestion, Suggestion)
     for progress in (0.25, 0.5, 1.0):
         if conductor.rows(suggestion, rows(progress, miou), "a"):
-            conductor.done(suggestion, "stopped", None)
+            conductor.done(suggestion, Ending.STOPPED, None)
             return suggestion
-    conductor.done(suggestion, "complete", None)
+    conductor.done(suggestion, Ending.COMPLETE, None)
     return suggestion
 
 
@@ -119,7 +120,7 @@ def test_a_new_driver_goes_on_with_what_was_begun_then_proposes_the_same(
         conductor = Conductor(spec, ledger, DATA)
         assert conductor.next() == begun
         conductor.rows(begun, rows(1.0, 0.4), "b")
-        conductor.done(begun, "complete", None)
+        conductor.done(begun, Ending.COMPLETE, None)
         after_crash = conductor.next()
 
     whole = StudyFolder(tmp_path / "whole")
@@ -130,7 +131,7 @@ def test_a_new_driver_goes_on_with_what_was_begun_then_proposes_the_same(
         same = conductor.next()
         assert isinstance(same, Suggestion)
         conductor.rows(same, rows(1.0, 0.4), "a")
-        conductor.done(same, "complete", None)
+        conductor.done(same, Ending.COMPLETE, None)
         assert conductor.next() == after_crash
 
 
@@ -140,9 +141,9 @@ def test_failures_of_the_infrastructure_are_retried_and_then_given_up(
     control = conductor.next()
     assert isinstance(control, Suggestion)
     for _ in range(RETRIES):
-        conductor.done(control, "lost", "3 worker groups died in it")
+        conductor.done(control, Ending.LOST, "3 worker groups died in it")
         assert conductor.next() == control
-    conductor.done(control, "lost", "3 worker groups died in it")
+    conductor.done(control, Ending.LOST, "3 worker groups died in it")
     following = conductor.next()
     assert isinstance(following, Suggestion)
     assert following.trial != control.trial
@@ -170,5 +171,5 @@ def test_nothing_is_started_beyond_the_budget_while_the_last_trial_runs(
     last = conductor.next()
     assert isinstance(last, Suggestion)
     assert isinstance(conductor.next(), Wait)
-    conductor.done(last, "failed", "an error")
+    conductor.done(last, Ending.FAILED, "an error")
     assert isinstance(conductor.next(), Finished)

@@ -13,7 +13,7 @@ from trainables.config import (
     canonical_json,
     conflicts,
     digest,
-    geometry_errors,
+    geometry_misfits,
     trial_id,
 )
 from trainables.errors import UserError
@@ -204,9 +204,9 @@ def test_attention_heads_are_64_wide():
 )
 def test_geometry_that_does_not_fit_is_named(patch, unit, size, expected):
     config = trial(model={"patch": patch}, masking={"unit": unit})
-    errors = geometry_errors(config, size, probe_unit=8)
-    assert errors.keys() == expected.keys()
-    assert all(words in errors[place] for place, words in expected.items())
+    misfits = geometry_misfits(config, size, probe_unit=8)
+    assert misfits.keys() == expected.keys()
+    assert all(words in misfits[place].text for place, words in expected.items())
 
 
 def test_probe_ratios_are_shares():

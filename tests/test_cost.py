@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainables.config import TrialConfig
 from trainables.cost import activation_bytes, mae_flops, planned_flops, segment_flops
 from trainables.mae import MAE
-from trainables.masking import MaskRequest
+from trainables.masking import MASKING, MaskRequest
 from trainables.pretrain import choose_patches
 from trainables.unetr import build_unetr
 
@@ -51,14 +51,11 @@ def test_the_formula_equals_the_counter_to_the_digit(model, size, channels, hidd
 
 
 ALWAYS = {"name": "constant", "value": 0.5}
-GUIDED = {
-    "anatomask": {"name": "anatomask"},
-    "complementary": {"name": "anatomask", "complementary": True},
-    "hpm": {"name": "hpm"},
-    "attmask": {"name": "attmask"},
-    "amlp": {"name": "amlp", "category_weight": 0.1},
-    "amlp that asks": {"name": "amlp", "features": "encoder", "lesion": "highest_loss"},
+GUIDED = {name: {"name": name} for name in MASKING if MASKING[name].guide_flops} | {
     "random": {"name": "random"},
+    "complementary": {"name": "anatomask", "complementary": True},
+    "amlp with a head": {"name": "amlp", "category_weight": 0.1},
+    "amlp that asks": {"name": "amlp", "features": "encoder", "lesion": "highest_loss"},
 }
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from trainables import desk as desks
-from trainables.desk import MAX_GROUP_STARTS, WITHDRAWN, Desk
+from trainables.desk import MAX_GROUP_STARTS, Desk
+from trainables.endings import Ending
 from trainables.errors import StorageError
 from trainables.ray_worker import _as_outcome
 
@@ -171,7 +172,7 @@ def test_departures_are_not_held_against_a_job_and_its_losses_go_with_it() -> No
         await desk.lost()
         await desk.withdraw("1")
         event = await desk.next_event(0)
-        assert event == {"outcome": WITHDRAWN, "lost": MAX_GROUP_STARTS}
+        assert event == {"outcome": Ending.WITHDRAWN, "lost": MAX_GROUP_STARTS}
 
     told(story())
 

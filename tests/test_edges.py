@@ -14,8 +14,9 @@ from tests import toy
 from trainables import pretrain
 from trainables.config import TrialConfig
 from trainables.edges import grid_of, in_words, per_axis, simplest
+from trainables.hiding import hide
 from trainables.mae import build_mae, patchify, positions, unpatchify
-from trainables.masking import MASKING, MaskRequest, hide, pixels_hidden, to_units
+from trainables.masking import MASKING, MaskRequest, pixels_hidden, to_units
 from trainables.pretrain import choose_patches, make_plan
 
 # image, patch, unit: no two axes alike, and the same turned

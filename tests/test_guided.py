@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from trainables.masking.guided import (
     attmask,
     hide_hardest,
     hpm,
+    predicted_difficulty,
 )
-from trainables.pretrain import follow
+from trainables.masking.strategy import Whole
+from trainables.phase import follow
 from trainables.schedules import parse, value_at
 
 HALF = parse({"name": "constant", "value": 0.5})
@@ -52,8 +55,12 @@ class Told:
     def class_attention(self, images):
         return self.values_BP
 
-    def predicted_difficulty(self, images):
-        return self.values_BP
+    @property
+    def part(self):
+        return SimpleNamespace(module=lambda *seen, with_visible: self.values_BP[..., None])
+
+    def whole(self, images):
+        return Whole(None, torch.arange(self.values_BP.shape[1])[None], None)
 
     def patch_errors(self, images, visible_BV, hidden_BX, *, normalised):
         self.asked.append((visible_BV, hidden_BX, normalised))
@@ -218,13 +225,13 @@ def test_hpm_hides_what_is_predicted_to_be_hard():
 def test_the_predictor_sees_the_whole_image_and_every_patch_of_it():
     model = mae("hpm")
     images = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
-    before = model.predicted_difficulty(images)
+    before = predicted_difficulty(model, images)
     assert before.shape == (2, 16)
     for patch in (0, 7, 15):
         changed = images.clone()
         row, column = patch // 4 * 4, patch % 4 * 4
         changed[:, :, row : row + 4, column : column + 4] += 1
-        assert (model.predicted_difficulty(changed) != before).all()
+        assert (predicted_difficulty(model, changed) != before).all()
 
 
 def test_the_predictor_learns_the_order_of_the_losses():
@@ -241,7 +248,7 @@ def test_the_predictor_learns_the_order_of_the_losses():
         model(images, visible_BV, hidden_BX).backward()
         optimizer.step()
         optimizer.zero_grad()
-    difficulty = model.predicted_difficulty(images).reshape(16, 4, 4)
+    difficulty = predicted_difficulty(model, images).reshape(16, 4, 4)
     assert (difficulty[..., 2:].mean((1, 2)) > difficulty[..., :2].mean((1, 2))).all()
 
 

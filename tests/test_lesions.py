@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from trainables.mae import patchify
 from trainables.masking.lesions import (
     LESIONS,
     amlp,
@@ -127,14 +128,15 @@ def test_features_of_the_encoder_are_means_of_each_units_patches():
     class Encoder:
         patch = (2, 2)
 
-        def __call__(self, patches_BPQ, visible_BV):
-            assert visible_BV is None
+        def whole(self, images):
+            patches_BPQ = patchify(images, self.patch)
             tokens = torch.stack([patches_BPQ.mean(2), -5 * patches_BPQ.mean(2)], dim=2)
-            return torch.cat([torch.full((2, 1, 2), 1e6), tokens], dim=1)
+            return SimpleNamespace(tokens=torch.cat([torch.full((2, 1, 2), 1e6), tokens], dim=1))
 
     images = noise_images((2, 3), batch=2, channels=1)
-    model = SimpleNamespace(encoder=Encoder())
-    found = encoder_features(request((2, 3), 2, images, batch=2, model=model, patches_per_unit=2))
+    found = encoder_features(
+        request((2, 3), 2, images, batch=2, model=Encoder(), patches_per_unit=2)
+    )
     intensity_BU = descriptors(images, (2, 3))[..., 0]
     assert torch.allclose(found, torch.stack([intensity_BU, -intensity_BU], dim=2), atol=1e-5)
 
@@ -401,9 +403,12 @@ def test_the_head_says_which_lesion_units_come_first():
     def category(descriptors_BUF):
         assert torch.equal(descriptors_BUF, descriptors(images, (16, 16)))
         found["asked"] = True
-        return torch.where(torch.arange(256) % 2 == 0, 80.0, -80.0).expand(20, -1)
+        logits_U = torch.where(torch.arange(256) % 2 == 0, 80.0, -80.0)
+        return logits_U.expand(20, -1)[..., None]
 
-    asked = request((16, 16), 3, images, batch=20, model=SimpleNamespace(category=category))
+    asked = request(
+        (16, 16), 3, images, batch=20, model=SimpleNamespace(part=SimpleNamespace(module=category))
+    )
     alone = amlp(asked, share=1.0)
     assert "asked" not in found
     trusted = amlp(asked, share=1.0, category_weight=0.1, category_trust=1.0)

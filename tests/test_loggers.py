@@ -18,6 +18,7 @@ from study.ledger import Ledger, Suggestion, read_rows
 from study.loggers import LOGGERS, PACKAGES, Journal, Page, check_packages
 from study.spec import StudySpec, difference, parse_spec
 from tests.conftest import TINY_STUDY
+from trainables.endings import Ending
 from trainables.errors import UserError
 from trainables.metrics import rows as metric_rows
 
@@ -126,7 +127,7 @@ def test_every_row_is_a_scalar_once_though_the_driver_died_at_the_worst_moments(
     second = Driver(folder)
     assert [second.begin(), second.begin()] == [done, failed]
     second.rung(done, 1.0)
-    second.conductor.done(done, "complete", None)
+    second.conductor.done(done, Ending.COMPLETE, None)
     second.rung(failed, 0.5)
     second.end()
     monkeypatch.setattr(loggers, "_keep", keep)
@@ -134,7 +135,7 @@ def test_every_row_is_a_scalar_once_though_the_driver_died_at_the_worst_moments(
     third = Driver(folder)
     assert third.begin() == failed
     third.rung(failed, 1.0)
-    third.conductor.done(failed, "failed", "a traceback\nValueError: planted")
+    third.conductor.done(failed, Ending.FAILED, "a traceback\nValueError: planted")
     third.end()
     Driver(folder).end()  # and one that has nothing to do
 
@@ -160,7 +161,7 @@ def test_tensorboard_has_settings_and_outcome(folder: StudyFolder) -> None:
     driver = Driver(folder, TINY_STUDY + "log: [tensorboard]\n")
     trial = driver.begin()
     driver.rung(trial, 1.0)
-    driver.conductor.done(trial, "complete", None)
+    driver.conductor.done(trial, Ending.COMPLETE, None)
     driver.end()
     read = EventAccumulator(str(next((folder.root / "tensorboard").iterdir()))).Reload()
     texts = {
@@ -291,7 +292,7 @@ def test_wandb_writes_a_run_offline(folder: StudyFolder) -> None:
     driver = Driver(folder, TINY_STUDY + "log: [{name: wandb, mode: offline}]\n")
     trial = driver.begin()
     driver.rung(trial, 1.0)
-    driver.conductor.done(trial, "complete", None)
+    driver.conductor.done(trial, Ending.COMPLETE, None)
     driver.end()
     assert driver.said == []
     assert list((folder.root / "wandb").glob(f"offline-run-*-{trial.trial}"))

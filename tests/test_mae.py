@@ -16,7 +16,8 @@ from trainables.mae import (
     positions,
     unpatchify,
 )
-from trainables.masking import MaskRequest, pixels_hidden, random, split_indices
+from trainables.masking import MaskRequest, pixels_hidden, split_indices
+from trainables.masking.plain import random
 
 # image size, patch, channels: not square, not cubic
 SHAPES = [

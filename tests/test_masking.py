@@ -10,12 +10,13 @@ import torch
 from trainables import counter
 from trainables.config import TrialConfig
 from trainables.errors import UserError
+from trainables.hiding import hide
 from trainables.mae import MAE, build_mae, patchify
 from trainables.masking import (
     MASKING,
     MaskRequest,
+    Strategy,
     hidden_units,
-    hide,
     pixels_hidden,
     plan_hidden,
     split_indices,
@@ -24,9 +25,6 @@ from trainables.masking import (
 from trainables.schedules import SCHEDULES
 
 GRIDS = [(8, 8), (3, 7), (1, 5), (2, 3, 4)]
-
-# What hides the same units of an image whenever it is asked
-ALWAYS_ALIKE = ("attmask",)
 
 
 @functools.lru_cache(maxsize=64)
@@ -68,12 +66,26 @@ def test_every_sample_hides_exactly_the_asked_count(name, grid, patches_per_unit
         assert is_hidden_BP.sum(1).tolist() == [hidden * patches_per_unit ** len(grid)] * 6
 
 
+def test_a_strategy_that_does_not_say_what_asking_costs_has_nobody_to_ask(monkeypatch):
+    asked = []
+
+    def curious(request, **_):
+        asked.append(request.model)
+        return MASKING["random"].hide(request)
+
+    for flops in (None, lambda sizes, hidden_patches: 7):
+        monkeypatch.setitem(MASKING, "grid", Strategy(curious, guide_flops=flops))
+        model = model_of("random", (4, 4))
+        hide(config_of("grid"), MaskRequest((4, 4), 3, 0.5, 0, 0, torch.arange(2), model=model))
+    assert asked == [None, model]
+
+
 @pytest.mark.parametrize("name", MASKING)
 def test_masks_follow_from_seed_step_and_sample(name):
     first = ask(name, (6, 6), 19)
     torch.rand(1)
     assert torch.equal(first, ask(name, (6, 6), 19))
-    is_alike = name in ALWAYS_ALIKE
+    is_alike = MASKING[name].is_alike_at_every_step
     assert torch.equal(first, ask(name, (6, 6), 19, step=1)) == is_alike
     assert torch.equal(first, ask(name, (6, 6), 19, seed=1)) == is_alike
     assert len({tuple(row) for row in first.tolist()}) == 6
@@ -102,7 +114,7 @@ def blind(grid, hidden, samples):
 
 
 def test_random_hides_every_unit_equally_often():
-    often = MASKING["random"](blind((3, 4), 3, torch.arange(4000))).float().mean(0)
+    often = MASKING["random"].hide(blind((3, 4), 3, torch.arange(4000))).float().mean(0)
     # 4000 draws at 1/4: five standard deviations are 0.034
     assert (often - 0.25).abs().max() < 0.034
 
@@ -208,7 +220,7 @@ def test_visible_patches_are_exactly_where_pixels_are_not_hidden(
     axes = range(len(unit_grid))
     grid = tuple(unit_grid[axis] * patches_per_unit[axis] for axis in axes)
     hidden = max(1, math.prod(unit_grid) // 3)
-    is_hidden_BU = MASKING["random"](blind(unit_grid, hidden, torch.arange(6)))
+    is_hidden_BU = MASKING["random"].hide(blind(unit_grid, hidden, torch.arange(6)))
     is_hidden_BP = unit_to_patch(is_hidden_BU, unit_grid, patches_per_unit)
     num_hidden = hidden * math.prod(patches_per_unit)
     visible_BV, hidden_BX = split_indices(is_hidden_BP, num_hidden)

@@ -29,7 +29,8 @@ from trainables.data import open_dataset
 from trainables.data.batches import to_device
 from trainables.data.source import Decoded, Source, Whole
 from trainables.data.store import write
-from trainables.pretrain import batches, make_learner, make_plan, train_step
+from trainables.phase import batches
+from trainables.pretrain import make_learner, make_plan, train_step
 from trainables.segment import predict_volume
 from trainables.unetr import build_unetr
 

@@ -8,23 +8,21 @@ import pytest
 import scipy
 import torch
 
-from trainables.metrics import (
-    METRICS,
-    confusion,
-    metric_of,
-    object_counts,
-    object_scores,
-    overlap_scores,
-    psnr,
-    rows,
-)
+from trainables.metrics import METRICS, PHASES, metric_of, rows, split_scores
+from trainables.scores import Counted, confusion, object_counts, psnr
 
 CLASSES = ["background", "cell", "platelet"]
 
 
 def scores(truth, predicted, classes=CLASSES):
-    counts = confusion(torch.tensor(truth), torch.tensor(predicted), len(classes))
-    return overlap_scores(counts.numpy(), classes)
+    counts = confusion(torch.as_tensor(truth), torch.as_tensor(predicted), len(classes))
+    return split_scores(Counted(classes, counts.numpy(), np.zeros((3, 3), int)))
+
+
+def object_scores(counts):
+    """All that is scored of objects."""
+    found = split_scores(Counted(CLASSES, np.zeros((3, 3), int), counts))
+    return {name: value for name, value in found.items() if name.startswith("object_f1")}
 
 
 def objects(truth, predicted, edges=(2.0, 4.0)):
@@ -52,7 +50,7 @@ def test_many_pixels_are_counted_in_portions(monkeypatch):
     truth, predicted = (torch.randint(0, 3, (2, 5, 7), generator=generator) for _ in range(2))
     truth[0, 0, :3] = 255
     expected = confusion(truth, predicted, 3)
-    monkeypatch.setattr("trainables.metrics.AT_ONCE", 8)
+    monkeypatch.setattr("trainables.scores.AT_ONCE", 8)
     assert torch.equal(confusion(truth, predicted, 3), expected) and expected.sum() == 67
 
 
@@ -88,7 +86,7 @@ def test_overlaps_agree_with_monai():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(0, 3, (1, 40, 30), generator=generator)
     predicted = torch.where(torch.rand(truth.shape, generator=generator) < 0.7, truth, 1)
-    got = overlap_scores(confusion(truth, predicted, 3).numpy(), CLASSES)
+    got = scores(truth, predicted)
     one_hot = [torch.nn.functional.one_hot(x, 3).movedim(-1, 1) for x in (predicted, truth)]
     iou = monai.metrics.compute_iou(*one_hot)[0]
     dice = monai.metrics.compute_dice(*one_hot)[0]
@@ -211,15 +209,19 @@ def test_rows_leave_out_what_does_not_exist():
 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_says_direction_and_meaning(name):
-    goal, unit, explains = METRICS[name]
+    metric = METRICS[name]
+    goal, unit, explains = metric.goal, metric.unit, metric.explains
+    assert metric.title and set(metric.phases) <= set(PHASES)
     assert goal in ("minimize", "maximize", "none")
     assert isinstance(unit, str) and len(explains) > 10
     assert not set(name) & set("@/")
 
 
 def test_names_with_a_class_or_a_ratio_belong_to_their_metric():
-    assert metric_of("iou/red/cell") is METRICS["iou"]
-    assert metric_of("probe_psnr@0.25") is METRICS["probe_psnr"]
-    assert metric_of("test_object_f1/small").goal == "maximize"
-    assert metric_of("test_hd95/organ")[:2] == ("minimize", "mm")
-    assert metric_of("case_dice/organ")[:2] == metric_of("nsd/organ")[:2] == ("maximize", "")
+    assert metric_of("segment/iou/red/cell") is METRICS["iou"]
+    assert metric_of("pretrain/probe_psnr@0.25") is METRICS["probe_psnr"]
+    assert metric_of("segment/test_object_f1/small").goal == "maximize"
+    hd95 = metric_of("segment/test_hd95/organ")
+    assert (hd95.goal, hd95.unit) == ("minimize", "mm")
+    for name in ("segment/case_dice/organ", "segment/nsd/organ"):
+        assert (metric_of(name).goal, metric_of(name).unit) == ("maximize", "")

@@ -16,10 +16,11 @@ from trainables.atlas import class_numbers, draw_masks
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context
 from trainables.data.store import Volumes
+from trainables.hiding import hide
 from trainables.losses import DIFFICULTY, LOSSES, absolute_loss, arl, category_loss, ranking_loss
 from trainables.mae import MAE, build_mae, patchify
-from trainables.masking import MASKING, MaskRequest, hide, pixels_hidden
-from trainables.masking.guided import hide_hardest
+from trainables.masking import MASKING, MaskRequest, Strategy, pixels_hidden
+from trainables.masking.guided import hide_hardest, predicted_difficulty
 from trainables.masking.lesions import (
     descriptors,
     encoder_features,
@@ -245,9 +246,9 @@ def test_attention_passes_padding_by():
         tokens = large.encoder(patchify(crop, PATCH))[:, 1:]
         expected = small.encoder(patchify(images, PATCH))[:, 1:]
         torch.testing.assert_close(tokens[:, inside], expected, atol=1e-5, rtol=1e-4)
-        difficulty_BP = large.predicted_difficulty(crop)
+        difficulty_BP = predicted_difficulty(large, crop)
         torch.testing.assert_close(
-            difficulty_BP[:, inside], small.predicted_difficulty(images), atol=1e-5, rtol=1e-4
+            difficulty_BP[:, inside], predicted_difficulty(small, images), atol=1e-5, rtol=1e-4
         )
         assert difficulty_BP.isfinite().all()
 
@@ -368,7 +369,7 @@ def test_every_strategy_hides_the_same_share_of_what_is_real(name, grid, patches
         found = (is_hidden_BU & ~request.is_padding_BU).sum(1).tolist()
         assert found == [expected_count(hidden, count, units) for count in real]
         # the strategy itself, without chance's correction
-        raw_BU = MASKING[name](request, **config.masking.strategy.options())
+        raw_BU = MASKING[name].hide(request, **config.masking.strategy.options())
         assert raw_BU.equal(is_hidden_BU)
 
 
@@ -386,7 +387,7 @@ def test_chance_corrects_a_strategy_that_knows_nothing_of_padding(monkeypatch):
         places = torch.arange(request.num_units) < request.hidden
         return places.expand(len(request.samples_B), -1)
 
-    monkeypatch.setitem(MASKING, "random", first)
+    monkeypatch.setitem(MASKING, "random", Strategy(first))
     # 6 of 12 units: at first the first 6 of the 8 real ones, where 4 are due
     is_padding_BU = (torch.arange(12) >= 8).expand(3000, -1)
     request = MaskRequest((3, 4), 6, 0, 0, 0, torch.arange(3000), is_padding_BU=is_padding_BU)

@@ -11,26 +11,24 @@ from torch import distributed as dist
 from torch import multiprocessing as workers
 
 from tests import toy
-from trainables import checkpoint, pretrain
+from trainables import checkpoint, phase, pretrain
 from trainables.config import ProbeConfig
 from trainables.data.batches import to_device
 from trainables.distributed import batch_slice
 from trainables.errors import UserError
 from trainables.mae import build_mae
 from trainables.masking import MaskRequest, pixels_hidden, split_indices
-from trainables.metrics import psnr
+from trainables.phase import batches, is_epoch_end, rung_steps
 from trainables.pictures import to_intensity
 from trainables.pretrain import (
     batch_loss,
-    batches,
     choose_patches,
-    is_epoch_end,
     make_learner,
     make_plan,
-    rung_steps,
     train_step,
 )
 from trainables.probe import mean_of_visible, probe_mask
+from trainables.scores import psnr
 
 torch.set_num_threads(1)
 
@@ -43,7 +41,7 @@ def run(folder, diary, config=None, data=None, resume=False, **surroundings):
     surroundings = toy.context(folder, diary, **surroundings)
     found = checkpoint.load_latest(folder / "checkpoints") if resume else None
     return pretrain.pretrain(
-        config or toy.trial(), 5, data or toy.discs(), toy.PROBE, surroundings, found and found[:2]
+        config or toy.trial(), 5, data or toy.discs(), toy.PROBE, surroundings, found
     )
 
 
@@ -171,9 +169,9 @@ def test_nothing_waits_for_the_device_within_an_epoch(tmp_path, monkeypatch):
         waits.clear()
         seen = []
         with monkeypatch.context() as watching:
-            real = pretrain.learning_rate
+            real = phase.learning_rate
             watching.setattr(
-                pretrain, "learning_rate", lambda *args: seen.append(len(waits)) or real(*args)
+                phase, "learning_rate", lambda *args: seen.append(len(waits)) or real(*args)
             )
             run(tmp_path / str(step), toy.Diary())
         return seen[step]
@@ -206,13 +204,13 @@ def test_an_interrupted_run_ends_bit_by_bit_as_an_uninterrupted_one(
     step = end.pop("step", None)
     first = toy.Diary(**end)
 
-    def learning_rate(images_seen, *args, real=pretrain.learning_rate):
+    def learning_rate(images_seen, *args, real=phase.learning_rate):
         if images_seen // 4 == step:
             raise toy.Interrupted
         return real(images_seen, *args)
 
     with monkeypatch.context() as crashing, pytest.raises(toy.Interrupted):
-        crashing.setattr(pretrain, "learning_rate", learning_rate)
+        crashing.setattr(phase, "learning_rate", learning_rate)
         run(tmp_path, first)
     second = toy.Diary()
     assert run(tmp_path, second, attempt="a2", resume=True)[0] == "complete"

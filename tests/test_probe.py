@@ -23,8 +23,8 @@ from trainables.probe import (
     native_mask,
     probe_mask,
     probe_rows,
-    ssim,
 )
+from trainables.scores import ssim
 
 # isort: split
 # after trainables, which mends a torchvision that torchmetrics could not import

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from trainables import checkpoint
+from trainables.checkpoint import Saved
 from trainables.config import TrialConfig
 from trainables.context import Context
 from trainables.data import Dataset
@@ -216,7 +217,7 @@ def test_a_stopped_and_resumed_run_ends_bit_equal(tmp_path):
     assert outcome == "stopped" and len(told) == 1
     tensors, state, _ = checkpoint.load_latest(tmp_path / "parts" / "checkpoints")
     assert (state["phase"], state["step"]) == ("segment", 3)
-    outcome, told, ended = run(tmp_path / "parts", resume=(tensors, state))
+    outcome, told, ended = run(tmp_path / "parts", resume=Saved(tensors, state, ""))
     assert outcome == "complete"
     assert [values(rows) for rows in told] == [values(rows) for rows in expected]
     assert ended.keys() == expected_tensors.keys()
@@ -231,7 +232,7 @@ def test_a_run_resumed_between_rungs_averages_the_same_loss(tmp_path, monkeypatc
         checkpoint,
         "save",
         lambda folder, name, tensors, state, remote: saved.append(
-            ({k: v.clone() for k, v in tensors.items()}, state)
+            Saved({k: v.clone() for k, v in tensors.items()}, state, name)
         ),
     )
     told = []
@@ -243,7 +244,7 @@ def test_a_run_resumed_between_rungs_averages_the_same_loss(tmp_path, monkeypatc
         context(tmp_path / "often", told, checkpoint_seconds=0.0),
         None,
     )
-    assert [state["step"] for _, state in saved] == [3, 6, 9, 12]
+    assert [each.state["step"] for each in saved] == [3, 6, 9, 12]
     _, told, _ = run(tmp_path / "again", epochs=4, resume=saved[0])
     assert [values(rows) for rows in told] == [values(rows) for rows in expected]
 

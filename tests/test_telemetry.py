@@ -22,6 +22,7 @@ from study.telemetry import Telemetry
 from tests.conftest import TINY_STUDY
 from trainables import speed
 from trainables.desk import Desk
+from trainables.endings import Ending
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "manifests" / "grafana.json"
 VITALS = {
@@ -70,8 +71,8 @@ def test_every_figure_of_a_study_by_hand(conductor: Conductor) -> None:
     conductor.rows(first, rung("pretrain", 1.0, flops=3000.0, device_seconds=50.0), "a")
     last = rung("segment", 1.0, flops=500.0, device_seconds=10.0, miou=0.7)
     conductor.rows(first, last, "a")
-    conductor.done(first, "complete", None)
-    conductor.done(begin(conductor), "failed", "planted")
+    conductor.done(first, Ending.COMPLETE, None)
+    conductor.done(begin(conductor), Ending.FAILED, "planted")
     conductor.progress.beat(begin(conductor).trial, "pretrain", 0.1, 120.0)
 
     other = {**VITALS, "entered": 5, "peak_flops": 40.0}
@@ -122,7 +123,7 @@ def test_everything_that_is_read_is_a_metric_with_these_labels(conductor: Conduc
     telemetry = Telemetry(conductor, list)
     conductor.rows(trial, rung("pretrain", 1.0, flops=10.0, device_seconds=5.0), "a")
     conductor.rows(trial, rung("segment", 1.0, miou=0.5), "a")
-    conductor.done(trial, "complete", None)
+    conductor.done(trial, Ending.COMPLETE, None)
     readings = list(telemetry.readings([VITALS]))
     assert {reading.name for reading in readings} == set(METRICS)
     for reading in readings:

@@ -11,8 +11,8 @@ from torch import distributed as dist
 from torch import multiprocessing as workers
 
 from tests import toy
-from trainables import checkpoint, pretrain, segment
-from trainables.context import LEAVING
+from trainables import checkpoint, phase
+from trainables.endings import Ending
 from trainables.trial import run_trial
 
 torch.set_num_threads(1)
@@ -65,16 +65,14 @@ def test_an_interrupted_trial_ends_bit_by_bit_as_an_uninterrupted_one(
     tmp_path, monkeypatch, uninterrupted, end
 ):
     first = toy.Diary(**{key: value for key, value in end.items() if key.startswith("crash")})
+
+    def update(learner, loss, plan, step, real=phase.update):
+        if step == end.get(plan.phase):
+            raise toy.Interrupted
+        return real(learner, loss, plan, step)
+
     with monkeypatch.context() as crashing, pytest.raises(toy.Interrupted):
-        for phase in (pretrain, segment):
-            step = end.get(phase.__name__.removeprefix("trainables."))
-
-            def learning_rate(seen, *args, step=step, real=phase.learning_rate):
-                if seen // 4 == step:
-                    raise toy.Interrupted
-                return real(seen, *args)
-
-            crashing.setattr(phase, "learning_rate", learning_rate)
+        crashing.setattr(phase, "update", update)
         run(tmp_path, first)
 
     second = toy.Diary()
@@ -103,13 +101,12 @@ def test_a_trial_that_has_to_leave_saves_after_that_step_and_no_step_is_done_twi
     tmp_path, monkeypatch, uninterrupted, places
 ):
     steps = []
-    for phase in (pretrain, segment):
 
-        def learning_rate(seen, *args, phase=phase.__name__, real=phase.learning_rate):
-            steps.append((phase, seen // 4))
-            return real(seen, *args)
+    def update(learner, loss, plan, step, real=phase.update):
+        steps.append((plan.phase, step))
+        return real(learner, loss, plan, step)
 
-        monkeypatch.setattr(phase, "learning_rate", learning_rate)
+    monkeypatch.setattr(phase, "update", update)
 
     values, outcomes = {}, []
     for number in range(len(places) + 1):
@@ -121,7 +118,7 @@ def test_a_trial_that_has_to_leave_saves_after_that_step_and_no_step_is_done_twi
         if outcomes[-1] == "complete":
             break
     at_ends = sum(place in (("pretrain", 14), ("segment", 9)) for place in places)
-    assert outcomes == [LEAVING] * (len(places) - at_ends) + ["complete"]
+    assert outcomes == [Ending.LEAVING] * (len(places) - at_ends) + ["complete"]
     assert len(steps) == len(set(steps)) == 14 + 9
     weights, expected, _ = uninterrupted
     found = checkpoint.load_latest(tmp_path / "checkpoints")[0]
@@ -198,7 +195,7 @@ def test_a_damaged_checkpoint_costs_steps_and_not_the_result(tmp_path, uninterru
 
 def test_the_heartbeat_tells_phase_progress_and_speed(tmp_path, monkeypatch):
     diary = toy.Diary()
-    monkeypatch.setattr(pretrain, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(phase, "HEARTBEAT_SECONDS", 0.0)
     run(tmp_path, diary, data=toy.discs(labelled=False))
     progress = [beat[1] for beat in diary.beats]
     assert {beat[0] for beat in diary.beats} == {"pretrain"}
@@ -214,12 +211,13 @@ def test_every_checkpoint_tells_how_long_it_took(tmp_path):
 
 
 def test_another_number_of_workers_goes_on_from_the_mean_of_the_running_losses(tmp_path):
-    resume = {pretrain.RUNNING_LOSS: torch.tensor([1.0, 4.0])}, {}
+    resume = checkpoint.Saved({phase.RUNNING_LOSS: torch.tensor([1.0, 4.0])}, {}, "a")
     three = toy.context(tmp_path, toy.Diary(), world_size=3, rank=2)
-    assert pretrain.running_loss(resume, three) == 2.5
+    assert phase.running_loss(resume, three) == 2.5
     second = toy.context(tmp_path, toy.Diary(), world_size=2, rank=1)
-    assert pretrain.running_loss(resume, second) == 4.0
-    assert pretrain.running_loss(None, second) == pretrain.running_loss(({}, {}), second) == 0
+    assert phase.running_loss(resume, second) == 4.0
+    nothing = checkpoint.Saved({}, {}, "a")
+    assert phase.running_loss(None, second) == phase.running_loss(nothing, second) == 0
 
 
 def work(rank, folder):
@@ -259,5 +257,5 @@ def test_two_workers_stop_and_go_on_together(tmp_path, uninterrupted):
         assert found[key] == pytest.approx(uninterrupted[1][key], rel=2e-3)
     key = ("segment", 9, "loss")
     assert found[key] == pytest.approx(uninterrupted[1][key], rel=0.02)
-    assert first[4:7] == [LEAVING, LEAVING, "complete"]
+    assert first[4:7] == [Ending.LEAVING, Ending.LEAVING, "complete"]
     assert {tuple(key): value for *key, value in first[7]} == found

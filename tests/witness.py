@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from study.__main__ import main
-from trainables import pretrain
+from trainables import phase
 from trainables.job import run_job
 
 Row = tuple[str, str, int, str]  # trial, phase, step, metric
@@ -32,29 +32,29 @@ class Testimony:
 
 def witnessed(log: str, job: dict[str, Any], **given: Any) -> str:
     """`run_job`, and every line is in the log before anything else is done."""
-    step_of, report_to = pretrain.train_step, given["report"]
+    update, report_to = phase.update, given["report"]
 
     def write(entry: dict[str, Any]) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(descriptor, json.dumps({"trial": job["trial"], **entry}).encode() + b"\n")
         os.close(descriptor)
 
-    def train_step(*arguments: Any) -> Any:
-        loss = step_of(*arguments)
-        if given["rank"] == 0:
-            write({"step": arguments[5]})
-        return loss
+    def witnessed_update(learner: Any, loss: Any, plan: phase.Plan, step: int) -> Any:
+        learnt = update(learner, loss, plan, step)
+        if given["rank"] == 0 and plan.phase == "pretrain":
+            write({"step": step})
+        return learnt
 
     def report(rows: list[dict[str, Any]]) -> bool:
         answer = bool(report_to(rows))
         write({"rows": [(row["phase"], row["step"], row["metric"], row["value"]) for row in rows]})
         return answer
 
-    pretrain.train_step = train_step
+    phase.update = witnessed_update
     try:
         return run_job(job, **{**given, "report": report})
     finally:
-        pretrain.train_step = step_of
+        phase.update = update
 
 
 def read(log: Path) -> Testimony:

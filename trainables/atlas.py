@@ -18,8 +18,9 @@ from torch import Tensor
 from trainables import distributed, padding
 from trainables.config import TrialConfig
 from trainables.edges import grid_of
+from trainables.hiding import hide, request_at
 from trainables.mae import MAE, patchify
-from trainables.masking import hide, pixels_hidden, request_at
+from trainables.masking import pixels_hidden
 from trainables.pictures import remember, save_masks, to_intensity
 from trainables.schedules import value_at
 

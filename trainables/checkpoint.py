@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -32,15 +32,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainables.errors import StorageError
+from trainables.metrics import PHASES
 from trainables.storage import Store, store
 
-PHASES = ("pretrain", "segment")  # in the order of a trial
 KEPT = 2
 
 State = dict[str, Any]
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _log = logging.getLogger(__name__)
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was written."""
+
+    tensors: dict[str, Tensor]
+    state: State
+    name: str
 
 
 class DamageError(StorageError):
@@ -86,8 +94,8 @@ def save(
     return target
 
 
-def load_latest(folder: Path, remote: str = "") -> tuple[dict[str, Tensor], State, str] | None:
-    """(tensors, state, name) of the newest complete checkpoint; None when nothing was ever saved.
+def load_latest(folder: Path, remote: str = "") -> Saved | None:
+    """The newest complete checkpoint; None when nothing was ever saved.
 
     `remote`: bring those of the store here before, and remove what it lacks.
     A damaged one is named in a warning and the one before is taken; when all are damaged, that is
@@ -99,12 +107,10 @@ def load_latest(folder: Path, remote: str = "") -> tuple[dict[str, Tensor], Stat
     damaged: list[str] = []
     for name in _newest_first(folder, names, damaged):
         try:
-            tensors, state = load(folder, name)
+            return load(folder, name)
         except DamageError as damage:
             damaged.append(f"{name}/{damage}")
             _log.warning("%s: %s; taking the checkpoint before", folder / name, damage)
-            continue
-        return tensors, state, name
     if damaged:
         raise StorageError(
             f"{folder}: no checkpoint is whole ({'; '.join(damaged)}). Put the files back from a "
@@ -113,14 +119,14 @@ def load_latest(folder: Path, remote: str = "") -> tuple[dict[str, Tensor], Stat
     return None
 
 
-def load(folder: Path, name: str, remote: str = "") -> tuple[dict[str, Tensor], State]:
+def load(folder: Path, name: str, remote: str = "") -> Saved:
     """One checkpoint by name, verified against its manifest; of a store, brought here before."""
     if remote:
         _fetch(store(remote), folder, name)
     try:
         _verify(folder / name)
         state: State = json.loads((folder / name / _STATE).read_text())
-        return load_file(folder / name / _TENSORS), state
+        return Saved(load_file(folder / name / _TENSORS), state, name)
     except (OSError, SafetensorError) as error:
         raise DamageError(str(error)) from error
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
 
@@ -44,7 +44,7 @@ else:
     EdgesSetting = Annotated[
         Any, AfterValidator(_edges), WithJsonSchema({"anyOf": [_one_edge, _edge_list]})
     ]
-    Strategy = named(MASKING)
+    Strategy = named({name: strategy.hide for name, strategy in MASKING.items()})
     Loss = named(LOSSES)
     Optimizer = named(OPTIMIZERS)
     Augmentation = named(AUGMENTATIONS)
@@ -242,49 +242,58 @@ def conflicts(config: TrialConfig) -> dict[str, str]:
     return errors
 
 
-def geometry_errors(
+class Misfit(NamedTuple):
+    """A size that does not go together with another one."""
+
+    to: Literal["axes", "image", "patch", "probe"]  # what it does not fit
+    text: str
+
+
+def geometry_misfits(
     config: TrialConfig, size: tuple[int, ...], probe_unit: Edges | None
-) -> dict[str, str]:
-    """What does not fit together: dotted path -> why. Empty when the arm can run on such images.
+) -> dict[str, Misfit]:
+    """What does not fit together, by dotted path. Empty when the arm can run on such images.
 
     Without a `probe_unit` the arm is not asked to be comparable.
     """
     axes, shape = len(size), in_words(size)
-    errors = {}
+    found = {}
     given = {"model.patch": config.model.patch, "masking.unit": config.masking.unit}
     for name, edges in given.items():
         if isinstance(edges, tuple) and not fits(edges, axes):
-            errors[name] = (
+            text = (
                 f"{in_words(edges)} has {len(edges)} edges, but an image of {shape} has {axes} axes"
             )
-    if errors:
-        return errors
+            found[name] = Misfit("axes", text)
+    if found:
+        return found
     patch, unit = config.patch_edges(axes), config.unit_edges(axes)
     patch_text, unit_text = in_words(config.model.patch), in_words(config.unit)
-    if (where := _misfit(patch, size)) is not None:
-        errors["model.patch"] = f"{patch_text} does not divide the image size {shape}{where}"
-    if (where := _misfit(patch, unit)) is not None:
-        errors["masking.unit"] = (
-            f"{unit_text} is not a multiple of the patch size {patch_text}{where}"
-        )
-    elif (where := _misfit(unit, size)) is not None:
-        errors["masking.unit"] = f"{unit_text} does not divide the image size {shape}{where}"
+    if (where := _uneven(patch, size)) is not None:
+        text = f"{patch_text} does not divide the image size {shape}{where}"
+        found["model.patch"] = Misfit("image", text)
+    if (where := _uneven(patch, unit)) is not None:
+        text = f"{unit_text} is not a multiple of the patch size {patch_text}{where}"
+        found["masking.unit"] = Misfit("patch", text)
+    elif (where := _uneven(unit, size)) is not None:
+        text = f"{unit_text} does not divide the image size {shape}{where}"
+        found["masking.unit"] = Misfit("image", text)
     elif math.prod(grid_of(size, unit)) < 2:
-        errors["masking.unit"] = (
-            f"{unit_text} is the whole image ({shape}), of which a part is hidden"
-        )
+        text = f"{unit_text} is the whole image ({shape}), of which a part is hidden"
+        found["masking.unit"] = Misfit("image", text)
     if probe_unit is None:
-        return errors
-    where = _misfit(patch, per_axis(probe_unit, axes, "probe.unit"))
+        return found
+    where = _uneven(patch, per_axis(probe_unit, axes, "probe.unit"))
     if where is not None:
-        errors["model.patch"] = (
+        text = (
             f"{patch_text} does not divide the probe's unit {in_words(probe_unit)}{where}, so that "
             f"trials could not be compared on the same pixels"
         )
-    return errors
+        found["model.patch"] = Misfit("probe", text)
+    return found
 
 
-def _misfit(edges: Sequence[int], whole: Sequence[int]) -> str | None:
+def _uneven(edges: Sequence[int], whole: Sequence[int]) -> str | None:
     """None if every edge divides the whole; else along which axes not, unless all are alike."""
     pairs = list(zip(edges, whole, strict=True))
     wrong = [

@@ -15,8 +15,6 @@ from trainables.storage import store
 if TYPE_CHECKING:
     import torch
 
-LEAVING = "leaving"  # the outcome of a trial that has saved because its workers have to go
-
 # keys: phase, step, epoch, progress, metric, value, goal, unit, seconds
 Row = dict[str, Any]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 
+from trainables.endings import Ending
 from trainables.watch import GRACE_SECONDS
 
 Job = dict[str, Any]
@@ -29,7 +30,6 @@ PEERS_SECONDS = 2.0  # that a worker which hangs waits for the others to say whe
 MAX_DEPARTURES = 100  # of worker groups from nodes that were told to go, in one job
 MAX_LOOKS = 1000  # answers that are kept for ranks that ask later
 LOOK_SECONDS = 1.0  # about so often workers ask whether their node has to go
-WITHDRAWN = "withdrawn"  # the outcome of a job that was taken off the desk: its trial goes on
 
 
 class Desk:
@@ -166,7 +166,7 @@ class Desk:
         async with self.changed:
             is_mine = self.job is not None and self.job["serial"] == serial
             if is_mine and not self.nodes and not self._is_over():
-                self._add({"outcome": WITHDRAWN, "lost": self._num_lost()})
+                self._add({"outcome": Ending.WITHDRAWN, "lost": self._num_lost()})
 
     async def condemn(self, ticket: int) -> None:
         """An error has put the ranks of this worker group out of step: it gets no other job."""
@@ -194,7 +194,7 @@ class Desk:
                 if self.num_hung:
                     lost += f", {self.num_hung} of them hung"
                 self.num_condemned += 1  # another rank may have taken the job before this one
-                self._add({"outcome": "lost", "error": lost})
+                self._add({"outcome": Ending.LOST, "error": lost})
 
     async def report(self, serial: str, rows: list[dict[str, Any]], attempt: str) -> bool:
         """Hand in rows; returns, once they are durable, whether the trial is to stop here."""
@@ -206,7 +206,11 @@ class Desk:
         return await self.decision
 
     async def finish(
-        self, serial: str, outcome: str, error: str | None, first_step_seconds: float | None = None
+        self,
+        serial: str,
+        outcome: Ending,
+        error: str | None,
+        first_step_seconds: float | None = None,
     ) -> None:
         """Hand in how the job ended, and how long after the decision its first step was done."""
         async with self.changed:

@@ -17,6 +17,7 @@ from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context, Row
 from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
 from trainables.data.store import Hears, damage
+from trainables.endings import Ending
 from trainables.errors import UserError
 from trainables.storage import mirror_of
 
@@ -68,7 +69,7 @@ def run_job(
     alive: Callable[[], None],
     is_leaving: Callable[[str, int], bool],
     tell: Callable[[str], None],
-) -> str:
+) -> Ending:
     """Train the job's trial; see `run_trial` for what comes back.
 
     `tell` hears what goes on before it trains, for people.

@@ -26,8 +26,8 @@ from trainables.blocks import Block, layer_norm
 from trainables.config import SIZES, TrialConfig
 from trainables.cross_decoder import HEAD_WIDTH, CrossDecoder
 from trainables.edges import grid_of
-from trainables.masking import unit_to_patch
-from trainables.masking.lesions import CATEGORY_WIDTH, NUM_DESCRIPTORS, descriptors
+from trainables.masking import MASKING
+from trainables.masking.strategy import Part, Seen, Whole
 
 # Positions count in patches of 16 pixels, the usual size, whatever the patch is
 PIXELS_PER_POSITION = 16
@@ -246,10 +246,9 @@ class Truth(NamedTuple):
 
 
 class MAE(nn.Module):
-    """Encoder, decoder and the loss; with the parts that only some strategies train.
+    """Encoder, decoder and the loss; with the part that some strategies train beside them.
 
-    `predictor` (HPM) tells each patch's loss beforehand; `categories` (AMLP) tells from a mask
-    unit's descriptors whether it is hard; `stand_in` (UM-MAE) is seen in place of some patches.
+    `stand_in` (UM-MAE) is seen in place of some patches.
     """
 
     def __init__(
@@ -276,22 +275,19 @@ class MAE(nn.Module):
         else:
             self.decoder = Decoder(grid, patch, values, *shape)
 
-        strategy = config.masking.strategy.options()
+        strategy = config.masking.strategy
         self.loss = partial(losses.LOSSES[self.settings.loss.name], **self.settings.loss.options())
-        self.predictor: Decoder | None = None
-        self.categories: nn.Module | None = None
+        self.part: Part | None = None
         self.stand_in: nn.Parameter | None = None
-        if "difficulty_weight" in strategy:
-            self.predictor = Decoder(grid, patch, 1, *shape)
-            self.difficulty_weight: float = strategy["difficulty_weight"]
-            self.difficulty_loss = losses.DIFFICULTY[strategy["difficulty_loss"]]
-        if strategy.get("category_weight", 0) > 0:
-            self.categories = nn.Sequential(
-                nn.Linear(NUM_DESCRIPTORS, CATEGORY_WIDTH), nn.GELU(), nn.Linear(CATEGORY_WIDTH, 1)
+        make_part = MASKING[strategy.name].part
+        if make_part is not None:
+            self.part = make_part(
+                lambda outputs: Decoder(grid, patch, outputs, *shape), **strategy.options()
             )
-            self.category_weight: float = strategy["category_weight"]
-            self.category_loss = partial(losses.category_loss, reading=strategy["category_reading"])
-        if self.predictor is None and isinstance(self.decoder, CrossDecoder):
+        if self.part is not None:
+            self.add_module(self.part.name, self.part.module)
+        reads_tokens = self.part is not None and self.part.reads_tokens
+        if isinstance(self.decoder, CrossDecoder) and not reads_tokens:
             self.encoder.norm.requires_grad_(False)  # nobody reads what it norms
         if config.masking.secondary > 0:
             self.stand_in = nn.Parameter(torch.zeros(width))
@@ -306,7 +302,7 @@ class MAE(nn.Module):
         """The loss, its mean over the images.
 
         Squared error on hidden patches, summed up by `pretrain.loss`, and `visible_weight` times
-        its mean over visible ones; then the losses of the parts that a strategy trains beside it.
+        its mean over visible ones; then the loss of the part that a strategy trains beside it.
         """
         patches_BPQ = patchify(images, self.encoder.patch)
         stand_in = None
@@ -332,15 +328,20 @@ class MAE(nn.Module):
                 loss_B = share * loss_B + (1 - share) * weight * visible_B
             else:
                 loss_B = loss_B + weight * visible_B
-        if self.predictor is not None:
-            is_key = self._keys(patches_BPQ, visible_BV, hidden_BX)
-            difficulty = self.predictor(tokens, visible_BV, hidden_BX, is_key, with_visible=False)
-            difficulty_B = self.difficulty_loss(difficulty[..., 0].float(), error_BX, weight_BX)
-            loss_B = loss_B + self.difficulty_weight * difficulty_B
-        if self.categories is not None:
-            logits_BX = self._category_of_patches(images).gather(1, hidden_BX)
-            category_B = self.category_loss(logits_BX, error_BX, weight_BX)
-            loss_B = loss_B + self.category_weight * category_B
+        if self.part is not None:
+            seen = Seen(
+                images,
+                tokens,
+                visible_BV,
+                hidden_BX,
+                self._keys(patches_BPQ, visible_BV, hidden_BX),
+                error_BX,
+                weight_BX,
+                self.unit_grid,
+                self.patches_per_unit,
+                self.is_padded,
+            )
+            loss_B = loss_B + self.part.weight * self.part.loss(self.part.module, seen)
         return loss_B.mean()
 
     def reconstruct(self, images: Tensor, visible_BV: Tensor, hidden_BX: Tensor) -> Tensor:
@@ -386,23 +387,12 @@ class MAE(nn.Module):
         """How much the encoder's class token attends to each patch of the whole image: (B, P)."""
         return self.encoder.class_attention(patchify(images, self.encoder.patch))
 
-    def predicted_difficulty(self, images: Tensor) -> Tensor:
-        """The loss that the predictor expects of each patch, seeing the whole image: (B, P)."""
-        assert self.predictor is not None
+    def whole(self, images: Tensor) -> Whole:
+        """What the encoder makes of whole images."""
         patches_BPQ = patchify(images, self.encoder.patch)
         batch, count = patches_BPQ.shape[:2]
         all_BP = torch.arange(count, device=images.device).expand(batch, -1)
-        tokens = self.encoder(patches_BPQ)
-        is_key = self._keys(patches_BPQ, all_BP)
-        nothing_BX = all_BP[:, :0]
-        difficulty: Tensor = self.predictor(tokens, all_BP, nothing_BX, is_key, with_visible=True)
-        return difficulty[..., 0].float()
-
-    def category(self, descriptors_BUF: Tensor) -> Tensor:
-        """Whether each mask unit is hard to reconstruct, as a logit: (B, U)."""
-        assert self.categories is not None
-        logits: Tensor = self.categories(descriptors_BUF)
-        return logits[..., 0].float()
+        return Whole(self.encoder(patches_BPQ), all_BP, self._keys(patches_BPQ, all_BP))
 
     def _predict(
         self,
@@ -440,11 +430,6 @@ class MAE(nn.Module):
         """What is to be predicted of patches."""
         truth = self._pixels(patches_BNQ)
         return _normalised(truth) if self.settings.target == "normalised" else truth
-
-    def _category_of_patches(self, images: Tensor) -> Tensor:
-        found_BUF = descriptors(images, self.unit_grid, is_padded=self.is_padded)
-        logits_BU = self.category(found_BUF)
-        return unit_to_patch(logits_BU, self.unit_grid, self.patches_per_unit)
 
 
 def build_mae(

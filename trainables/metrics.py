@@ -1,68 +1,118 @@
-"""What is measured, and in which direction it is better.
+"""What is measured: every number that a trial reports, and what may be done with it.
 
-Every row that a trial reports carries a name whose part before "@" or "/" is a key of METRICS. To
-add a metric, add a line to METRICS and report its value where the numbers are at hand.
+To add a metric, add a line to METRICS. One that is scored of a segmented split, or of the pixels
+that the probe hides, names its function there (`of_split`, `of_probe`): nothing else has to know.
 
-Conventions of segmentation:
-- overlaps (IoU, Dice) come from ONE confusion matrix pooled over all pixels of all images;
-- a class that neither the truth nor the prediction contains has no score and is left out of means;
-- "without background" leaves out class 0;
-- pixels without a label (255) are counted nowhere, and belong to no object;
-- an object is a set of touching pixels (corners count) of one class. Objects of truth and
-  prediction are matched one to one at IoU >= 0.5 and counted over all images. Found and missed
-  objects count in the size bin of the true object, false alarms in the bin of their own size.
-- scores of whole volumes (case_dice, hd95, nsd) are those of surfaces.py.
-
-Letters of shapes: B images, *S pixels (any number of axes), K classes.
+A metric is named `<phase>/<key>`; its value of one class or size `<phase>/<key>/<class or size>`,
+of one ratio `<phase>/<key>@<ratio>`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from trainables.late import Late
+from trainables import scores, surfaces
+from trainables.scores import Counted
 
 if TYPE_CHECKING:
-    import torch
-    from scipy import ndimage
     from torch import Tensor
-else:
-    torch = Late("torch")
-    ndimage = Late("scipy.ndimage")
 
-IGNORED = 255  # label of pixels that are not labelled
-SIZE_BINS = ("small", "medium", "large")
-MATCH_IOU = 0.5
-AT_ONCE = 2**22  # pixels counted in one go, as int64
-BEST_PSNR = 100.0  # dB; of a perfect picture, which would be infinite
-
+Phase = Literal["pretrain", "segment"]
+PHASES: tuple[Phase, ...] = ("pretrain", "segment")  # in the order of a trial
 Goal = Literal["minimize", "maximize", "none"]
-Counts = npt.NDArray[np.int64]
+Part = Literal["class", "size", "ratio"]
+
+TEST = "test_"  # before the key of a score of the test split, by which nothing may be chosen
 
 
 class Metric(NamedTuple):
-    """Direction, unit and meaning of a measured number."""
+    """One kind of number."""
 
+    phases: tuple[Phase, ...]
     goal: Goal
     unit: str
+    title: str  # in figures and tables
     explains: str
+    parts: Part | None = None  # it is also measured of each of these
+    has_whole: bool = True  # it is measured of all of them together, too
+    is_objective: bool = True  # arms may be chosen by it
+    is_held_out: bool = False  # scored on the test split
+    of_volumes: bool = False  # measured of whole volumes only, without background
+    # counted over a split -> score of the whole (""), or of each class or size; NaN: there is none
+    of_split: Callable[[Counted], float | Mapping[str, float]] | None = None
+    # (predicted (B, C, *S), truth, which pixels are hidden (B, *S)) -> (B,); the probe's mean over
+    # its ratios is the whole
+    of_probe: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+class Name(NamedTuple):
+    """A metric's name, taken apart."""
+
+    phase: str
+    key: str  # of METRICS, if there is such a metric
+    part: str  # "" of the whole; else "/" or "@" and the class, size or ratio
+
+    @property
+    def of(self) -> str:
+        """The class, size or ratio."""
+        return self.part[1:]
+
+
+def parse(name: str) -> Name:
+    """`segment/iou/platelet` -> segment, iou, /platelet."""
+    phase, _, metric = name.partition("/")
+    key = re.split("[@/]", metric, maxsplit=1)[0]
+    return Name(phase, key, metric[len(key) :])
 
 
 def metric_of(name: str) -> Metric:
-    """The entry of METRICS that a reported name belongs to: `iou/platelet` is an `iou`."""
-    return METRICS[re.split("[@/]", name, maxsplit=1)[0]]
+    """The entry of METRICS that `<phase>/<key>...` belongs to."""
+    return METRICS[parse(name).key]
+
+
+def title_of(name: str) -> str:
+    """`<phase>/<key>...` in words, also where a newer version has measured it."""
+    _, key, part = parse(name)
+    title = METRICS[key].title if key in METRICS else key.replace("_", " ")
+    return title + (f", {part[1:]}" if part.startswith("/") else part)
+
+
+def sign(goal: str) -> float:
+    """What a value is multiplied with so that more is better."""
+    return -1.0 if goal == "minimize" else 1.0
+
+
+def objectives() -> list[str]:
+    """Names of the metrics by which arms can be compared, without their parts."""
+    return sorted(
+        f"{phase}/{key}"
+        for key, metric in METRICS.items()
+        for phase in metric.phases
+        if metric.is_objective and metric.has_whole
+    )
+
+
+def split_scores(counted: Counted) -> dict[str, float]:
+    """Every score of a segmented split that exists: key, or key/class, or key/size -> value."""
+    found: dict[str, float] = {}
+    for key, metric in METRICS.items():
+        if metric.of_split is None or metric.is_held_out:
+            continue
+        values = metric.of_split(counted)
+        for part, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+            if not math.isnan(value):
+                found[f"{key}/{part}" if part else key] = value
+    return found
 
 
 def rows(
     values: Mapping[str, float],
     *,
-    phase: str,
+    phase: Phase,
     step: int,
     epoch: float,
     progress: float,
@@ -77,8 +127,8 @@ def rows(
             "progress": progress,
             "metric": name,
             "value": float(value),
-            "goal": metric_of(name).goal,
-            "unit": metric_of(name).unit,
+            "goal": metric_of(f"{phase}/{name}").goal,
+            "unit": metric_of(f"{phase}/{name}").unit,
             "seconds": seconds,
         }
         for name, value in values.items()
@@ -86,184 +136,152 @@ def rows(
     ]
 
 
-def psnr(predicted: Tensor, truth: Tensor, is_counted: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio of each image (B,) in dB; intensities (B, C, *S) in [0, 1].
-
-    The prediction is clipped to [0, 1]; the data range is 1. With `is_counted` (B, *S) only those
-    pixels are compared.
-    """
-    error = (predicted.clamp(0, 1) - truth).square().mean(dim=1).flatten(1)
-    if is_counted is None:
-        mean_square = error.mean(dim=1)
-    else:
-        weight = is_counted.flatten(1).to(error.dtype)
-        mean_square = (error * weight).sum(dim=1) / weight.sum(dim=1)
-    return -10 * torch.log10(mean_square.clamp(min=10 ** (-BEST_PSNR / 10)))
+_pretrain = partial(Metric, ("pretrain",))
+_segment = partial(Metric, ("segment",))
+_both = partial(Metric, PHASES)
+_volumes = partial(_segment, parts="class", of_volumes=True)
 
 
-def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
-    """Pixel counts (K, K), rows the true class, columns the predicted one. Labels of any shape."""
-    unlabelled = num_classes * num_classes
-    counted = torch.zeros(unlabelled + 1, dtype=torch.int64, device=truth.device)
-    parts = (torch.split(labels.flatten(), AT_ONCE) for labels in (truth, predicted))
-    for true, guess in zip(*parts, strict=True):
-        cell = torch.where(true == IGNORED, unlabelled, true.long() * num_classes + guess.long())
-        counted += torch.bincount(cell, minlength=unlabelled + 1)
-    return counted[:unlabelled].view(num_classes, num_classes)
+def _case(name: str) -> Callable[[Counted], Mapping[str, float]]:
+    return partial(surfaces.case_score, name=name)
 
 
-def overlap_scores(confusion_KK: Counts, classes: Sequence[str]) -> dict[str, float]:
-    """IoU and Dice per class and their means from a pooled confusion matrix."""
-    hits = confusion_KK.diagonal().astype(float)
-    true, predicted = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
-    with np.errstate(invalid="ignore"):  # 0 / 0: the class occurs nowhere
-        iou = hits / (true + predicted - hits)
-        dice = 2 * hits / (true + predicted)
-    scores = {
-        "miou": mean_of_present(iou[1:]),
-        "miou_with_background": mean_of_present(iou),
-        "dice": mean_of_present(dice[1:]),
-    }
-    scores |= {f"iou/{name}": float(value) for name, value in zip(classes, iou, strict=True)}
-    scores |= {f"dice/{name}": float(value) for name, value in zip(classes, dice, strict=True)}
-    return present(scores)
-
-
-def object_counts(
-    truth: npt.NDArray[Any],
-    predicted: npt.NDArray[Any],
-    num_classes: int,
-    edges: tuple[float, float],
-    voxel: float = 1.0,
-) -> Counts:
-    """Found, falsely seen and missed objects per size bin (3, 3) over a stack of labels (B, *S).
-
-    `edges` are the two diameters that separate small, medium and large objects, in the unit of
-    length of `voxel`, the volume (or area) of one voxel: mm with mm^3, pixels with 1.
-    """
-    counts = np.zeros((len(SIZE_BINS), 3), np.int64)
-    is_labelled = truth != IGNORED
-    for label in range(1, num_classes):
-        seen = (predicted == label) & is_labelled
-        counts += _object_counts_of_class(truth == label, seen, edges, voxel)
-    return counts
-
-
-def object_scores(counts: Counts) -> dict[str, float]:
-    """F1 of objects, over all and by size bin, from `object_counts`."""
-    scores = {"object_f1": _f1(counts.sum(axis=0))}
-    scores |= {f"object_f1/{name}": _f1(line) for name, line in zip(SIZE_BINS, counts, strict=True)}
-    return present(scores)
-
-
-def diameter(area: Counts, axes: int, voxel: float = 1.0) -> npt.NDArray[np.float64]:
-    """Diameter of the disc (or ball) as large as so many pixels, each of the size `voxel`."""
-    if axes == 2:
-        return np.asarray(np.sqrt(area * voxel * 4 / np.pi))
-    ball = math.pi ** (axes / 2) / math.gamma(axes / 2 + 1)  # volume at radius 1
-    return np.asarray(2 * (area * voxel / ball) ** (1 / axes))
-
-
-def mean_of_present(values: npt.NDArray[np.float64]) -> float:
-    """Mean of what is not NaN; NaN if nothing is."""
-    found = values[~np.isnan(values)]
-    return float(found.mean()) if len(found) else math.nan
-
-
-def present(scores: dict[str, float]) -> dict[str, float]:
-    """The scores that exist, that is, are not NaN."""
-    return {name: value for name, value in scores.items() if not math.isnan(value)}
-
-
-def _object_counts_of_class(
-    truth: npt.NDArray[np.bool_],
-    predicted: npt.NDArray[np.bool_],
-    edges: tuple[float, float],
-    voxel: float,
-) -> Counts:
-    true_label, true_area = _components(truth)
-    seen_label, seen_area = _components(predicted)
-    both = truth & predicted
-    pair = true_label[both].astype(np.int64) * (len(seen_area) + 1) + seen_label[both]
-    pair, shared = np.unique(pair, return_counts=True)
-    true_index, seen_index = np.divmod(pair, len(seen_area) + 1)
-    true_index, seen_index = true_index - 1, seen_index - 1
-    union = true_area[true_index] + seen_area[seen_index] - shared
-    # One to one by itself: an object could reach 0.5 twice only with two halves that fill it, and
-    # those would touch and be one object.
-    is_match = shared >= MATCH_IOU * union
-    true_index, seen_index = true_index[is_match], seen_index[is_match]
-
-    true_bin = np.digitize(diameter(true_area, truth.ndim - 1, voxel), edges)
-    seen_bin = np.digitize(diameter(seen_area, truth.ndim - 1, voxel), edges)
-    found = np.bincount(true_bin[true_index], minlength=len(SIZE_BINS))
-    missed = np.bincount(np.delete(true_bin, true_index), minlength=len(SIZE_BINS))
-    false = np.bincount(np.delete(seen_bin, seen_index), minlength=len(SIZE_BINS))
-    return np.stack([found, false, missed], axis=1)
-
-
-def _components(is_class: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], Counts]:
-    """Labels from 1 on of touching pixels in each image of a stack (B, *S), and their areas."""
-    touching = np.zeros((3,) * is_class.ndim, bool)
-    touching[1] = True  # neighbours within an image, none in the image before or after
-    label, count = ndimage.label(is_class, structure=touching)
-    return label, np.bincount(label.ravel(), minlength=count + 1)[1:]
-
-
-def _f1(counts: Counts) -> float:
-    found, false, missed = counts.tolist()
-    objects = 2 * found + false + missed
-    return 2 * found / objects if objects else math.nan
-
-
-_SEGMENTATION = {
-    "miou": Metric("maximize", "", "mean IoU of the classes without background"),
-    "miou_with_background": Metric("maximize", "", "mean IoU of all classes"),
-    "iou": Metric("maximize", "", "intersection over union of one class, pooled over pixels"),
-    "dice": Metric("maximize", "", "Dice, mean of the classes without background, or of one class"),
-    "object_f1": Metric("maximize", "", "F1 of objects matched at IoU 0.5, over all or by size"),
-    "case_dice": Metric(
+_ON_VAL: dict[str, Metric] = {
+    "loss": _both(
+        "minimize",
+        "",
+        "loss",
+        "training loss, mean since the rung before; losses differ with ratio, patch and target",
+        is_objective=False,
+    ),
+    "probe_psnr": _pretrain(
+        "maximize",
+        "dB",
+        "probe PSNR",
+        "PSNR of the probe's hidden pixels, alike for all trials",
+        parts="ratio",
+        of_probe=scores.psnr,
+    ),
+    "probe_ssim": _pretrain(
         "maximize",
         "",
+        "probe SSIM",
+        "SSIM around the probe's hidden pixels",
+        parts="ratio",
+        of_probe=scores.ssim,
+    ),
+    "probe_gain": _pretrain(
+        "maximize",
+        "dB",
+        "gain over the mean fill",
+        "probe PSNR above filling in the mean of visible pixels",
+    ),
+    "native_psnr_hidden": _pretrain(
+        "maximize",
+        "dB",
+        "native PSNR, hidden pixels",
+        "PSNR of hidden pixels at the trial's own ratio",
+    ),
+    "native_psnr_all": _pretrain(
+        "maximize",
+        "dB",
+        "native PSNR, all pixels",
+        "PSNR of all pixels at the trial's own ratio",
+    ),
+    "ratio": _pretrain(
+        "none", "", "ratio", "share of mask units that are hidden", is_objective=False
+    ),
+    "miou": _segment(
+        "maximize",
+        "",
+        "mIoU",
+        "mean IoU of the classes without background",
+        of_split=scores.miou,
+    ),
+    "miou_with_background": _segment(
+        "maximize",
+        "",
+        "mIoU with background",
+        "mean IoU of all classes",
+        of_split=scores.miou_with_background,
+    ),
+    "iou": _segment(
+        "maximize",
+        "",
+        "IoU",
+        "intersection over union of one class, pooled over pixels",
+        parts="class",
+        has_whole=False,
+        of_split=scores.iou,
+    ),
+    "dice": _segment(
+        "maximize",
+        "",
+        "Dice",
+        "Dice, mean of the classes without background, or of one class",
+        parts="class",
+        of_split=scores.dice,
+    ),
+    "object_f1": _segment(
+        "maximize",
+        "",
+        "object F1",
+        "F1 of objects matched at IoU 0.5, over all or by size",
+        parts="size",
+        of_split=scores.object_f1,
+    ),
+    "case_dice": _volumes(
+        "maximize",
+        "",
+        "Dice per volume",
         "Dice of a volume, mean over the volumes that truly have or are predicted to have a class; "
         "mean of the classes without background, or of one class",
+        of_split=_case("case_dice"),
     ),
-    "hd95": Metric(
+    "hd95": _volumes(
         "minimize",
         "mm",
+        "HD95",
         "95th percentile of the distances between true and predicted surface, means as of "
         "case_dice; the volume's diagonal where only one of them has the class",
+        of_split=_case("hd95"),
     ),
-    "nsd": Metric(
+    "nsd": _volumes(
         "maximize",
         "",
+        "surface Dice",
         "share of the true and predicted surface within a tolerance of the other, means as of "
         "case_dice; 0 where only one of them has the class",
+        of_split=_case("nsd"),
+    ),
+    "images_per_second": _both(
+        "maximize", "images/s", "throughput", "training speed, all workers together"
+    ),
+    "device_seconds": _both(
+        "minimize", "s", "device time", "time spent training, without evaluation"
+    ),
+    "flops": _both("minimize", "FLOP", "FLOPs", "operations of the training done so far, computed"),
+    "planned_flops": _both(
+        "minimize", "FLOP", "planned FLOPs", "operations of the whole planned training"
+    ),
+    "peak_memory": _both("minimize", "bytes", "peak memory", "most memory in use on one device"),
+    "stopped_here": _both(
+        "none", "", "stopped here", "the stopping rule ended the trial here", is_objective=False
     ),
 }
 
-METRICS: dict[str, Metric] = {
-    "loss": Metric("minimize", "", "training loss, mean since the rung before; not comparable"),
-    "probe_psnr": Metric(
-        "maximize", "dB", "PSNR of the probe's hidden pixels, alike for all trials"
-    ),
-    "probe_ssim": Metric("maximize", "", "SSIM around the probe's hidden pixels"),
-    "probe_gain": Metric(
-        "maximize", "dB", "probe PSNR above filling in the mean of visible pixels"
-    ),
-    "native_psnr_hidden": Metric(
-        "maximize", "dB", "PSNR of hidden pixels at the trial's own ratio"
-    ),
-    "native_psnr_all": Metric("maximize", "dB", "PSNR of all pixels at the trial's own ratio"),
-    "ratio": Metric("none", "", "share of mask units that are hidden"),
-    "images_per_second": Metric("maximize", "images/s", "training speed, all workers together"),
-    "device_seconds": Metric("minimize", "s", "time spent training, without evaluation"),
-    "flops": Metric("minimize", "FLOP", "operations of the training done so far, computed"),
-    "planned_flops": Metric("minimize", "FLOP", "operations of the whole planned training"),
-    "peak_memory": Metric("minimize", "bytes", "most memory in use on one device"),
-    **_SEGMENTATION,
-    **{
-        f"test_{name}": Metric(entry.goal, entry.unit, f"on the test split: {entry.explains}")
-        for name, entry in _SEGMENTATION.items()
-    },
+
+def _on_test(metric: Metric) -> Metric:
+    return metric._replace(
+        title=f"test {metric.title}",
+        explains=f"on the test split: {metric.explains}",
+        is_objective=False,
+        is_held_out=True,
+    )
+
+
+METRICS: dict[str, Metric] = _ON_VAL | {
+    f"{TEST}{key}": _on_test(metric)
+    for key, metric in _ON_VAL.items()
+    if metric.of_split is not None
 }

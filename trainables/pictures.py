@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainables.metrics import IGNORED
+from trainables.scores import IGNORED
 
 Pixels = npt.NDArray[np.uint8]
 

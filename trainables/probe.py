@@ -36,25 +36,26 @@ from trainables.context import Context
 from trainables.data import Dataset
 from trainables.data.batches import to_device
 from trainables.edges import grid_of
+from trainables.hiding import hide, request_at
 from trainables.mae import MAE
 from trainables.masking import (
     hidden_units,
-    hide,
     hide_smallest,
     pixels_hidden,
-    request_at,
     split_indices,
     unit_to_patch,
 )
-from trainables.metrics import psnr
+from trainables.metrics import METRICS
 from trainables.pictures import (
     save_reconstruction,
     save_reconstruction_slices,
     to_intensity,
 )
+from trainables.scores import mean_where, psnr
 
+# key -> its score of hidden pixels
+PROBED = {key: metric.of_probe for key, metric in METRICS.items() if metric.of_probe is not None}
 PICTURES = 4  # validation images that are drawn
-SSIM_1, SSIM_2 = 0.01**2, 0.03**2  # (Wang et al. 2004) for a data range of 1
 
 # (standardised images (B, C, *S), visible_BV, hidden_BX) -> predicted images, every patch
 Reconstruct = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -218,8 +219,8 @@ def native_mask(
 
 def metric_names(probe: ProbeConfig, config: TrialConfig) -> list[str]:
     """What `measure` measures."""
-    per_ratio = [f"probe_{kind}@{ratio:g}" for kind in ("psnr", "ssim") for ratio in probe.ratios]
-    means = ["probe_psnr", "probe_ssim", "probe_gain"]
+    per_ratio = [f"{key}@{ratio:g}" for key in PROBED for ratio in probe.ratios]
+    means = [*PROBED, "probe_gain"]
     native = ["native_psnr_hidden"]
     if config.model.decoder.attention == "self":  # the other one predicts no visible patch
         native.append("native_psnr_all")
@@ -254,20 +255,21 @@ def measure(
     def note(name: str, values_B: Tensor, is_counted_B: Tensor) -> None:
         values[name], is_counted[name] = torch.where(is_counted_B, values_B, 0.0), is_counted_B
 
-    gains = []
+    gains, counted = [], []
     for ratio in probe.ratios:
         is_hidden_BP, hidden = probe_mask(probe, ratio, size, patch, rows_B)
         is_hidden_BS, is_visible_BS = _both(pixels_hidden(is_hidden_BP, grid, patch), is_real_BS)
         is_counted_B = _counts(is_hidden_BS, is_visible_BS)
         predicted = _predict(reconstruct, images, is_hidden_BP, hidden, mean, std)
-        psnr_B = psnr(predicted, truth, is_hidden_BS)
-        note(f"probe_psnr@{ratio:g}", psnr_B, is_counted_B)
-        note(f"probe_ssim@{ratio:g}", ssim(predicted, truth, is_hidden_BS), is_counted_B)
-        gains.append(psnr_B - psnr(mean_of_visible(truth, ~is_visible_BS), truth, is_hidden_BS))
-    at_every_B = torch.stack([is_counted[f"probe_psnr@{r:g}"] for r in probe.ratios]).all(dim=0)
-    for metric in ("probe_psnr", "probe_ssim"):
-        found = torch.stack([values[f"{metric}@{r:g}"] for r in probe.ratios])
-        note(metric, found.mean(0), at_every_B)
+        for key, score in PROBED.items():
+            note(f"{key}@{ratio:g}", score(predicted, truth, is_hidden_BS), is_counted_B)
+        filled = mean_of_visible(truth, ~is_visible_BS)
+        gains.append(psnr(predicted, truth, is_hidden_BS) - psnr(filled, truth, is_hidden_BS))
+        counted.append(is_counted_B)
+    at_every_B = torch.stack(counted).all(dim=0)
+    for key in PROBED:
+        found = torch.stack([values[f"{key}@{r:g}"] for r in probe.ratios])
+        note(key, found.mean(0), at_every_B)
     note("probe_gain", torch.stack(gains).mean(0), at_every_B)
 
     with distributed.autocast(config.pretrain.precision, images.device):
@@ -283,48 +285,12 @@ def measure(
     return values, is_counted
 
 
-def ssim(predicted: Tensor, truth: Tensor, where_BS: Tensor) -> Tensor:
-    """Structural similarity of each image, its map averaged over the pixels `where_BS` -> (B,).
-
-    Visible pixels are the truth, as a window at the rim of a hidden region sees both. The window is
-    the usual Gaussian (sigma 1.5, 11 pixels); below 11 pixels of edge it shrinks with the image.
-    torchmetrics agrees, whose window is no product of axes: in 3D it took 60 times as long.
-    """
-    composite, truth = torch.where(where_BS[:, None], predicted, truth).double(), truth.double()
-    sigma = 1.5 * min(1.0, min(truth.shape[2:]) / 11)
-    mean, true_mean, square, true_square, product = (
-        _blurred(values, sigma)
-        for values in (composite, truth, composite**2, truth**2, composite * truth)
-    )
-    variance, true_variance = (square - mean**2).clamp(min=0), (true_square - true_mean**2).clamp(0)
-    luminance = (2 * mean * true_mean + SSIM_1) / (mean**2 + true_mean**2 + SSIM_1)
-    structure = 2 * (product - mean * true_mean) + SSIM_2
-    map_BCS = luminance * structure / (variance + true_variance + SSIM_2)
-    return _mean_where(map_BCS.mean(dim=1), where_BS).float()
-
-
 def mean_of_visible(truth: Tensor, is_hidden_BS: Tensor) -> Tensor:
     """The trivial filling: each channel's mean over the image's visible pixels, everywhere."""
     channels = truth.shape[1]
-    means = [_mean_where(truth[:, channel], ~is_hidden_BS) for channel in range(channels)]
+    means = [mean_where(truth[:, channel], ~is_hidden_BS) for channel in range(channels)]
     level_BC = torch.stack(means, dim=1)
     return level_BC.reshape(*level_BC.shape, *[1] * (truth.ndim - 2)).expand_as(truth)
-
-
-def _blurred(values: Tensor, sigma: float) -> Tensor:
-    """A Gaussian window around each pixel of (B, C, *S), mirrored at the borders, axis by axis."""
-    reach = int(3.5 * sigma + 0.5)
-    offsets = torch.arange(-reach, reach + 1, device=values.device)
-    weight = torch.exp(-(offsets.to(values.dtype) ** 2) / (2 * sigma**2))
-    for axis in range(2, values.ndim):
-        edge = values.shape[axis]
-        places = torch.arange(edge, device=values.device)
-        from_SW = (places[:, None] + offsets).abs()
-        from_SW = (edge - 1) - (edge - 1 - from_SW).abs()
-        window_SS = torch.zeros(edge, edge, dtype=values.dtype, device=values.device)
-        window_SS.scatter_add_(1, from_SW, (weight / weight.sum()).expand(edge, -1))
-        values = (values.movedim(axis, -1) @ window_SS.T).movedim(-1, axis)
-    return values
 
 
 def _both(is_hidden_BS: Tensor, is_real_BS: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -350,8 +316,3 @@ def _predict(
     predicted = reconstruct(images, *split_indices(is_hidden_BP, hidden))
     # What is no number is black in pictures, but must not be scored as if it were
     return to_intensity(predicted, mean, std).masked_fill(predicted.isnan(), math.nan)
-
-
-def _mean_where(values_BS: Tensor, where_BS: Tensor) -> Tensor:
-    weight_BS = where_BS.to(values_BS.dtype)
-    return (values_BS * weight_BS).flatten(1).sum(1) / weight_BS.flatten(1).sum(1)

@@ -19,8 +19,8 @@ import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from trainables.context import LEAVING
 from trainables.desk import Job
+from trainables.endings import Ending
 from trainables.errors import StorageError
 from trainables.watch import GRACE_SECONDS, watched
 
@@ -31,7 +31,7 @@ A_DAY = timedelta(days=1)
 
 def work(
     desk: Any,
-    run_job: Callable[..., str],
+    run_job: Callable[..., Ending],
     *,
     rank: int,
     world_size: int,
@@ -73,7 +73,7 @@ def work(
                 ray.get(desk.condemn.remote(ticket))
                 raise
         else:
-            if outcome == LEAVING:
+            if outcome is Ending.LEAVING:
                 ray.get(desk.left.remote(ticket))
                 raise RuntimeError("this worker group leaves its node")
             if rank == 0:
@@ -100,14 +100,14 @@ def _meet(rank: int, world_size: int, backend: str, agree: Callable[[Any], Any])
 
 
 def _train(
-    run_job: Callable[..., str],
+    run_job: Callable[..., Ending],
     job: Job,
     desk: Any,
     ticket: int,
     device: torch.device,
     rank: int,
     world_size: int,
-) -> tuple[str, float | None]:
+) -> tuple[Ending, float | None]:
     """(outcome, seconds from the decision for this job to its first step's end, by wall clocks)."""
     attempt, serial = f"{job['attempt']}.{job['group']}", job["serial"]
     first_step: list[float] = []
@@ -164,13 +164,15 @@ def _train(
     return outcome, first_step[0] if first_step else None
 
 
-def _as_outcome(error: Exception) -> tuple[str, str]:
+def _as_outcome(error: Exception) -> tuple[Ending, str]:
     """Outcome and text of an error of the trial."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return "out-of-memory", str(error) or "the worker ran out of memory"
+        return Ending.OUT_OF_MEMORY, str(error) or "the worker ran out of memory"
     if isinstance(error, StorageError):
-        return "lost", str(error)  # no fault of the trial's: it may go on when the storage does
-    return "failed", "".join(traceback.format_exception(error))
+        return Ending.LOST, str(
+            error
+        )  # no fault of the trial's: it may go on when the storage does
+    return Ending.FAILED, "".join(traceback.format_exception(error))
 
 
 def _is_lost_peer(error: Exception, world_size: int) -> bool:

@@ -1,11 +1,11 @@
-"""Segmentation: a U-Net Transformer on the pretrained encoder, and its controls. A plain loop.
+"""Segmentation: a U-Net Transformer on the pretrained encoder, and its controls.
+
+The loop is in phase.py.
 
 What `segment.encoder` says of the encoder:
 - finetune: pretrained, trained further at rates that fall with depth (layer decay);
 - frozen: pretrained, never changed, always in evaluation mode;
 - random-init: fresh, trained at the full rate everywhere, as there is nothing to preserve.
-
-How it goes on after an interruption is as in pretrain.py.
 
 B images of this worker's part of the batch · K classes · *S pixels along every axis
 """
@@ -13,48 +13,31 @@ B images of this worker's part of the batch · K classes · *S pixels along ever
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainables import checkpoint, distributed, surfaces
+from trainables import distributed, surfaces
 from trainables.augment import AUGMENTATIONS
+from trainables.checkpoint import Saved
 from trainables.config import SegmentConfig, TrialConfig
-from trainables.context import LEAVING, Context
+from trainables.context import Context
 from trainables.cost import segment_flops
 from trainables.data import Dataset
 from trainables.data.batches import to_device, whole_volume
+from trainables.endings import Ending
 from trainables.errors import UserError
-from trainables.metrics import (
-    IGNORED,
-    confusion,
-    object_counts,
-    object_scores,
-    overlap_scores,
-)
-from trainables.metrics import rows as metric_rows
-from trainables.optimizers import OPTIMIZERS, learning_rate, parameter_groups, set_learning_rate
+from trainables.metrics import TEST, split_scores
+from trainables.optimizers import OPTIMIZERS, parameter_groups
+from trainables.phase import Learner, Phase, Plan, rung_steps, train
 from trainables.pictures import save_segmentation, save_segmentation_slices, to_intensity
-from trainables.pretrain import (
-    HEARTBEAT_SECONDS,
-    Counters,
-    Plan,
-    batches,
-    is_epoch_end,
-    leave,
-    rung_steps,
-    running_loss,
-    save,
-    told_to_stop,
-)
 from trainables.probe import PICTURES, probe_rows
+from trainables.scores import IGNORED, Counted, confusion, object_counts
 from trainables.unetr import UNETR, build_unetr
 from trainables.windows import stitched_scores
 
@@ -68,16 +51,56 @@ def segment(
     dataset: Dataset,
     encoder_state: dict[str, Tensor] | None,
     context: Context,
-    resume: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
-) -> str:
-    """Train on labelled images, or go on from a checkpoint; for the outcome see `run_trial`."""
-    device, settings = context.device, config.segment
+    resume: Saved | None = None,
+) -> Ending:
+    """Train on labelled images, or go on from a checkpoint."""
+    settings = config.segment
     plan = make_plan(config, dataset, context)
     share = distributed.batch_slice(plan.batch, context, "segment.batch")
-    samples_B = torch.arange(plan.batch, device=device)[share]
-    images = to_device(dataset, dataset.rows("train"), device)
-    places_B = samples_B.to(images.rows.device)
+    learner = make_learner(config, seed, dataset, encoder_state, context)
+    model = learner.model
 
+    def loss_of(images: Tensor, labels: Tensor | None, step: int, samples_B: Tensor) -> Tensor:
+        images, labels = AUGMENTATIONS[settings.augment.name](
+            images, labels, seed, step, samples_B, **settings.augment.options()
+        )
+        assert labels is not None
+        with distributed.autocast(settings.precision, context.device):
+            scores = learner.trained(images)
+        return dice_cross_entropy(scores, labels)
+
+    def measure(steps: range) -> dict[str, float]:
+        values = evaluate(model, settings, dataset, "val", context)
+        if steps.stop == plan.steps and len(dataset.rows("test")) > 0:
+            on_test = evaluate(model, settings, dataset, "test", context)
+            values |= {f"{TEST}{name}": value for name, value in on_test.items()}
+        return values
+
+    phase = Phase(
+        plan=plan,
+        share=share,
+        learner=learner,
+        images=to_device(dataset, dataset.rows("train"), context.device),
+        loss_of=loss_of,
+        evaluate=measure,
+        foreground=settings.foreground,
+    )
+    ending, _ = train(phase, seed, context, resume)
+    if ending is Ending.COMPLETE and context.is_main:
+        draw(model, settings, dataset, context, context.folder / "pictures")
+        context.keep("pictures")
+    return ending
+
+
+def make_learner(
+    config: TrialConfig,
+    seed: int,
+    dataset: Dataset,
+    encoder_state: dict[str, Tensor] | None,
+    context: Context,
+) -> Learner[UNETR]:
+    """The network, with a pretrained encoder if there is one, and its optimiser."""
+    settings = config.segment
     model = build_unetr(
         config,
         dataset.size,
@@ -88,109 +111,13 @@ def segment(
     )
     if encoder_state is not None:
         model.encoder.load_state_dict(encoder_state)
-    model = model.to(device)
+    model = model.to(context.device)
     optimizer = OPTIMIZERS[settings.optimizer.name](
-        parameter_groups(model, layer_decay(settings)), plan.batch, **settings.optimizer.options()
+        parameter_groups(model, layer_decay(settings)),
+        settings.batch,
+        **settings.optimizer.options(),
     )
-    counters = Counters(phase="segment")
-    if resume is not None:
-        checkpoint.unpack(model, optimizer, resume[0])
-        counters = Counters(**resume[1])
-        if counters.step == counters.rung_step and told_to_stop(counters.rows, context):
-            return "stopped"
-    trained = distributed.data_parallel(model, context)
-
-    distributed.reset_peak_memory(device)
-    loss_sum = running_loss(resume, context)
-    saved = started = beaten = time.perf_counter()
-    first_step = beaten_step = counters.step
-    for step, positions in batches(seed, plan, counters.step, images.rows.device):
-        pixels, truth = images.draw(
-            positions[share], seed, step, places_B, foreground=settings.foreground
-        )
-        pixels, truth = AUGMENTATIONS[settings.augment.name](
-            pixels, truth, seed, step, samples_B, **settings.augment.options()
-        )
-        with distributed.autocast(settings.precision, device):
-            scores = trained(pixels)
-        assert truth is not None
-        loss = dice_cross_entropy(scores, truth)
-
-        loss.backward()  # type: ignore[no-untyped-call]
-        seen = step * plan.batch + plan.batch // 2  # mid-batch, so no step has a rate of 0
-        rate = learning_rate(seen, plan.steps * plan.batch, plan.warmup_images)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        loss_sum += loss.detach()
-        done = step + 1
-        now = time.perf_counter()
-        is_due = step == first_step or now - beaten > HEARTBEAT_SECONDS
-        if context.is_main and is_due:
-            speed = (done - beaten_step) * plan.batch / (now - beaten)
-            context.heartbeat("segment", done / plan.steps, speed)
-            beaten, beaten_step = now, done
-
-        is_rung = done in plan.rungs
-        is_leaving = context.is_leaving("segment", done)
-        if not (is_rung or is_epoch_end(done, plan)):
-            if is_leaving:
-                counters = leave(counters, done, now - started)
-                losses = distributed.from_all_workers(loss_sum, context)
-                save(counters, model, optimizer, None, context, losses)
-                return LEAVING
-            continue
-
-        # The only places where the host waits for the device
-        summed = distributed.sum_over_workers(loss_sum, context).item() / context.world_size
-        loss_sum.zero_()
-        now = time.perf_counter()
-        counters = replace(
-            counters,
-            step=done,
-            loss_sum=counters.loss_sum + summed,
-            device_seconds=counters.device_seconds + now - started,
-        )
-        if not math.isfinite(counters.loss_sum):
-            return "diverged"
-
-        stop = False
-        if is_rung:
-            values = progress_values(counters, plan, context)
-            values |= evaluate(model, settings, dataset, "val", context)
-            if done == plan.steps and len(dataset.rows("test")) > 0:
-                on_test = evaluate(model, settings, dataset, "test", context)
-                values |= {f"test_{name}": value for name, value in on_test.items()}
-            rows = metric_rows(
-                values,
-                phase="segment",
-                step=done,
-                epoch=done * plan.batch / plan.num_images,
-                progress=plan.rungs[done],
-                seconds=counters.device_seconds,
-            )
-            stop = told_to_stop(rows, context)
-            counters = replace(
-                counters,
-                loss_sum=0.0,
-                rung_step=done,
-                rung_device_seconds=counters.device_seconds,
-                rows=rows,
-            )
-        if is_rung or is_leaving or now - saved > context.checkpoint_seconds:
-            save(counters, model, optimizer, None, context)
-            saved = time.perf_counter()
-        if stop:
-            return "stopped"
-        if is_leaving and done < plan.steps:
-            return LEAVING
-        started = time.perf_counter()
-
-    if context.is_main:
-        draw(model, settings, dataset, context, context.folder / "pictures")
-        context.keep("pictures")
-    return "complete"
+    return Learner(model, distributed.data_parallel(model, context), optimizer)
 
 
 def make_plan(config: TrialConfig, dataset: Dataset, context: Context) -> Plan:
@@ -207,6 +134,7 @@ def make_plan(config: TrialConfig, dataset: Dataset, context: Context) -> Plan:
     per_image = segment_flops(config, dataset.size, dataset.channels, len(dataset.classes))
     warmup = settings.warmup_images
     return Plan(
+        phase="segment",
         num_images=num_images,
         batch=settings.batch,
         steps=steps,
@@ -274,12 +202,13 @@ def evaluate(
     whole += [torch.from_numpy(counts).flatten().to(device)]
     summed = distributed.sum_over_workers(torch.cat(whole), context).cpu().numpy()
     pixels, objects_, counts_ = np.split(summed, np.cumsum([pixels_KK.numel(), objects.size]))
-    scores = overlap_scores(pixels.reshape(pixels_KK.shape), classes)
-    scores |= object_scores(objects_.reshape(objects.shape))
-    if dataset.volumes is None:
-        return scores
-    total = distributed.sum_over_workers(torch.from_numpy(sums).to(device), context).cpu().numpy()
-    return scores | surfaces.case_scores(total, counts_.reshape(counts.shape), classes)
+    counted = Counted(classes, pixels.reshape(pixels_KK.shape), objects_.reshape(objects.shape))
+    if dataset.volumes is not None:
+        total = distributed.sum_over_workers(torch.from_numpy(sums).to(device), context)
+        counted = counted._replace(
+            case_sums=total.cpu().numpy(), case_counts=counts_.reshape(counts.shape)
+        )
+    return split_scores(counted)
 
 
 def predictions(
@@ -383,17 +312,3 @@ def draw(
             predict_volume(model, dataset, volume, settings, context.device, context.alive)[0],
             dataset.volumes.spacings[volume].tolist(),
         )
-
-
-def progress_values(counters: Counters, plan: Plan, context: Context) -> dict[str, float]:
-    """What training itself tells at a rung."""
-    steps = counters.step - counters.rung_step
-    seconds = counters.device_seconds - counters.rung_device_seconds
-    return {
-        "loss": counters.loss_sum / steps,
-        "images_per_second": steps * plan.batch / max(seconds, 1e-9),
-        "device_seconds": counters.device_seconds,
-        "flops": plan.flops[counters.step],
-        "planned_flops": plan.flops[-1],
-        "peak_memory": distributed.peak_memory(context.device),
-    }

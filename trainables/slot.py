@@ -30,6 +30,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trainables.desk import HANG_SECONDS, Desk
+from trainables.endings import Ending
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +139,7 @@ class Slot:
     def __init__(
         self,
         name: str,
-        run_job: Callable[..., str],
+        run_job: Callable[..., Ending],
         *,
         workers: int,
         cpus_per_worker: float,

@@ -1,7 +1,7 @@
 """Segmentation scores of whole volumes: how well bodies overlap, and how far apart surfaces lie.
 
 Each volume is scored by itself, class by class; a class's score is the mean over the volumes that
-count for it. (The overlaps of metrics.py pool all voxels of all images instead.)
+count for it. (The overlaps of scores.py pool all voxels of all images instead.)
 
 - case_dice: Dice of one volume.
 - hd95: the 95th percentile of the distances, in mm, from each voxel of one surface to the nearest
@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.late import Late
-from trainables.metrics import IGNORED, Counts, mean_of_present, present
+from trainables.scores import IGNORED, Counted, Counts, Floats, mean_of_present
 
 if TYPE_CHECKING:
     from scipy import ndimage, spatial
@@ -52,7 +52,6 @@ PERCENTILE = 95
 VOXELS_PER_POINT = 40  # of a box, where a map of it takes as long as a search from each point
 
 Flags = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 
 def case_sums(
@@ -89,18 +88,15 @@ def case_sums(
     return sums, counts
 
 
-def case_scores(sums: Floats, counts: Counts, classes: Sequence[str]) -> dict[str, float]:
-    """NAMES/<class>, means over the volumes that count, and NAMES, their means over classes.
-
-    From the sums (K, N) of `case_sums` over many volumes; what no volume counts for is left out.
-    """
+def case_score(counted: Counted, *, name: str) -> dict[str, float]:
+    """One of NAMES: of each class the mean over the volumes that count, and the mean of those."""
+    if counted.case_sums is None or counted.case_counts is None:
+        return {}
+    column = NAMES.index(name)
     with np.errstate(invalid="ignore"):  # 0 / 0: the class occurs in no volume
-        means = sums / counts
-    scores = {name: mean_of_present(means[1:, column]) for column, name in enumerate(NAMES)}
-    for column, name in enumerate(NAMES):
-        values = means[1:, column].tolist()
-        scores |= {f"{name}/{of}": value for of, value in zip(classes[1:], values, strict=True)}
-    return present(scores)
+        means = counted.case_sums[1:, column] / counted.case_counts[1:, column]
+    by_class = dict(zip(counted.classes[1:], means.tolist(), strict=True))
+    return {"": mean_of_present(means)} | by_class
 
 
 def _scores(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from trainables.data.source import NOT_LABELLED, Array, Source, Whole, rows_of
 from trainables.errors import UserError
 from trainables.late import Late
-from trainables.metrics import diameter
+from trainables.scores import diameter
 
 if TYPE_CHECKING:
     from scipy import ndimage

@@ -8,11 +8,13 @@ that is not padded; of a padded one as large a part of what it hides is guided (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from trainables import losses
 from trainables.masking.plain import random
 from trainables.masking.request import (
     MaskRequest,
@@ -22,12 +24,13 @@ from trainables.masking.request import (
     hide_smallest,
     mean_of_real,
 )
+from trainables.masking.strategy import Guide, Part, PartCost, Seen, Sizes, Strategy
 from trainables.schedules import Schedule, parse, value_at
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-Part = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 EASY_TO_HARD = parse({"name": "linear", "start": 0.0, "end": 0.5})
 ALL_GUIDED = parse({"name": "constant", "value": 1.0})
@@ -89,16 +92,76 @@ def hpm(
     if num_guided == 0:
         return random(request)
     assert request.model is not None and request.images is not None
-    difficulty_BP = request.model.predicted_difficulty(request.images)
+    difficulty_BP = predicted_difficulty(request.model, request.images)
     return hide_hardest(request, mean_of_real(request, difficulty_BP), num_guided)
+
+
+def predicted_difficulty(model: Guide, images: Tensor) -> Tensor:
+    """The loss that HPM's predictor expects of each patch, seeing the whole image: (B, P)."""
+    assert model.part is not None
+    whole = model.whole(images)
+    nothing_BX = whole.numbers_BP[:, :0]
+    difficulty: Tensor = model.part.module(
+        whole.tokens, whole.numbers_BP, nothing_BX, whole.is_key, with_visible=True
+    )
+    return difficulty[..., 0].float()
+
+
+def hpm_part(
+    make_decoder: Callable[[int], nn.Module],
+    *,
+    difficulty_loss: str,
+    difficulty_weight: float,
+    **_: Any,
+) -> Part:
+    """A second decoder, which predicts one number of each hidden patch: its loss."""
+    compare = losses.DIFFICULTY[difficulty_loss]
+
+    def loss(predictor: nn.Module, seen: Seen) -> Tensor:
+        difficulty = predictor(
+            seen.tokens, seen.visible_BV, seen.hidden_BX, seen.is_key, with_visible=False
+        )
+        loss_B: Tensor = compare(difficulty[..., 0].float(), seen.errors_BX, seen.weight_BX)
+        return loss_B
+
+    return Part("predictor", make_decoder(1), loss, difficulty_weight, reads_tokens=True)
+
+
+def hpm_part_cost(
+    sizes: Sizes, visible: int, predicted: int, *, difficulty_loss: str, **_: Any
+) -> PartCost:
+    """That decoder's forward pass."""
+    forward = sizes.decoder(visible, visible + predicted, predicted)
+    return PartCost(forward, compares_pairs=difficulty_loss == "ranking")
+
+
+def hpm_guide_flops(sizes: Sizes, hidden_patches: int, **_: Any) -> int:
+    """The teacher's encoder and its second decoder on the whole image."""
+    patches = sizes.patches
+    return sizes.encoder(patches) + sizes.decoder(patches, patches, patches)
+
+
+def anatomask_guide_flops(
+    sizes: Sizes, hidden_patches: int, *, complementary: bool, **_: Any
+) -> int:
+    """The teacher fills in one random mask, or two complementary ones."""
+    if not complementary:
+        return sizes.reconstruction(hidden_patches)
+    halves = ((sizes.units + 1) // 2, sizes.units // 2)
+    return sum(sizes.reconstruction(half * sizes.patches_per_unit) for half in halves)
+
+
+def attmask_guide_flops(sizes: Sizes, hidden_patches: int, **_: Any) -> int:
+    """The teacher's encoder on the whole image, but for most of its last block."""
+    return sizes.encoder_attention()
 
 
 def attmask(
     request: MaskRequest,
     *,
     kind: Literal["high", "hint", "low"] = "high",
-    shown: Part = 0.1,
-    shown_from: Part = 0.1,
+    shown: Share = 0.1,
+    shown_from: Share = 0.1,
     guided: Schedule = ALL_GUIDED,
     momentum: Schedule = ATTMASK_MOMENTUM,
 ) -> Tensor:
@@ -146,3 +209,10 @@ def _fill_up(request: MaskRequest, is_first_BU: Tensor, is_last_BU: Tensor | Non
     if is_last_BU is not None:
         order_BU = order_BU.masked_fill(is_last_BU, 2.0)
     return hide_first(request, order_BU)
+
+
+STRATEGIES = {
+    "attmask": Strategy(attmask, guide_flops=attmask_guide_flops, is_alike_at_every_step=True),
+    "hpm": Strategy(hpm, guide_flops=hpm_guide_flops, part=hpm_part, part_cost=hpm_part_cost),
+    "anatomask": Strategy(anatomask, guide_flops=anatomask_guide_flops),
+}

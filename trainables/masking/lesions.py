@@ -16,20 +16,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from trainables import losses
 from trainables.late import Late
-from trainables.masking.request import MaskRequest, errors_under, hide_first, mean_of_real
+from trainables.masking.request import (
+    MaskRequest,
+    errors_under,
+    hide_first,
+    mean_of_real,
+    unit_to_patch,
+)
+from trainables.masking.strategy import Part, PartCost, Seen, Sizes, Strategy
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 else:
-    torch = Late("torch")
+    torch, nn = Late("torch"), Late("torch.nn")
 
-Part = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 NUM_DESCRIPTORS = 3
 CATEGORY_WIDTH = 16  # of the hidden layer of the head that tells categories
@@ -48,11 +56,11 @@ def amlp(
     iterations: Annotated[int, Field(ge=1)] = 10,
     lesion: Literal["highest_contrast", "smallest", "highest_loss"] = "highest_contrast",
     temperature: Annotated[float, Field(gt=0)] = 1.0,
-    share: Part = 0.5,
+    share: Share = 0.5,
     min_visible: Annotated[int, Field(ge=0)] = 1,
     category_weight: Annotated[float, Field(ge=0)] = 0.0,
     category_reading: Literal["median", "order", "margin"] = "median",
-    category_trust: Part = 0.5,
+    category_trust: Share = 0.5,
 ) -> Tensor:
     """Hide units that may hold lesions (AMLP, Wang et al. 2023): `share` of the hidden count.
 
@@ -75,10 +83,79 @@ def amlp(
     lesion_B = LESIONS[lesion](request, is_member_BUK, descriptors_BUF)
     scores_BU = lesion_scores(distances_BUK, is_member_BUK, lesion_B, temperature)
     if category_weight > 0:
-        assert request.model is not None
-        opinion_BU = request.model.category(descriptors_BUF).sigmoid()
+        assert request.model is not None and request.model.part is not None
+        opinion_BU = category(request.model.part.module, descriptors_BUF).sigmoid()
         scores_BU = scores_BU + category_trust * (opinion_BU - scores_BU)
     return hide_lesions(request, assignment_BU == lesion_B[:, None], scores_BU, share, min_visible)
+
+
+def category(head: nn.Module, descriptors_BUF: Tensor) -> Tensor:
+    """Whether each mask unit is hard to reconstruct, as a logit: (B, U)."""
+    logits: Tensor = head(descriptors_BUF)
+    return logits[..., 0].float()
+
+
+def amlp_part(
+    make_decoder: Callable[[int], nn.Module],
+    *,
+    category_weight: float,
+    category_reading: Literal["median", "order", "margin"],
+    **_: Any,
+) -> Part | None:
+    """A head that tells from a mask unit's descriptors whether it is hard."""
+    if category_weight == 0:
+        return None
+    head = nn.Sequential(
+        nn.Linear(NUM_DESCRIPTORS, CATEGORY_WIDTH), nn.GELU(), nn.Linear(CATEGORY_WIDTH, 1)
+    )
+
+    def loss(head: nn.Module, seen: Seen) -> Tensor:
+        found_BUF = descriptors(seen.images, seen.unit_grid, is_padded=seen.is_padded)
+        logits_BU = category(head, found_BUF)
+        logits_BP = unit_to_patch(logits_BU, seen.unit_grid, seen.patches_per_unit)
+        logits_BX = logits_BP.gather(1, seen.hidden_BX)
+        return losses.category_loss(
+            logits_BX, seen.errors_BX, seen.weight_BX, reading=category_reading
+        )
+
+    return Part("categories", head, loss, category_weight, reads_tokens=False)
+
+
+def amlp_part_cost(
+    sizes: Sizes,
+    visible: int,
+    predicted: int,
+    *,
+    category_weight: float,
+    category_reading: str,
+    **_: Any,
+) -> PartCost | None:
+    """The head's forward pass; descriptors ask for no gradient."""
+    if category_weight == 0:
+        return None
+    first = 2 * sizes.units * NUM_DESCRIPTORS * CATEGORY_WIDTH
+    forward = first + 2 * sizes.units * CATEGORY_WIDTH
+    return PartCost(forward, leaf=first, compares_pairs=category_reading == "order")
+
+
+def amlp_guide_flops(
+    sizes: Sizes,
+    hidden_patches: int,
+    *,
+    features: str,
+    lesion: str,
+    category_weight: float,
+    **_: Any,
+) -> int:
+    """What the options ask of the model; clustering counts little and is left out."""
+    flops = 0
+    if features == "encoder":
+        flops += sizes.encoder(sizes.patches)
+    if lesion == "highest_loss":
+        flops += sizes.reconstruction(hidden_patches)
+    if category_weight > 0:
+        flops += 2 * sizes.units * CATEGORY_WIDTH * (NUM_DESCRIPTORS + 1)
+    return flops
 
 
 def descriptors(images: Tensor, unit_grid: Sequence[int], *, is_padded: bool = False) -> Tensor:
@@ -112,11 +189,8 @@ def encoder_features(request: MaskRequest) -> Tensor:
 
     Standardised over the units of each image. Interpretation: the abstract names no features.
     """
-    from trainables.mae import patchify  # which needs the descriptors
-
     assert request.model is not None and request.images is not None
-    encoder = request.model.encoder
-    tokens_BPF = encoder(patchify(request.images, encoder.patch), None)[:, 1:].float()
+    tokens_BPF = request.model.whole(request.images).tokens[:, 1:].float()
     averaged_BFU = mean_of_real(request, tokens_BPF.transpose(1, 2))
     return _standardise(averaged_BFU.transpose(1, 2), request.is_padding_BU)
 
@@ -330,4 +404,8 @@ LESIONS: dict[str, Callable[..., Tensor]] = {
     "smallest": smallest,
     "highest_contrast": highest_contrast,
     "highest_loss": highest_loss,
+}
+
+STRATEGIES = {
+    "amlp": Strategy(amlp, guide_flops=amlp_guide_flops, part=amlp_part, part_cost=amlp_part_cost)
 }

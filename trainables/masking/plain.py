@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field
 from trainables import counter
 from trainables.late import Late
 from trainables.masking.request import MaskRequest, hide_first
+from trainables.masking.strategy import Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -288,3 +289,13 @@ def _ring_gaussian(edge: int, width: float, device: torch.device) -> Tensor:
     distance = places_S[:, None, None] - places_S[None, :, None] + around
     kernel_SS = (-0.5 * (distance / width) ** 2).exp().sum(2)
     return (kernel_SS / kernel_SS.sum(1, keepdim=True)).to(device)
+
+
+STRATEGIES = {
+    "random": Strategy(random),
+    "uniform": Strategy(uniform),
+    "grid": Strategy(grid),
+    "block": Strategy(block),
+    "color": Strategy(color),
+    "multiblock": Strategy(multiblock),
+}

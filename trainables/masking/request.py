@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainables.mae import MAE
+    from trainables.masking.strategy import Guide
 else:
     torch = Late("torch")
 
@@ -39,7 +39,7 @@ class MaskRequest:
     step: int
     samples_B: Tensor  # places in the global batch, int64
     images: Tensor | None = None  # standardised (B, C, *S), for strategies that look at them
-    model: MAE | None = None  # the teacher, for strategies that have one; else the model itself
+    model: Guide | None = None  # the teacher, for strategies that have one; else the model itself
     patches_per_unit: tuple[int, ...] = ()  # per axis; by default a unit is a patch
     is_padding_BU: Tensor | None = None  # units that hold nothing else; None: nothing is padded
 

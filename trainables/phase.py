@@ -1,0 +1,279 @@
+"""A phase of a trial: the training loop. Pretraining and segmentation fill in what differs.
+
+How it goes on after an interruption:
+1. Weights, moments and counters come from the newest checkpoint; nothing else has a memory.
+2. Order, crops, masks and flips are functions of (seed, step, place in the batch), so they have no
+   state.
+3. Steps after the checkpoint are done again and give the same numbers (bit by bit on a CPU).
+4. A checkpoint at a rung holds the rung's rows: they are reported again, and the answer obeyed.
+5. Told to leave, all workers save after the same step. Within an epoch the loss is a sum that is
+   still running on each of them: the checkpoint holds them all, so that rounding stays the same.
+
+To add a phase, write a function that builds a `Phase` and calls `train`; say in trial.py when it is
+run, and in metrics.PHASES where it comes.
+
+B images of this worker's part of the batch
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from trainables import checkpoint, counter, distributed
+from trainables.checkpoint import Saved
+from trainables.context import Context, Row
+from trainables.data.batches import Resident
+from trainables.endings import Ending
+from trainables.metrics import Phase as PhaseName
+from trainables.metrics import rows as metric_rows
+from trainables.optimizers import learning_rate, set_learning_rate
+
+HEARTBEAT_SECONDS = 0.3
+RUNNING_LOSS = "loop/running_loss"  # a checkpoint's tensor
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed before the first step."""
+
+    phase: PhaseName
+    num_images: int
+    batch: int  # images per step over all workers
+    steps: int
+    warmup_images: int
+    flops: list[float]  # done after each number of steps; the first is 0
+    rungs: dict[int, float]  # step -> share of the planned budget
+
+
+@dataclass(frozen=True)
+class Learner(Generic[Model]):
+    """What learns, on one worker."""
+
+    model: Model
+    trained: nn.Module  # the model, wrapped where there are several workers
+    optimizer: torch.optim.Optimizer
+    teacher: Model | None = None  # the model's moving average, if the strategy asks one
+    momentum: Callable[[float], float] | None = None  # of the teacher, by progress
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What pretraining and segmentation differ in."""
+
+    plan: Plan
+    share: slice  # of a batch, for this worker
+    learner: Learner[Any]
+    images: Resident  # to train on
+    # (images (B, C, *S), their labels, step, their places in the batch (B,)) -> mean loss
+    loss_of: Callable[[Tensor, Tensor | None, int, Tensor], Tensor]
+    # the steps since the rung before -> what is measured at a rung; a collective
+    evaluate: Callable[[range], dict[str, float]]
+    foreground: float = 0.0  # share of crops that are drawn around a labelled voxel
+    illustrate: Callable[[float], None] = lambda progress: None  # before the first step, at rungs
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a checkpoint holds besides tensors."""
+
+    phase: PhaseName
+    step: int = 0
+    loss_sum: float = 0.0  # since the rung before
+    device_seconds: float = 0.0
+    rung_step: int = 0
+    rung_device_seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)  # of the rung before
+
+
+def train(
+    phase: Phase, seed: int, context: Context, resume: Saved | None
+) -> tuple[Ending, list[Row]]:
+    """Train, or go on from a checkpoint; (how it ended, the rows of the newest rung)."""
+    plan, learner, where = phase.plan, phase.learner, phase.images.rows.device
+    samples_B = torch.arange(plan.batch, device=context.device)[phase.share]
+    places_B = samples_B.to(where)
+    counters = Counters(plan.phase)
+    if resume is not None:
+        checkpoint.unpack(learner.model, learner.optimizer, resume.tensors, learner.teacher)
+        counters = Counters(**resume.state)
+        if counters.step == counters.rung_step and told_to_stop(counters.rows, context):
+            return Ending.STOPPED, counters.rows
+    if counters.step == 0:
+        phase.illustrate(0.0)
+
+    distributed.reset_peak_memory(context.device)
+    loss_sum = running_loss(resume, context)
+    saved = started = beaten = time.perf_counter()
+    first_step = beaten_step = counters.step
+    for step, index_B in batches(seed, plan, counters.step, where):
+        images, labels = phase.images.draw(
+            index_B[phase.share], seed, step, places_B, foreground=phase.foreground
+        )
+        loss = phase.loss_of(images, labels, step, samples_B)
+        loss_sum += update(learner, loss, plan, step)
+
+        done = step + 1
+        now = time.perf_counter()
+        is_due = step == first_step or now - beaten > HEARTBEAT_SECONDS
+        if context.is_main and is_due:
+            speed = (done - beaten_step) * plan.batch / (now - beaten)
+            context.heartbeat(plan.phase, done / plan.steps, speed)
+            beaten, beaten_step = now, done
+
+        is_rung = done in plan.rungs
+        is_leaving = context.is_leaving(plan.phase, done)
+        if not (is_rung or is_epoch_end(done, plan)):
+            if is_leaving:
+                seconds = counters.device_seconds + now - started
+                counters = replace(counters, step=done, device_seconds=seconds)
+                save(counters, learner, context, distributed.from_all_workers(loss_sum, context))
+                return Ending.LEAVING, counters.rows
+            continue
+
+        # The only places where the host waits for the device
+        summed = distributed.sum_over_workers(loss_sum, context).item() / context.world_size
+        loss_sum.zero_()
+        now = time.perf_counter()
+        counters = replace(
+            counters,
+            step=done,
+            loss_sum=counters.loss_sum + summed,
+            device_seconds=counters.device_seconds + now - started,
+        )
+        if not math.isfinite(counters.loss_sum):
+            return Ending.DIVERGED, counters.rows
+
+        stop = False
+        if is_rung:
+            values = training_values(counters, plan, context)
+            values |= phase.evaluate(range(counters.rung_step, done))
+            if not all(map(math.isfinite, values.values())):
+                return Ending.DIVERGED, counters.rows
+            rows = metric_rows(
+                values,
+                phase=plan.phase,
+                step=done,
+                epoch=done * plan.batch / plan.num_images,
+                progress=plan.rungs[done],
+                seconds=counters.device_seconds,
+            )
+            phase.illustrate(plan.rungs[done])
+            stop = told_to_stop(rows, context)
+            counters = replace(
+                counters,
+                loss_sum=0.0,
+                rung_step=done,
+                rung_device_seconds=counters.device_seconds,
+                rows=rows,
+            )
+        if is_rung or is_leaving or now - saved > context.checkpoint_seconds:
+            save(counters, learner, context)
+            saved = time.perf_counter()
+        if stop:
+            return Ending.STOPPED, counters.rows
+        if is_leaving and done < plan.steps:
+            return Ending.LEAVING, counters.rows
+        started = time.perf_counter()
+    return Ending.COMPLETE, counters.rows
+
+
+def update(learner: Learner[Any], loss: Tensor, plan: Plan, step: int) -> Tensor:
+    """Learn from a batch; returns its loss, which asks for no gradient any more."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    seen = step * plan.batch + plan.batch // 2  # mid-batch, so no step has a rate of 0
+    rate = learning_rate(seen, plan.steps * plan.batch, plan.warmup_images)
+    set_learning_rate(learner.optimizer, rate)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.teacher is not None and learner.momentum is not None:
+        follow(learner.teacher, learner.model, learner.momentum((step + 1) / plan.steps))
+    return loss.detach()
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, model: nn.Module, momentum: float) -> None:
+    """Exponential moving average: teacher = momentum * teacher + (1 - momentum) * model."""
+    average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
+    average(list(teacher.parameters()), list(model.parameters()), 0)
+
+
+def rung_steps(rungs: Sequence[float], steps: int) -> dict[int, float]:
+    """step -> progress; of rungs that fall on one step the last is kept."""
+    return {max(1, round(progress * steps)): progress for progress in rungs}
+
+
+def batches(
+    seed: int, plan: Plan, first_step: int, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """(step, which training images make its batch): the epochs' orders end to end, cut evenly."""
+    epoch, order = -1, torch.empty(0)
+    for step in range(first_step, plan.steps):
+        position, end = step * plan.batch, (step + 1) * plan.batch
+        parts = []
+        while position < end:
+            if position // plan.num_images != epoch:
+                epoch = position // plan.num_images
+                order = counter.permutation(seed, "order", epoch, plan.num_images).to(device)
+            offset = position % plan.num_images
+            parts.append(order[offset : offset + end - position])
+            position += len(parts[-1])
+        yield step, torch.cat(parts)
+
+
+def is_epoch_end(done: int, plan: Plan) -> bool:
+    """Whether the last of `done` steps completed a pass over the images."""
+    return done * plan.batch // plan.num_images > (done - 1) * plan.batch // plan.num_images
+
+
+def training_values(counters: Counters, plan: Plan, context: Context) -> dict[str, float]:
+    """What training itself tells at a rung."""
+    steps = counters.step - counters.rung_step
+    seconds = counters.device_seconds - counters.rung_device_seconds
+    return {
+        "loss": counters.loss_sum / steps,
+        "images_per_second": steps * plan.batch / max(seconds, 1e-9),
+        "device_seconds": counters.device_seconds,
+        "flops": plan.flops[counters.step],
+        "planned_flops": plan.flops[-1],
+        "peak_memory": distributed.peak_memory(context.device),
+    }
+
+
+def told_to_stop(rows: list[Row], context: Context) -> bool:
+    """Report the rows of a rung; the same answer on every rank."""
+    return bool(distributed.decided_by_main(context.is_main and context.report(rows), context))
+
+
+def save(
+    counters: Counters, learner: Learner[Any], context: Context, losses: Tensor | None = None
+) -> None:
+    """Rank 0 writes a checkpoint; `losses` are the workers' sums since the counters' own."""
+    if not context.is_main:
+        return
+    began = time.perf_counter()
+    name = f"{context.attempt}-{counters.phase}-{counters.step:08d}"
+    tensors = checkpoint.pack(learner.model, learner.optimizer, learner.teacher)
+    if losses is not None:
+        tensors[RUNNING_LOSS] = losses
+    folder = context.folder / "checkpoints"
+    checkpoint.save(folder, name, tensors, asdict(counters), context.remote)
+    context.saved(time.perf_counter() - began)
+
+
+def running_loss(resume: Saved | None, context: Context) -> Tensor:
+    """This worker's sum of losses since the counters' own; 0 but in the middle of an epoch."""
+    if resume is None or RUNNING_LOSS not in resume.tensors:
+        return torch.zeros((), device=context.device)
+    losses = resume.tensors[RUNNING_LOSS].to(context.device)
+    # for another number of workers the mean counts; the last bits of the loss are others then
+    return losses[context.rank] if len(losses) == context.world_size else losses.mean()
