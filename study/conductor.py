@@ -34,6 +34,7 @@ from study.resume import (
     Step,
     Wait,
     infrastructure_error,
+    is_unfinished,
     next_step,
     num_planned,
 )
@@ -82,7 +83,7 @@ class Conductor:
         self.progress = Progress(
             study=spec.study,
             total=num_planned(self.spec),
-            done=len(self.results),
+            done=sum(not is_unfinished(result) for result in self.results.values()),
             metrics=[objective.metric for objective in spec.objectives],
             goals=[objective.goal for objective in spec.objectives],
         )

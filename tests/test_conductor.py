@@ -173,3 +173,15 @@ def test_nothing_is_started_beyond_the_budget_while_the_last_trial_runs(
     assert isinstance(conductor.next(), Wait)
     conductor.done(last, Ending.FAILED, "an error")
     assert isinstance(conductor.next(), Finished)
+
+
+def test_a_trial_that_is_to_be_run_again_does_not_count_as_done(
+    conductor: Conductor, spec: StudySpec
+) -> None:
+    control = conductor.next()
+    assert isinstance(control, Suggestion)
+    conductor.done(control, Ending.LOST, "its relay died")
+    resumed = Conductor(spec, conductor.ledger, DATA)
+    assert resumed.progress.num_done == 0
+    play(resumed, 0.5)
+    assert resumed.progress.num_done == 1
