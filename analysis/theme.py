@@ -7,13 +7,14 @@ lighter on black until thin lines are legible; each series also has a symbol of 
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+
+from trainables import durable
 
 # name -> (on a light page, on a dark page)
 COLOURS: dict[str, tuple[str, str]] = {
@@ -62,14 +63,10 @@ _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write aside, then rename, so that no half page is ever seen; returns where it lies."""
+    """No half page is ever seen; not synced, as it can be made again. Returns where it lies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with durable.replacing(path, synced=False) as aside:
         aside.write_bytes(page.encode("utf-8"))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

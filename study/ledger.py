@@ -46,6 +46,7 @@ import pyarrow.parquet as pq
 
 from study import mirror
 from study.folder import StudyFolder, is_trial_id
+from trainables import durable
 from trainables.errors import StorageError, UserError
 from trainables.storage import Tag, store
 
@@ -185,7 +186,7 @@ class Ledger:
         """
         for path in (folder.epochs, folder.suggestions, folder.trials):
             try:
-                _make_folder(path)
+                durable.make_folder(path)
             except OSError as error:
                 raise _write_error(path, error, 0) from error
         lock, ledger = _take_lock(folder), None
@@ -338,15 +339,14 @@ class Ledger:
             # the epoch in the name: a stale writer must not share it with the newer one
             aside = path.with_name(f"{path.name}.{self.epoch:06d}.tmp")
             try:
-                _make_folder(path.parent)
-                _write_new(aside, content)
+                durable.make_folder(path.parent)
+                durable.write_new(aside, content)
                 if not self.folder.remote:
                     self._check_fence()
-                os.replace(aside, path)
-                _sync_folder(path.parent)
+                durable.publish(aside, path)
             except OSError as error:
                 self._broken = _write_error(path, error, len(content))
-                _remove_quietly(aside)
+                durable.discard(aside)
                 try:
                     self._check_fence()  # a newer driver may have swept the file away
                 except FencedError as fenced:
@@ -377,7 +377,7 @@ class Ledger:
         if name in self._tags:
             store(self.folder.remote).remove([name])
             del self._tags[name]
-        _remove_quietly(path)
+        durable.discard(path)
 
     def _check_fence(self) -> None:
         if self.folder.remote:
@@ -527,12 +527,11 @@ def put_beside(folder: StudyFolder, path: Path, content: bytes) -> None:
         store(folder.remote).create(folder.name_of(path), content)
     aside = path.with_name(f"{path.name}.tmp")
     try:
-        _make_folder(path.parent)
-        _write_new(aside, content)
-        os.replace(aside, path)
-        _sync_folder(path.parent)
+        durable.make_folder(path.parent)
+        durable.write_new(aside, content)
+        durable.publish(aside, path)
     except OSError as error:
-        _remove_quietly(aside)
+        durable.discard(aside)
         raise _write_error(path, error, len(content)) from error
 
 
@@ -631,8 +630,8 @@ def _claim_epoch(folder: StudyFolder, holder: dict[str, Any]) -> int:
         epoch = _newest_epoch(folder) + 1
         path = folder.epoch(epoch)
         try:
-            _write_new(path, content)
-            _sync_folder(folder.epochs)
+            durable.write_new(path, content)
+            durable.sync(folder.epochs)
             return epoch
         except FileExistsError:  # somebody else came first
             continue
@@ -872,43 +871,6 @@ def _listed(place: Path) -> list[str]:
         return []
     except OSError as error:
         raise StorageError(f"{place}: cannot be listed: {error.strerror}") from error
-
-
-def _write_new(path: Path, content: bytes) -> None:
-    """Write and fsync a file that must not be there yet."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        left = memoryview(content)
-        while left:
-            left = left[os.write(descriptor, left) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folder(path: Path) -> None:
-    """Make a folder that survives a power cut, with those above it."""
-    if not path.is_dir():
-        _make_folder(path.parent)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path)
-        _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_quietly(path: Path) -> None:
-    """Clean up after an error that is already being told; the next `open` sweeps the rest."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        log.info("left %s for the next driver to sweep", path)
 
 
 def _write_error(path: Path, error: OSError, num_bytes: int) -> StorageError:

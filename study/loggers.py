@@ -18,8 +18,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ import pandas as pd
 from study import mirror
 from study.folder import StudyFolder
 from study.ledger import Outcome, Result, Suggestion, read_rows
+from trainables import durable
 from trainables.errors import UserError
 from trainables.named import Choice
 
@@ -91,7 +91,7 @@ def tensorboard(page: Page) -> str:
     place.mkdir(parents=True, exist_ok=True)
     has_rows = int(bool(page.rows))  # those of a second try follow the first one's end
     path = place / f"events.out.tfevents.{page.number:08d}.{has_rows}"
-    with _written_aside(path) as aside, aside.open("wb") as file:
+    with durable.replacing(path, only_writer=True) as aside, aside.open("wb") as file:
         writer = RecordWriter(file)
         for event in events:
             writer.write(event.SerializeToString())
@@ -264,19 +264,9 @@ def _plain(value: Any) -> Any:
 
 def _keep(folder: StudyFolder, path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _written_aside(path) as aside:
+    with durable.replacing(path, only_writer=True) as aside:
         aside.write_text(json.dumps(content))
     mirror.send(folder, path)
-
-
-@contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` at once and durably."""
-    aside = path.with_name(f".{path.name}.tmp")
-    yield aside
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 LOGGERS: dict[str, Callable[..., str]] = {

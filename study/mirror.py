@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from study.folder import StudyFolder
+from trainables import durable
 from trainables.errors import StorageError
 from trainables.storage import Entry, Tag, each_at_once, store
 
@@ -103,7 +104,9 @@ def remember(folder: StudyFolder, tags: dict[str, Tag]) -> None:
         for name, tag in tags.items()
         if (path := folder.root / name).is_file()
     }
-    _write_aside(folder.mirrored, json.dumps({"uri": folder.remote, "objects": held}).encode())
+    # not synced: a torn one counts as none
+    with durable.replacing(folder.mirrored, synced=False) as aside:
+        aside.write_text(json.dumps({"uri": folder.remote, "objects": held}))
 
 
 def exists(folder: StudyFolder) -> bool:
@@ -345,9 +348,3 @@ def _locked(folder: StudyFolder) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)

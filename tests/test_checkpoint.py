@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainables import checkpoint
+from trainables import checkpoint, durable
 from trainables.errors import StorageError
 
 torch.set_num_threads(1)
@@ -102,10 +102,9 @@ def operations(monkeypatch, crash_at):
     for owner, name in [
         (checkpoint, "save_file"),
         (checkpoint, "_write_json"),
-        (checkpoint.os, "fsync"),
-        (checkpoint.os, "replace"),
+        (durable.os, "fsync"),
+        (durable.os, "replace"),
         (checkpoint.shutil, "rmtree"),
-        (checkpoint.Path, "rename"),
     ]:
         monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
     return lambda: count

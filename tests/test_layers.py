@@ -61,6 +61,37 @@ def test_no_package_imports_what_only_tests_compare_with(library: str) -> None:
     assert users == []
 
 
+OF_OS = {"fsync", "fdatasync", "rename", "renames", "replace"}
+SYNC_OR_RENAME = {
+    "cluster/doctor.py",  # tries on purpose what a storage can do
+    "trainables/durable.py",
+}
+
+
+def syncs_or_renames(node: ast.AST) -> bool:
+    """With `os` or with pathlib, whose `replace` takes one argument, where that of a text has two.
+
+    A `rename` of pandas has a keyword.
+    """
+    match node:
+        case ast.ImportFrom(module="os", names=found):
+            return bool(OF_OS & {alias.name for alias in found})
+        case ast.Attribute(value=ast.Name(id="os"), attr=name):
+            return name in OF_OS
+        case ast.Call(func=ast.Attribute(attr="rename" | "replace"), args=[_], keywords=[]):
+            return True
+    return False
+
+
+def test_one_file_knows_how_a_write_survives_a_power_cut() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(map(syncs_or_renames, ast.walk(ast.parse(path.read_text()))))
+    }
+    assert found == SYNC_OR_RENAME
+
+
 def test_one_file_of_the_tests_imports_timm() -> None:
     users = [
         path.name

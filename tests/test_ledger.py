@@ -39,6 +39,7 @@ from study.ledger import (
     read_spec,
     read_suggestions,
 )
+from trainables import durable
 from trainables.errors import StorageError, UserError
 
 SPEC = "study: blobs\n"
@@ -679,6 +680,12 @@ class FaultyOs:
                 (target / name).write_bytes(torn[: len(torn) // 2])
 
 
+def give_os(patch: pytest.MonkeyPatch, faulty: FaultyOs) -> None:
+    """To every module through which a driver touches the disk."""
+    for module in (durable, ledger):
+        patch.setattr(module, "os", faulty)
+
+
 def history(folder: StudyFolder, acknowledged: list[str]) -> None:
     """A small study that goes on where it stopped, telling what was acknowledged."""
     known = {found.trial for found in read_suggestions(folder)}
@@ -727,7 +734,7 @@ def test_every_operation_may_fail_for_lack_of_space_and_nothing_is_lost(tmp_path
         faulty = FaultyOs(count, OSError(code, os.strerror(code)))
         acknowledged: list[str] = []
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, "os", faulty)
+            give_os(patch, faulty)
             try:
                 history(folder, acknowledged)
                 break
@@ -739,7 +746,7 @@ def test_every_operation_may_fail_for_lack_of_space_and_nothing_is_lost(tmp_path
         assert set(acknowledged) <= set(found), f"lost at operation {count}"
         assert len(found) <= len(acknowledged) + 1
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, "os", FaultyOs(0, PowerCut()))
+            give_os(patch, FaultyOs(0, PowerCut()))
             history(folder, [])
         assert sorted(published(folder)) == sorted(EVERYTHING)
         assert not list(folder.root.rglob("*.tmp"))
@@ -763,7 +770,7 @@ def cut_power_everywhere(tmp_path: Path, monkeypatch: Any, **faults: Any) -> int
         faulty = FaultyOs(count, PowerCut(), **faults)
         acknowledged: list[str] = []
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, "os", faulty)
+            give_os(patch, faulty)
             try:
                 history(folder, acknowledged)
                 finished = True
@@ -785,9 +792,9 @@ def test_power_may_go_at_every_operation_and_nothing_is_lost(tmp_path, monkeypat
 
 def write_in_place(self: Ledger, path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = ledger.os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    ledger.os.write(descriptor, content)
-    ledger.os.fsync(descriptor)
+    descriptor = durable.os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    durable.os.write(descriptor, content)
+    durable.os.fsync(descriptor)
     os.close(descriptor)
 
 
@@ -797,7 +804,7 @@ def test_the_power_cut_test_fails_without_fsync(tmp_path, monkeypatch):
 
 
 def test_the_power_cut_test_fails_without_fsync_of_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "_sync_folder", lambda path: None)
+    monkeypatch.setattr(durable, "sync", lambda path: None)
     with pytest.raises(AssertionError, match="lost at"):
         cut_power_everywhere(tmp_path, monkeypatch)
 
@@ -813,7 +820,7 @@ def test_a_disk_that_takes_little_at_a_time_gets_everything(folder, monkeypatch)
         def write(self, descriptor: int, content: memoryview) -> int:
             return os.write(descriptor, content[:100])
 
-    monkeypatch.setattr(ledger, "os", Sip(0, PowerCut()))
+    give_os(monkeypatch, Sip(0, PowerCut()))
     history(folder, [])
     assert sorted(published(folder)) == sorted(EVERYTHING)
 
@@ -821,7 +828,7 @@ def test_a_disk_that_takes_little_at_a_time_gets_everything(folder, monkeypatch)
 def test_after_a_failed_write_the_driver_writes_no_more(two_trials, monkeypatch):
     with Ledger.open(two_trials, {}) as writer:
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, "os", FaultyOs(3, OSError(errno.EIO, "Input/output error")))
+            give_os(patch, FaultyOs(3, OSError(errno.EIO, "Input/output error")))
             with pytest.raises(StorageError, match="Input/output error"):
                 writer.commit(suggestion(1), [row(2)], "b")
         with pytest.raises(StorageError, match="an earlier write failed"):

@@ -284,7 +284,7 @@ def test_notes_name_no_place_and_nothing_is_left_aside(folder: StudyFolder) -> N
     driver.end()
     note = json.loads(folder.logged("tensorboard", trial.trial).read_text())
     assert note == {"rows": 2, "outcome": None, "handle": "written"}
-    assert not list(folder.root.rglob("*.tmp"))
+    assert not [*folder.root.rglob("*.tmp"), *folder.root.rglob("*.partial")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trainables import durable
 from trainables.errors import StorageError
 from trainables.metrics import PHASES
 from trainables.storage import Store, store
@@ -74,11 +75,8 @@ def save(
         save_file(on_host, aside / _TENSORS)
         _write_json(aside / _STATE, state)
         files = {file: _fingerprint(aside / file) for file in (_TENSORS, _STATE)}
-        _sync(aside / _TENSORS)
         _write_json(aside / _MANIFEST, {"files": files})
-        _sync(aside)
-        os.replace(aside, target)
-        _sync(folder)
+        durable.publish_folder(aside, target)
         if remote:
             _send(store(remote), target)
         removed = _keep_newest(folder, target)
@@ -242,7 +240,7 @@ def _keep_newest(folder: Path, saved: Path) -> list[str]:
         if not path.name.startswith("."):
             removed.append(path.name)
             # out of sight in one step, so that no half-deleted checkpoint is ever listed
-            path = path.rename(folder / f".{path.name}.removed")
+            path = durable.rename(path, folder / f".{path.name}.removed")
         shutil.rmtree(path, ignore_errors=True)
     return removed
 
@@ -303,8 +301,8 @@ def _replace(aside: Path, target: Path) -> None:
     """Put a whole folder in place, unless another worker of this node has just done so."""
     try:
         if target.exists():
-            os.replace(target, target.with_name(f".{target.name}.{os.getpid()}.removed"))
-        os.replace(aside, target)
+            durable.rename(target, target.with_name(f".{target.name}.{os.getpid()}.removed"))
+        durable.rename(aside, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
             raise
@@ -328,13 +326,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False))
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

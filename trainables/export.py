@@ -8,7 +8,6 @@ encoder keeps its own names, and trainables.mae.Encoder loads it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trainables import durable
 from trainables.config import TrialConfig
 from trainables.errors import StorageError, UserError
 from trainables.mae import Encoder
@@ -62,12 +62,10 @@ def export_encoder(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{WEIGHTS}.partial"
-        save_file(timm_weights(encoder) if is_flat else own_weights(encoder), aside)
-        os.replace(aside, folder / WEIGHTS)
-        aside = folder / f".{DESCRIPTION}.partial"
-        aside.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
-        os.replace(aside, folder / DESCRIPTION)
+        with durable.replacing(folder / WEIGHTS, only_writer=True) as aside:
+            save_file(timm_weights(encoder) if is_flat else own_weights(encoder), aside)
+        with durable.replacing(folder / DESCRIPTION, only_writer=True) as aside:
+            aside.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise StorageError(f"{folder}: the encoder could not be written ({error})") from error
 

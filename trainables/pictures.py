@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trainables import durable
 from trainables.scores import IGNORED
 
 Pixels = npt.NDArray[np.uint8]
@@ -347,11 +347,10 @@ def _png(pixels: Pixels) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write aside, then rename, so that no half file is seen."""
+    """Not synced: training does not wait for a picture, and a torn one costs nothing else."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    with durable.replacing(path, synced=False) as aside:
+        aside.write_bytes(content)
 
 
 def _joined(tiles: Sequence[Pixels], axis: int) -> Pixels:

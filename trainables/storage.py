@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainables import durable
 from trainables.errors import StorageError, UserError
 
 KINDS = {"s3": "Amazon S3 and what speaks like it", "gs": "Google Cloud Storage", "az": "Azure"}
@@ -215,25 +216,17 @@ class Store:
 
     def download(self, name: str, path: Path, size: int) -> Tag:
         """An object of that size as a file, whole or not at all; its folder is made."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with aside.open("wb") as file:
-                with self._telling(name):
-                    if size <= PIECE_BYTES:
-                        found = self._store.get(name)
-                        tag = _tag(found.meta)
-                        file.write(found.bytes())
-                    else:
-                        tag = _tag(self._store.head(name))
-                        for start in range(0, size, PIECE_BYTES):
-                            length = min(PIECE_BYTES, size - start)
-                            file.write(self._store.get_range(name, start=start, length=length))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with durable.replacing(path) as aside, aside.open("wb") as file, self._telling(name):
+            if size <= PIECE_BYTES:
+                found = self._store.get(name)
+                tag = _tag(found.meta)
+                file.write(found.bytes())
+            else:
+                tag = _tag(self._store.head(name))
+                for start in range(0, size, PIECE_BYTES):
+                    length = min(PIECE_BYTES, size - start)
+                    file.write(self._store.get_range(name, start=start, length=length))
         return tag
 
     def probe(self) -> None:

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trainables import durable
 from trainables.config import canonical_json
 from trainables.data.measure import measure, spots_of
 from trainables.data.source import (
@@ -164,8 +165,7 @@ def write(source: Source, cache: Path, decoded: Hears = lambda done, parts: None
                 _decode_into(source, aside, fingerprint, decoded)
                 if folder.exists():
                     shutil.rmtree(folder)
-                os.rename(aside, folder)
-                _sync(cache)
+                durable.publish_folder(aside, folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
     except StorageError:
@@ -327,13 +327,9 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
         if isinstance(array, np.memmap):
             array.flush()
     (folder / "rows.json").write_text(canonical_json(rows))
-    files = sorted(path for path in folder.iterdir())
-    for path in files:
-        _sync(path)
+    files = sorted(folder.iterdir())
     meta |= {"fingerprint": fingerprint, "files": {p.name: p.stat().st_size for p in files}}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    _sync(folder / "meta.json")
-    _sync(folder)
     seconds = time.monotonic() - started
     _LOG.info("prepared %d images of %s in %.1f s", num_images, source.name, seconds)
 
@@ -357,11 +353,3 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file releases the lock, a dying process as well
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
