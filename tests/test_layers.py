@@ -92,6 +92,15 @@ def test_one_file_knows_how_a_write_survives_a_power_cut() -> None:
     assert found == SYNC_OR_RENAME
 
 
+def test_a_file_of_the_ledger_imports_only_from_those_before_it() -> None:
+    order = ["records", "files", "parts", "holding", "reading", "writing"]
+    found = {path.stem: path for path in (ROOT / "study/ledger").glob("*.py")}
+    assert found.keys() == {"__init__", *order}
+    for number, name in enumerate(order):
+        ours = {module.split(".")[2] for module in imported(found[name]) if "ledger." in module}
+        assert ours <= set(order[:number]), name
+
+
 def test_one_file_of_the_tests_imports_timm() -> None:
     users = [
         path.name

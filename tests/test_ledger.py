@@ -31,6 +31,7 @@ from study.ledger import (
     Result,
     Suggestion,
     damage,
+    holding,
     read_arms,
     read_environment,
     read_holder,
@@ -374,7 +375,7 @@ def test_clocks_do_not_matter(two_trials, monkeypatch):
         def now(zone: Any) -> pd.Timestamp:
             return pd.Timestamp(0, tz=zone)
 
-    monkeypatch.setattr(ledger, "datetime", Yesterday)
+    monkeypatch.setattr(holding, "datetime", Yesterday)
     with Ledger.open(two_trials, {}) as writer:
         writer.commit(suggestion(1), [row(1, 9.0), row(2, 0.5)], "c")
     for number, path in enumerate(sorted(two_trials.root.rglob("*"), reverse=True)):
@@ -682,7 +683,7 @@ class FaultyOs:
 
 def give_os(patch: pytest.MonkeyPatch, faulty: FaultyOs) -> None:
     """To every module through which a driver touches the disk."""
-    for module in (durable, ledger):
+    for module in (durable, holding):
         patch.setattr(module, "os", faulty)
 
 
