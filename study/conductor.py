@@ -176,9 +176,10 @@ class Conductor:
     def done(self, suggestion: Suggestion, ending: Ending, error: str | None) -> None:
         """Keep how a trial ended; one that is lost may go on, unless it was so too often."""
         trial = suggestion.trial
-        is_lost = ending is Ending.LOST
-        if is_lost:
-            error = infrastructure_error(self.results.get(trial), error or "no reason given")
+        before, failures = self.results.get(trial), 0
+        if ending is Ending.LOST:
+            failures = 1 + (before.infrastructure_failures if before else 0)
+            error = infrastructure_error(failures, error or "no reason given")
         began = self.running.pop(trial, None)
         reached: dict[str, float] = {}
         for metric, curve in self.measured.get(trial, {}).items():
@@ -186,10 +187,11 @@ class Conductor:
             reached[phase] = max(reached.get(phase, 0.0), *curve)
         result = Result(
             trial=trial,
-            outcome=Outcome.FAILED if is_lost else Outcome(ending),
+            outcome=Outcome.FAILED if failures else Outcome(ending),
             seconds=0.0 if began is None else time.monotonic() - began,
             error=error,
             progress=reached,
+            infrastructure_failures=failures,
         )
         self.ledger.finish(result)
         self.on_durable(suggestion, result)

@@ -9,7 +9,6 @@ gets no further seeds.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from study.spec import StudySpec
 
 RETRIES = 3  # of a trial that the infrastructure failed
-_COUNTED = re.compile(r"infrastructure \(failure (\d+)")
 
 
 @dataclass(frozen=True)
@@ -115,26 +113,17 @@ def next_step(
 
 def is_unfinished(result: Result | None) -> bool:
     """Whether a trial is to be run (again)."""
-    return result is None or (is_infrastructure(result) and num_failures(result) <= RETRIES)
+    return result is None or 0 < result.infrastructure_failures <= RETRIES
 
 
 def is_infrastructure(result: Result) -> bool:
     """A failure that says nothing about the arm."""
-    error = result.error or ""
-    return result.outcome is Outcome.FAILED and error.startswith("infrastructure")
+    return result.infrastructure_failures > 0
 
 
-def num_failures(result: Result | None) -> int:
-    """How often the infrastructure has failed this trial."""
-    if result is None or not is_infrastructure(result):
-        return 0
-    counted = _COUNTED.match(result.error or "")
-    return int(counted[1]) if counted else 1
-
-
-def infrastructure_error(before: Result | None, reason: str) -> str:
-    """The `error` of a Result for a failure of the infrastructure; it counts them."""
-    return f"infrastructure (failure {num_failures(before) + 1} of {RETRIES + 1}): {reason}"
+def infrastructure_error(failures: int, reason: str) -> str:
+    """The `error` of a Result whose trial the infrastructure has failed so often."""
+    return f"infrastructure (failure {failures} of {RETRIES + 1}): {reason}"
 
 
 def num_planned(spec: StudySpec) -> int:

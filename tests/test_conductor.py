@@ -140,8 +140,11 @@ def test_failures_of_the_infrastructure_are_retried_and_then_given_up(
 ) -> None:
     control = conductor.next()
     assert isinstance(control, Suggestion)
-    for _ in range(RETRIES):
+    for failures in range(1, RETRIES + 1):
         conductor.done(control, Ending.LOST, "3 worker groups died in it")
+        kept = read_results(folder)[control.trial]
+        assert kept.infrastructure_failures == failures
+        assert kept.error == f"infrastructure (failure {failures} of 4): 3 worker groups died in it"
         assert conductor.next() == control
     conductor.done(control, Ending.LOST, "3 worker groups died in it")
     following = conductor.next()

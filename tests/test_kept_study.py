@@ -30,7 +30,7 @@ from study.ledger import (
     read_suggestions,
 )
 from study.overview import is_finished
-from study.resume import Continue, is_infrastructure, num_failures
+from study.resume import Continue
 from study.spec import parse_spec
 from tests.studies import CLOCKED
 from trainables.config import TrialConfig
@@ -82,8 +82,7 @@ def test_it_is_read_as_it_was_written(folder: StudyFolder) -> None:
     outcomes = [results[each.trial].outcome for each in suggestions]
     assert outcomes == [Outcome.COMPLETE] * 3 + [Outcome.FAILED] * 2
     planted, lost = (results[each.trial] for each in suggestions[3:])
-    assert (is_infrastructure(planted), num_failures(planted)) == (False, 0)
-    assert (is_infrastructure(lost), num_failures(lost)) == (True, 2)
+    assert (planted.infrastructure_failures, lost.infrastructure_failures) == (0, 2)
     assert not is_finished(folder)
 
 

@@ -12,9 +12,7 @@ from study.resume import (
     Start,
     Wait,
     best_arms,
-    infrastructure_error,
     next_step,
-    num_failures,
 )
 from study.spec import parse_spec
 from study.stopping import collect
@@ -67,9 +65,9 @@ class Books:
         self.running.add(one.trial)
         return one
 
-    def end(self, one, value=0.5, outcome=Outcome.COMPLETE, error=None):
+    def end(self, one, value=0.5, outcome=Outcome.COMPLETE, error=None, failures=0):
         self.running.discard(one.trial)
-        self.results[one.trial] = Result(one.trial, outcome, 1.0, error, {})
+        self.results[one.trial] = Result(one.trial, outcome, 1.0, error, {}, failures)
         if outcome is Outcome.COMPLETE:
             self.rows.append(
                 {"trial": one.trial, "phase": "segment", "metric": "miou", "progress": 1.0,
@@ -142,19 +140,20 @@ def test_a_failure_of_the_infrastructure_is_tried_three_times_more():
     books = Books(study(trials=2))
     one = books.begin(books.next())
     for failures in (1, 2, 3):
-        error = infrastructure_error(books.results.get(one.trial), "node lost")
-        books.end(one, outcome=Outcome.FAILED, error=error)
-        assert num_failures(books.results[one.trial]) == failures
+        books.end(one, outcome=Outcome.FAILED, error="node lost", failures=failures)
         assert books.next() == Continue(one)
         books.begin(Continue(one))
-    error = infrastructure_error(books.results.get(one.trial), "node lost")
-    books.end(one, outcome=Outcome.FAILED, error=error)
+    books.end(one, outcome=Outcome.FAILED, error="node lost", failures=4)
     assert books.next().origin == "control:random-init"
 
 
 def test_a_failure_of_the_trial_itself_is_not_tried_again():
     books = Books(study())
-    books.end(books.begin(books.next()), outcome=Outcome.FAILED, error="ZeroDivisionError")
+    books.end(
+        books.begin(books.next()),
+        outcome=Outcome.FAILED,
+        error="infrastructure of mine is at fault",
+    )
     assert books.next().origin == "control:random-init"
 
 

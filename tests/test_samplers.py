@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from study.ledger import Outcome, Result, Suggestion
-from study.resume import RETRIES, Start, infrastructure_error, next_step
+from study.resume import Start, next_step
 from study.samplers import SAMPLERS, Brain
 from study.spec import parse_spec
 from study.stopping import collect
@@ -65,8 +65,8 @@ def suggestion(number, config, seed=0, origin="search", params=None):
     )
 
 
-def result(one, outcome=Outcome.COMPLETE, error=None):
-    return Result(one.trial, outcome, 1.0, error, {})
+def result(one, outcome=Outcome.COMPLETE, error=None, failures=0):
+    return Result(one.trial, outcome, 1.0, error, {}, failures)
 
 
 def row(one, value, progress=1.0, metric="probe_psnr"):
@@ -234,7 +234,7 @@ def test_a_value_that_is_not_finite_is_never_complete_and_the_search_goes_on(
 
 def test_failures_of_the_infrastructure_are_never_shown():
     brain, (one, other) = asked(study(), 2)
-    brain.tell(result(one, Outcome.FAILED, infrastructure_error(None, "node lost")))
+    brain.tell(result(one, Outcome.FAILED, "node lost", failures=1))
     assert states(brain) == [TrialState.RUNNING]
     assert brain.study().trials[0].params == other.params
     assert arm_id(brain.ask(0).config) != one.arm  # but the arm is known
@@ -312,11 +312,3 @@ def test_a_wide_space_is_never_exhausted_by_a_sampler_that_repeats_itself(monkey
     spec = study(sampler="random")
     suggestions, _ = run(spec, 3)
     assert len({one.arm for one in suggestions}) == 3
-
-
-def test_retries_of_the_infrastructure_are_counted_in_the_error():
-    one = suggestion(0, study().trial)
-    failed = None
-    for count in range(1, RETRIES + 2):
-        failed = result(one, Outcome.FAILED, infrastructure_error(failed, "node lost"))
-        assert failed.error == f"infrastructure (failure {count} of 4): node lost"

@@ -7,6 +7,7 @@ or nothing. Damage is a LedgerError that says how to mend it.
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -79,6 +80,8 @@ def read_result(folder: StudyFolder, trial: str) -> Result | None:
     if content is None:
         return None
     del content["parts"]
+    if "infrastructure_failures" not in content:
+        content["infrastructure_failures"] = _failures_told(content["error"])
     return _typed(Result, content, folder.outcome(trial))
 
 
@@ -207,6 +210,12 @@ def _read_outcome(folder: StudyFolder, trial: str) -> dict[str, Any] | None:
         return {**content, "outcome": Outcome(content["outcome"]), "parts": content["parts"]}
     except (KeyError, ValueError) as error:
         raise LedgerError(f"{path}: not an outcome: {error!r}. {_RESTORE_OUTCOME}") from error
+
+
+def _failures_told(error: str | None) -> int:
+    """By version 0.1.0, which counted the infrastructure's failures in the text of the error."""
+    told = re.match(r"infrastructure \(failure (\d+) of ", error or "")
+    return int(told[1]) if told else 0
 
 
 def _typed(kind: type[_Record], content: dict[str, Any], path: Path) -> _Record:

@@ -63,6 +63,8 @@ class Result:
     seconds: float
     error: str | None
     progress: dict[str, float]  # phase -> share of its budget done
+    # how often the infrastructure has failed it, this time included; 0: it ended by itself
+    infrastructure_failures: int = 0
 
 
 @dataclass(frozen=True)
