@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from analysis.figures import best_arm, ranking_numbers
+from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.tables import LARGEST_TEXT, StudyTables, final, lines_of
 from analysis.theme import plain
 

@@ -26,15 +26,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from analysis import theme
-from analysis.figures import (
-    FIGURES,
-    Drawn,
-    best_arm,
-    differences_numbers,
-    p_words,
-    ranking_numbers,
-    reported,
-)
+from analysis.figures import FIGURES, SECTIONS
+from analysis.figures.differences import differences_numbers, p_words
+from analysis.figures.drawn import Drawn
+from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.gallery import exhibits
 from analysis.statistics import FEWEST_SEEDS, detectable_difference
 from analysis.tables import (
@@ -46,6 +41,7 @@ from analysis.tables import (
     flatten,
     lines_of,
     load,
+    reported,
 )
 from analysis.theme import plain
 from study.folder import StudyFolder
@@ -53,38 +49,6 @@ from study.folder import StudyFolder
 MOST_LINES = 200  # of a table in the page; the CSV has all trials
 LONGEST_ERROR = 2000
 SETTINGS = ("seed", "sampler", "stopping", "probe", "budget")  # of the study file, told in words
-
-OF_VOLUMES = ("class_case_dice", "class_hd95", "class_nsd")  # left out where images are flat
-
-# anchor, word in the menu, title, lead, figures
-SECTIONS: list[tuple[str, str, str, str, list[str]]] = [
-    ("ranking", "Arms", "The arms, ranked", "", ["ranking"]),
-    (
-        "ratio-patch",
-        "Ratio × patch",
-        "Mask ratio and patch size",
-        "",
-        ["ratio_patch_psnr", "ratio_patch_miou"],
-    ),
-    ("schedules", "Schedules", "Masking schedules", "", ["schedules_psnr", "schedules_miou"]),
-    ("curves", "Curves", "Learning curves", "", ["curves_psnr", "curves_miou"]),
-    ("trade-offs", "Trade-offs", "Trade-offs", "", ["pareto_quality", "pareto_cost"]),
-    (
-        "cost",
-        "Cost",
-        "What the arms cost",
-        "Means over the complete trials of an arm.",
-        ["cost_flops", "cost_seconds", "cost_memory", "cost_speed"],
-    ),
-    ("control", "Control", "Against the control", "", ["differences"]),
-    (
-        "segmentation",
-        "Segmentation",
-        "Segmentation in detail",
-        "",
-        ["class_iou", "object_f1", *OF_VOLUMES],
-    ),
-]
 
 
 class Answer(NamedTuple):
@@ -117,8 +81,10 @@ def build_report(folder: Path | StudyFolder, output: Path | None = None) -> Path
 
 def render(tables: StudyTables) -> str:
     """The page as text."""
-    drawn = {name: draw(tables) for name, draw in FIGURES.items()}
-    drawn = {name: item for name, item in drawn.items() if item.figure or name not in OF_VOLUMES}
+    drawn = {name: figure.draw(tables) for name, figure in FIGURES.items()}
+    drawn = {
+        name: item for name, item in drawn.items() if item.figure or not FIGURES[name].needs_volumes
+    }
     content = {
         "template": theme.TEMPLATE,
         "figures": {name: plain_figure(item.figure) for name, item in drawn.items() if item.figure},
@@ -449,19 +415,13 @@ def _harmless(value: Any) -> Any:
 
 
 def _sections(drawn: dict[str, Drawn]) -> list[dict[str, Any]]:
-    placed = {name for *_, names in SECTIONS for name in names}
-    others = [name for name in drawn if name not in placed]
-    more = [("more", "More", "More figures", "", others)] if others else []
-    return [
-        {
-            "anchor": f"section-{anchor}",
-            "short": short,
-            "title": title,
-            "lead": lead,
-            "figures": [_item(name, drawn[name]) for name in names if name in drawn],
-        }
-        for anchor, short, title, lead, names in SECTIONS + more
-    ]
+    """Those of SECTIONS that have a figure, with their figures in the order of FIGURES."""
+    sections = []
+    for anchor, section in SECTIONS.items():
+        items = [_item(name, drawn[name]) for name in drawn if FIGURES[name].section == anchor]
+        if items:
+            sections.append({"anchor": f"section-{anchor}", **section._asdict(), "figures": items})
+    return sections
 
 
 def _item(name: str, drawn: Drawn) -> dict[str, Any]:

@@ -7,7 +7,7 @@ cover the truth in 73, 82 and 91 % of cases, those of t in 95.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,15 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
     half = _quantile(n - 1, confidence) * sd / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean, low and high; of a single value only the mean is a number."""
+    found = [float(value) for value in values]
+    if len(found) < 2:
+        return found[0], np.nan, np.nan
+    mean, low, high, _ = t_interval(found)
+    return mean, low, high
 
 
 def difference(

@@ -221,6 +221,13 @@ def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None
     return found.loc[~picked, ["arm", "seed", "trial", "value", "fresh"]].reset_index(drop=True)
 
 
+def reported(tables: StudyTables, prefix: str) -> list[str]:
+    """What stands behind `prefix`, such as the classes behind "segment/iou/", in their order."""
+    phase, _, start = prefix.partition("/")
+    metrics = tables.rows.loc[tables.rows["phase"] == phase, "metric"].unique()
+    return [metric.removeprefix(start) for metric in metrics if metric.startswith(start)]
+
+
 def mean_ratio(schedule: Mapping[str, Any]) -> float | None:
     """The hidden share averaged over progress and chance; None for a schedule unknown here."""
     function: Any = SCHEDULES.get(str(schedule.get("name")))

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis import figures, theme
-from analysis.figures import FIGURES, pareto_front
+from analysis import theme
+from analysis.figures import FIGURES, Figure
+from analysis.figures.classes import classes_numbers
+from analysis.figures.cost import cost_numbers
+from analysis.figures.differences import differences_numbers
+from analysis.figures.pareto import pareto_front, pareto_numbers
+from analysis.figures.ranking import best_arm, ranking_numbers
+from analysis.figures.ratio_patch import ratio_patch_numbers
+from analysis.figures.schedules import schedules_numbers
 from analysis.tables import MIOU, PSNR, StudyTables, complete_trials
 from study.ledger import Outcome
 from tests.synthetic import hand_made, study_tables
@@ -24,13 +34,21 @@ def tables() -> StudyTables:
     return study_tables(Path("study"), confirm_seeds=3)
 
 
+def numbers_of(figure: Figure) -> Callable[[StudyTables], Any]:
+    """What stands beside a figure's ink under its name and `_numbers`, with the same arguments."""
+    ink, arguments = figure.draw, {}
+    if isinstance(ink, partial):
+        ink, arguments = ink.func, ink.keywords
+    return partial(getattr(sys.modules[ink.__module__], f"{ink.__name__}_numbers"), **arguments)
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_a_pair_of_numbers_and_ink(name: str, tables: StudyTables) -> None:
-    function = FIGURES[name]
-    plain = function.func if isinstance(function, partial) else function
-    assert callable(getattr(figures, f"{plain.__name__}_numbers"))
-    drawn = function(tables)
-    assert len(drawn.numbers) > 0
+    numbers = numbers_of(FIGURES[name])(tables)
+    assert isinstance(numbers, pd.DataFrame)
+    assert len(numbers) > 0
+    drawn = FIGURES[name].draw(tables)
+    pd.testing.assert_frame_equal(drawn.numbers, numbers)
     assert drawn.figure is not None
     assert drawn.title and drawn.says.endswith(".")
     json.dumps(drawn.figure.to_plotly_json()["data"], default=list)
@@ -38,7 +56,8 @@ def test_every_figure_is_a_pair_of_numbers_and_ink(name: str, tables: StudyTable
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_without_data_says_why_in_a_sentence(name: str) -> None:
-    drawn = FIGURES[name](hand_made())
+    assert numbers_of(FIGURES[name])(hand_made()).empty
+    drawn = FIGURES[name].draw(hand_made())
     assert drawn.figure is None
     assert drawn.numbers.empty
     assert drawn.says.endswith(".")
@@ -47,7 +66,7 @@ def test_every_figure_without_data_says_why_in_a_sentence(name: str) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_figure_takes_tags_from_the_study(name: str) -> None:
     names = ("background", HOSTILE, "platelet")
-    drawn = FIGURES[name](
+    drawn = FIGURES[name].draw(
         study_tables(Path("study"), label=HOSTILE, classes=names, confirm_seeds=2)
     )
     assert drawn.figure is not None
@@ -56,7 +75,7 @@ def test_no_figure_takes_tags_from_the_study(name: str) -> None:
 
 
 def test_the_hostile_name_does_reach_figures_escaped() -> None:
-    drawn = FIGURES["schedules_miou"](study_tables(Path("study"), label=HOSTILE))
+    drawn = FIGURES["schedules_miou"].draw(study_tables(Path("study"), label=HOSTILE))
     assert drawn.figure is not None
     assert "&lt;img src=x onerror" in json.dumps(drawn.figure.to_plotly_json(), default=list)
 
@@ -82,7 +101,7 @@ def test_heat_map_cells_by_hand() -> None:
         {"arm": "d", "patch": 8, "ratio": 0.7, "miou": 0.99, "outcome": "stopped"},
         {"arm": "e", "patch": 8, "ratio": 0.7, "miou": 0.99, "origin": "control:random-init"},
     )
-    numbers = figures.ratio_patch_numbers(tables, MIOU).set_index(["patch", "ratio"])
+    numbers = ratio_patch_numbers(tables, MIOU).set_index(["patch", "ratio"])
     assert list(numbers.index) == [(4, "0.30"), (4, "0.70"), (8, "0.30")]
     assert list(numbers["mean"]) == pytest.approx([0.62, 0.50, 0.40])
     assert list(numbers["n"]) == [2, 1, 1]
@@ -100,13 +119,13 @@ def test_patches_of_numbers_and_of_lists_share_a_map() -> None:
         ),
         {"arm": "control", "origin": "control", "patch": 8, "miou": 0.5},
     )
-    numbers = figures.ratio_patch_numbers(tables, MIOU)
+    numbers = ratio_patch_numbers(tables, MIOU)
     assert list(numbers["patch"].unique()) == ["2x4x4", "4x8x8", 8, 16]
-    drawn = FIGURES["ratio_patch_miou"](tables)
+    drawn = FIGURES["ratio_patch_miou"].draw(tables)
     assert drawn.figure is not None
     assert list(drawn.figure.layout.yaxis.ticktext) == ["2x4x4", "4x8x8", "8", "16"]
-    for name, draw in FIGURES.items():
-        assert draw(tables).says, name
+    for name, figure in FIGURES.items():
+        assert figure.draw(tables).says, name
 
 
 def test_continuous_ratios_are_binned_and_schedules_count_with_their_mean() -> None:
@@ -115,7 +134,7 @@ def test_continuous_ratios_are_binned_and_schedules_count_with_their_mean() -> N
     tables = hand_made(
         *({"arm": f"a{i}", "ratio": ratio, "miou": 0.5} for i, ratio in enumerate(ratios))
     )
-    numbers = figures.ratio_patch_numbers(tables, MIOU)
+    numbers = ratio_patch_numbers(tables, MIOU)
     counts = dict(zip(numbers["ratio"], numbers["n"], strict=True))
     assert counts == {"0.0–0.2": 2, "0.2–0.4": 2, "0.4–0.6": 1, "0.6–0.8": 1, "0.8–1.0": 1}
 
@@ -124,7 +143,7 @@ def test_one_patch_size_is_no_map() -> None:
     tables = hand_made(
         {"arm": "a", "ratio": 0.3, "miou": 0.6}, {"arm": "b", "ratio": 0.7, "miou": 0.5}
     )
-    drawn = FIGURES["ratio_patch_miou"](tables)
+    drawn = FIGURES["ratio_patch_miou"].draw(tables)
     assert drawn.figure is None
     assert drawn.says == "Only one patch size was tried (8 px): no map."
 
@@ -138,11 +157,11 @@ def test_ranking_by_hand_and_confirmed_arms_first() -> None:
         {"arm": "good", "miou": 0.64, "origin": "confirm", "seed": 2},
         {"arm": "cut", "miou": 0.99, "outcome": "stopped"},
     )
-    numbers = figures.ranking_numbers(tables)
+    numbers = ranking_numbers(tables)
     assert list(numbers["arm"]) == ["good", "lucky", "control"]
     assert list(numbers["mean"]) == pytest.approx([0.62, 0.70, 0.50])
     assert list(numbers["n"]) == [2, 1, 1]
-    assert figures.best_arm(numbers) == "good"
+    assert best_arm(numbers) == "good"
 
 
 def test_differences_by_hand() -> None:
@@ -152,7 +171,7 @@ def test_differences_by_hand() -> None:
         *({"arm": "a", "seed": s, "miou": v + 0.1 + 0.01 * s} for s, v in enumerate(control)),
         {"arm": "b", "miou": 0.55},
     )
-    numbers = figures.differences_numbers(tables).set_index("arm")
+    numbers = differences_numbers(tables).set_index("arm")
     assert numbers.at["a", "mean"] == pytest.approx(0.11)
     assert numbers.at["a", "low"] == pytest.approx(0.11 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
     assert numbers.at["a", "paired"] and numbers.at["a", "n"] == 3
@@ -161,7 +180,7 @@ def test_differences_by_hand() -> None:
 
 
 def test_one_seed_per_arm_has_no_interval() -> None:
-    drawn = FIGURES["differences"](study_tables(Path("study")))
+    drawn = FIGURES["differences"].draw(study_tables(Path("study")))
     assert drawn.figure is None
     assert drawn.says.startswith("One seed: no interval.")
 
@@ -189,7 +208,7 @@ def test_stopped_trials_are_never_on_a_front() -> None:
         tables = hand_made(*trials)
         complete = tables.suggestions[tables.suggestions["trial"].isin(complete_trials(tables))]
         for x in (PSNR, "planned_flops"):
-            numbers = figures.pareto_numbers(tables, x, MIOU)
+            numbers = pareto_numbers(tables, x, MIOU)
             assert set(numbers["arm"]) == set(complete["arm"])
 
 
@@ -199,12 +218,12 @@ def test_cheap_is_good_on_the_front_of_cost() -> None:
         {"arm": "dear", "miou": 0.6, "flops": 5e12},
         {"arm": "worse", "miou": 0.5, "flops": 9e12},
     )
-    numbers = figures.pareto_numbers(tables, "planned_flops", MIOU).set_index("arm")
+    numbers = pareto_numbers(tables, "planned_flops", MIOU).set_index("arm")
     assert numbers["on_front"].to_dict() == {"cheap": True, "dear": True, "worse": False}
 
 
 def test_stopped_curves_are_marked_where_they_end(tables: StudyTables) -> None:
-    drawn = FIGURES["curves_psnr"](tables)
+    drawn = FIGURES["curves_psnr"].draw(tables)
     assert drawn.figure is not None
     marks = next(trace for trace in drawn.figure.data if trace.name == "ended early")
     stopped = tables.results["outcome"].value_counts()["stopped"]
@@ -213,7 +232,7 @@ def test_stopped_curves_are_marked_where_they_end(tables: StudyTables) -> None:
 
 
 def test_five_hundred_trials_are_a_handful_of_traces() -> None:
-    drawn = FIGURES["curves_psnr"](study_tables(Path("study"), trials=500))
+    drawn = FIGURES["curves_psnr"].draw(study_tables(Path("study"), trials=500))
     assert drawn.figure is not None
     assert len(drawn.figure.data) < 10
 
@@ -226,14 +245,14 @@ def test_schedules_by_hand() -> None:
         {"arm": "b", "ratio": rising | {"end": 0.9}, "miou": 0.8, "labels": labels},
         {"arm": "c", "ratio": 0.5, "miou": 0.5},
     )
-    numbers = figures.schedules_numbers(tables, MIOU).set_index("schedule")
+    numbers = schedules_numbers(tables, MIOU).set_index("schedule")
     assert list(numbers.index) == ["rising", "constant"]
     assert numbers.at["rising", "median"] == pytest.approx(0.7)
     assert list(numbers["n"]) == [2, 1]
 
 
 def test_classes_compare_the_best_arm_with_the_controls(tables: StudyTables) -> None:
-    numbers = figures.classes_numbers(tables, "segment/iou/")
+    numbers = classes_numbers(tables, "segment/iou/")
     assert list(dict.fromkeys(numbers["item"])) == [
         "background",
         "red cell",
@@ -248,14 +267,14 @@ def test_classes_compare_the_best_arm_with_the_controls(tables: StudyTables) -> 
 def test_distances_between_surfaces_say_their_unit_and_that_lower_is_better(
     tables: StudyTables,
 ) -> None:
-    drawn = FIGURES["class_hd95"](tables)
+    drawn = FIGURES["class_hd95"].draw(tables)
     assert drawn.figure is not None
     assert list(dict.fromkeys(drawn.numbers["item"])) == ["red cell", "white cell", "platelet"]
     assert "Lower is better." in drawn.says
     assert drawn.figure.layout.xaxis.title.text == "HD95 (validation, mm)"
     hovers = [words for trace in drawn.figure.data for words in trace.hovertext]
     assert hovers and all(words.endswith(" mm") for words in hovers)
-    assert "Lower is better." not in FIGURES["class_nsd"](tables).says
+    assert "Lower is better." not in FIGURES["class_nsd"].draw(tables).says
     measure = tables.measure("segment/hd95/platelet")
     assert (measure.title, measure.unit, measure.maximize) == ("HD95, platelet", "mm", False)
     assert measure.axis == "HD95, platelet (mm, lower is better)"
@@ -263,7 +282,7 @@ def test_distances_between_surfaces_say_their_unit_and_that_lower_is_better(
 
 
 def test_costs_are_means_over_complete_trials(tables: StudyTables) -> None:
-    numbers = figures.cost_numbers(tables, "planned_flops").set_index("group")
+    numbers = cost_numbers(tables, "planned_flops").set_index("group")
     rows = tables.rows[tables.rows["metric"] == "planned_flops"]
     control = rows[(rows["arm"] == numbers.at["control", "arm"]) & (rows["progress"] == 1)]
     expected = control.groupby("phase")["value"].mean()

@@ -15,20 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image, PngImagePlugin
 
 from analysis import gallery
-from analysis.figures import FIGURES
+from analysis.figures import FIGURES, Figure
+from analysis.figures.ranking import ranking
 from analysis.gallery import data_uri
-from analysis.report import (
-    OF_VOLUMES,
-    answer,
-    as_json,
-    build_report,
-    methods,
-    render,
-    results_csv,
-)
+from analysis.report import answer, as_json, build_report, methods, render, results_csv
 from analysis.tables import load
 from study.folder import StudyFolder
 from tests.synthetic import (
@@ -112,6 +106,31 @@ def test_the_parts_stand_in_order(page: Page) -> None:
     places = [page_text.rindex(part) for part in parts[2:]]
     assert places == sorted(places)
     assert page_text.index(parts[0]) < page_text.index(parts[1]) < places[0]
+
+
+def section_of(page: str, anchor: str) -> str:
+    return page.partition(f'<section id="section-{anchor}">')[2].partition("</section>")[0]
+
+
+def test_every_figure_is_drawn_in_its_section_with_title_and_numbers() -> None:
+    tables = study_tables(Path("s"), confirm_seeds=3)
+    page = render(tables)
+    content = next(body for kind, body in Page(page).scripts if kind == "application/json")
+    assert set(json.loads(content)["figures"]) == set(FIGURES)
+    for name, figure in FIGURES.items():
+        section = section_of(page, figure.section)
+        shown = section.partition(f'<figure id="{name}">')[2].partition("</figure>")[0]
+        title = escape(figure.draw(tables).title)
+        assert f"<h3>{title}</h3>" in shown and f'data-figure="{name}"' in shown, name
+        assert f"<caption>Numbers of: {title}</caption>" in shown, name
+
+
+def test_a_figure_without_a_section_stands_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FIGURES, "newcomer", Figure(ranking))
+    page = render(study_tables(Path("s")))
+    assert '<figure id="newcomer">' in section_of(page, "more")
+    assert '<a href="#section-more">More</a>' in page
+    assert page.index('id="section-more"') > page.index('id="section-segmentation"')
 
 
 def test_it_says_how_it_was_run(page: Page) -> None:
@@ -240,7 +259,7 @@ def test_the_smallest_distance_between_surfaces_leads() -> None:
     assert found.headline.partition(";")[0] == by_overlap.partition(";")[0]
     assert "; HD95 " in found.headline and " mm of the control." in found.headline
     assert any(sentence.startswith("Pretraining helps") for sentence in found.sentences)
-    assert "Lower is better." in FIGURES["ranking"](tables).says
+    assert "Lower is better." in FIGURES["ranking"].draw(tables).says
 
 
 def test_without_a_control_the_lowest_distance_is_called_lowest() -> None:
@@ -256,7 +275,9 @@ def test_scores_of_volumes_are_told_only_where_there_are_volumes() -> None:
     flat = replace(tables, rows=tables.rows[~tables.rows["metric"].str.match("hd95|nsd|case_")])
     for study, is_told in [(tables, True), (flat, False)]:
         page = render(study)
-        for name in OF_VOLUMES:
+        of_volumes = [name for name, figure in FIGURES.items() if figure.needs_volumes]
+        assert of_volumes
+        for name in of_volumes:
             assert (f'id="{name}"' in page) == is_told
         assert any("length of the volume" in words for words in methods(study)) == is_told
         assert 'id="class_iou"' in page

@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures import Drawn, curves, ratio_patch
+from analysis.figures.curves import curves
+from analysis.figures.drawn import Drawn
+from analysis.figures.ratio_patch import ratio_patch
 from analysis.gallery import CHANGING, KINDS, UNREADABLE, data_uri, shots, slices, unreadable
 from analysis.report import OUTCOMES, error_text, plain_figure
 from analysis.tables import Measure, StudyTables, flatten, title_of
