@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from markupsafe import Markup
 
 from analysis import theme
 from analysis.gallery import CHANGING, UNREADABLE, Hidden, Shot, data_uri, shots, size, unreadable
+from analysis.page import resource, write_page
 from analysis.theme import plain
 from trainables.edges import in_words
 
@@ -58,7 +58,7 @@ class Subjects(NamedTuple):
 
 def build_atlas(folder: Path, output: Path) -> Path:
     """Write the page about a folder that holds atlas.json; returns where it lies."""
-    return theme.write_page(output, render(folder))
+    return write_page(output, render(folder))
 
 
 def render(folder: Path) -> str:
@@ -69,7 +69,7 @@ def render(folder: Path) -> str:
     ]
     subjects = _subjects(sections)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    style = environment.from_string(_resource("atlas.css")).render(
+    style = environment.from_string(resource("atlas.css")).render(
         light=Markup(theme.css_variables(dark=False)),
         dark=Markup(theme.css_variables(dark=True)),
         font=Markup(theme.FONT),
@@ -78,7 +78,7 @@ def render(folder: Path) -> str:
         subjects=subjects,
     )
     classes = [plain(name) for name in about["classes"]]
-    page: str = environment.from_string(_resource("atlas.html")).render(
+    page: str = environment.from_string(resource("atlas.html")).render(
         policy=policy(style),
         style=Markup(style),
         study=plain(about["study"]),
@@ -203,7 +203,3 @@ def _bar(hidden: Hidden) -> dict[str, str]:
         "band_x": f"{50 - band:.2f}",
         "band_width": f"{2 * band:.2f}",
     }
-
-
-def _resource(name: str) -> str:
-    return resources.files("analysis").joinpath(name).read_text(encoding="utf-8")

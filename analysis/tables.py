@@ -34,6 +34,14 @@ PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"
 LARGEST_TEXT = 256 * 1024
 LONGEST_WORD = 60
 
+OUTCOMES = {  # how a trial ended: what that means
+    "complete": "spent the whole budget",
+    "stopped": "ended at a rung by the stopping rule",
+    "diverged": "the loss was not finite",
+    "out-of-memory": "did not fit into memory",
+    "failed": "ended by an error",
+}
+
 TITLES = {
     "probe_psnr": "probe PSNR",
     "probe_ssim": "probe SSIM",

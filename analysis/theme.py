@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-
-from trainables import durable
 
 # name -> (on a light page, on a dark page)
 COLOURS: dict[str, tuple[str, str]] = {
@@ -60,14 +57,6 @@ CLASSES = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#c
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]+")
-
-
-def write_page(path: Path, page: str) -> Path:
-    """No half page is ever seen; not synced, as it can be made again. Returns where it lies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with durable.replacing(path, synced=False) as aside:
-        aside.write_bytes(page.encode("utf-8"))
-    return path
 
 
 def colour(name: str) -> str:

@@ -19,10 +19,14 @@ from markupsafe import escape
 from PIL import Image, PngImagePlugin
 
 from analysis import gallery
+from analysis.answer import answer
 from analysis.figures import FIGURES, Figure
 from analysis.figures.ranking import ranking
 from analysis.gallery import data_uri
-from analysis.report import answer, as_json, build_report, methods, render, results_csv
+from analysis.methods import methods
+from analysis.page import as_json
+from analysis.report import build_report, render
+from analysis.results import results_csv
 from analysis.tables import load
 from study.folder import StudyFolder
 from tests.synthetic import (

@@ -29,7 +29,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from analysis import theme
-from analysis.report import as_json, policy, render, report_scripts, slices_style, with_common
+from analysis.page import as_json, policy, report_scripts, slices_style, with_common
+from analysis.report import render
 from analysis.tables import load
 from study.console import views
 from study.console.actions import ACTIONS, Hands

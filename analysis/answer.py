@@ -1,0 +1,187 @@
+"""The answer to the study's question, in sentences, and how sure it is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from analysis.figures.differences import differences_numbers, p_words
+from analysis.figures.ranking import best_arm, ranking_numbers
+from analysis.statistics import FEWEST_SEEDS, detectable_difference
+from analysis.tables import OUTCOMES, Measure, StudyTables, arm_scores, by_size
+
+
+class Answer(NamedTuple):
+    """`is_shown`: a difference from the control is shown beyond chance."""
+
+    headline: str
+    sentences: list[str]
+    is_shown: bool
+
+
+def answer(tables: StudyTables) -> Answer:
+    """What the data say to the question, and how sure that is."""
+    ranks = ranking_numbers(tables)
+    best = best_arm(ranks)
+    if best is None:
+        return Answer(
+            "No answer yet: no trial is complete.", [_progress_sentence(tables)], is_shown=False
+        )
+    goal = tables.objectives[0]
+    against = differences_numbers(tables)
+    line = ranks[ranks["arm"] == best].iloc[0]
+    control = ranks[ranks["group"] == "control"]
+    score = f"{goal.title} {goal.show(line['mean'])}"
+    sentences: list[str | None] = []
+    if line["group"] == "control":
+        headline = f"No searched arm is ahead of the control ({line['label']}; {score})."
+        if len(ranks[ranks["group"] == "search"]) == 0:
+            headline = f"Only controls are complete so far ({line['label']}; {score})."
+        is_shown = False
+    elif control.empty:
+        bound = "Highest" if goal.maximize else "Lowest"
+        headline = f"{bound} {goal.title} so far: {line['label']} ({goal.show(line['mean'])})."
+        sentences.append("The control is not complete, so there is nothing to compare it with yet.")
+        is_shown = False
+    else:
+        verdict = against[against["arm"] == best].iloc[0]
+        is_shown = is_beyond_chance(verdict) and (verdict["mean"] > 0) == goal.maximize
+        lead = "Best arm" if is_shown else "Ahead, but not shown to be better"
+        if verdict["n"] < 2:
+            lead = "Ahead, on one seed"
+        headline = (
+            f"{lead}: {line['label']}; {score} against {goal.show(control['mean'].iloc[0])} "
+            f"of the control."
+        )
+        sentences.append(_certainty(verdict, goal, tables))
+    sentences += [_pretraining_sentence(ranks, against, goal), _test_sentence(tables, best, goal)]
+    sentences += [_by_patch_sentence(tables, goal), _other_objectives(tables, ranks)]
+    sentences.append(_progress_sentence(tables))
+    return Answer(headline, [sentence for sentence in sentences if sentence], is_shown)
+
+
+def is_beyond_chance(verdict: Any) -> bool:
+    """Enough seeds, an interval that leaves out 0, and p still small after Holm's adjustment."""
+    return bool(
+        verdict["n"] >= FEWEST_SEEDS
+        and (verdict["low"] > 0 or verdict["high"] < 0)
+        and verdict["p_holm"] < 0.05
+    )
+
+
+def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
+    gap = goal.show(verdict["mean"], signed=True)
+    if verdict["n"] < 2:
+        return (
+            f"One seed: no interval. The difference ({gap}) may be chance, and the best of many "
+            f"single runs looks better than it is. To know, run the study with "
+            f"`confirm: {{arms: 3, seeds: 5}}` or with `seeds: 3` and more."
+        )
+    interval = f"{gap}, 95 % interval {goal.show(verdict['low'], signed=True)} to "
+    interval += goal.show(verdict["high"], signed=True)
+    how = f"{verdict['n']} {'seeds, paired' if verdict['paired'] else 'seeds or more, unpaired'}"
+    fresh = ""
+    if (tables.suggestions["origin"] == "confirm").any():
+        fresh = " on fresh seeds, without the trial that made the arm stand out"
+    elif len(tables.arms) > 2:
+        fresh = "; the same seeds chose the arm among many, so expect somewhat less on new ones"
+    if is_beyond_chance(verdict):
+        return (
+            f"The difference is {interval} ({how}; {p_words(verdict['p_holm'])} after Holm's "
+            f"adjustment){fresh}."
+        )
+    if verdict["n"] < FEWEST_SEEDS:
+        return (
+            f"The difference is {interval} ({how}). Two seeds are too few for a claim; "
+            f"take {FEWEST_SEEDS} or more."
+        )
+    if verdict["low"] > 0 or verdict["high"] < 0:
+        return (
+            f"The difference is {interval} ({how}); alone it would count, but after Holm's "
+            f"adjustment for all arms compared {p_words(verdict['p_holm'])}: not shown."
+        )
+    least = detectable_difference(verdict["sd"], int(verdict["n"])) if verdict["paired"] else None
+    missed = (
+        f" With this noise {verdict['n']} seeds show a difference of {goal.show(least)} or more "
+        f"in four of five studies; a smaller one needs more seeds."
+        if least
+        else ""
+    )
+    return f"The difference is {interval} ({how}): not told apart from none.{missed}"
+
+
+def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Measure) -> str | None:
+    """The control against the same network from random weights."""
+    scratch = against[against["group"] == "random-init"]
+    if scratch.empty:
+        return None
+    verdict = scratch.iloc[0]
+    control = ranks.loc[ranks["group"] == "control", "mean"].iloc[0]
+    bare = ranks.loc[ranks["group"] == "random-init", "mean"].iloc[0]
+    values = f"{goal.show(control)} with it, {goal.show(bare)} from random weights"
+    if verdict["n"] < 2:
+        return f"Pretraining (control's settings): {values}; one seed, so no interval."
+    low, high = sorted([-verdict["high"], -verdict["low"]])
+    interval = (
+        f"difference {goal.show(-verdict['mean'], signed=True)}, 95 % interval "
+        f"{goal.show(low, signed=True)} to {goal.show(high, signed=True)}, {verdict['n']} seeds"
+    )
+    if not is_beyond_chance(verdict):
+        return f"Pretraining (control's settings): {values}; {interval}: no effect shown."
+    helps = (verdict["mean"] < 0) == goal.maximize
+    word = "helps" if helps else "hurts"
+    return f"Pretraining {word} (control's settings): {values}; {interval}."
+
+
+def _test_sentence(tables: StudyTables, best: str, goal: Measure) -> str | None:
+    """The test split, on which nothing was chosen."""
+    phase, _, metric = goal.key.partition("/")
+    scores = arm_scores(tables, f"{phase}/test_{metric}").groupby("arm")["value"].mean()
+    if best not in scores.index:
+        return None
+    control = [arm for arm in scores.index if tables.arms.at[arm, "group"] == "control"]
+    words = f"On the test images, on which nothing was chosen: {goal.show(scores[best])}"
+    if control and control[0] != best:
+        words += f" against {goal.show(scores[control[0]])} of the control"
+    return words + "."
+
+
+def _by_patch_sentence(tables: StudyTables, goal: Measure) -> str | None:
+    scores = arm_scores(tables, goal.key)
+    searched = tables.arms["group"].isin(["search", "control"])
+    scores = scores[scores["arm"].isin(tables.arms.index[searched])]
+    patches = by_size(scores["arm"].map(tables.arms["patch"]))
+    groups = scores.groupby(patches, observed=True)["value"]
+    if groups.ngroups < 2:
+        return None
+    parts = [
+        f"patch {patch} {goal.show(values.mean())} (n = {len(values)})" for patch, values in groups
+    ]
+    return f"Mean {goal.title} by patch size, other settings mixed: {', '.join(parts)}."
+
+
+def _other_objectives(tables: StudyTables, ranks: pd.DataFrame) -> str | None:
+    parts = []
+    candidates = ranks.loc[ranks["group"].isin(["search", "control"]), "arm"]
+    for measure in tables.objectives[1:]:
+        means = arm_scores(tables, measure.key).groupby("arm")["value"].mean()
+        means = means[means.index.isin(candidates)]
+        if len(means):
+            arm = str(means.idxmax() if measure.maximize else means.idxmin())
+            bound = "highest" if measure.maximize else "lowest"
+            parts.append(
+                f"The {bound} {measure.title}, {measure.show(means[arm])}, is that of "
+                f"{tables.label(arm)}."
+            )
+    return " ".join(parts) or None
+
+
+def _progress_sentence(tables: StudyTables) -> str:
+    counts = tables.results["outcome"].value_counts()
+    asked = len(tables.suggestions)
+    parts = [f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if outcome in counts]
+    if waiting := asked - len(tables.results):
+        parts.append(f"{waiting} not ended yet")
+    trials = "1 trial" if asked == 1 else f"{asked} trials"
+    return f"It rests on {trials} of {len(tables.arms)} arms: {', '.join(parts) or 'none yet'}."

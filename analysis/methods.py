@@ -1,0 +1,50 @@
+"""What was measured, and why some numbers are not compared."""
+
+from __future__ import annotations
+
+from analysis.statistics import FEWEST_SEEDS
+from analysis.tables import StudyTables, reported
+from analysis.theme import plain
+
+
+def methods(tables: StudyTables) -> list[str]:
+    """What was measured, and why some numbers are not compared."""
+    probe = tables.spec.get("probe")
+    ratios = probe.get("ratios") if isinstance(probe, dict) else None
+    named = reported(tables, "pretrain/probe_psnr@") or ratios or []
+    shares = " and ".join(plain(ratio, 8) for ratio in named) or "several"
+    of_volumes = [
+        "Whole volumes. Dice per volume, HD95 and surface Dice are taken for each class in each "
+        "volume and averaged over volumes, then over classes without background. HD95 is the 95th "
+        "percentile of the distances between the true and the predicted surface, the worse of both "
+        "directions; lower is better. Surface Dice is the share of both surfaces within a "
+        "tolerance of the other. A class that a volume has neither truly nor by prediction is left "
+        "out there; one that only one of them has scores Dice 0, surface Dice 0, and as HD95 the "
+        "length of the volume's diagonal."
+    ]
+    return [
+        f"Probe PSNR. Each trial reconstructs the same validation images with the same regions "
+        f"hidden. The regions are fixed in pixels and do not depend on the trial's own ratio, "
+        f"patch size or schedule. The hidden shares are {shares}; the mean over them is reported. "
+        f"Only hidden pixels count, intensities run from 0 to 1, and PSNR is taken per image and "
+        f"then averaged. Higher is better.",
+        "Native PSNR uses each trial's own ratio and patch, as papers plot it. It is in the CSV "
+        "and is not ranked: a smaller ratio makes the task easier, and pasting the visible "
+        "patches into the picture adds −10·log10(ratio) dB, so that going from 0.75 to 0.25 "
+        "gains 4.77 dB with no better model.",
+        "Training losses are not compared. The loss is averaged over a trial's own hidden pixels, "
+        "so it changes with ratio, patch size and target even for the same model.",
+        "Segmentation. The pretrained encoder is fine-tuned with a U-Net Transformer. mIoU is the "
+        "mean over classes without background; objects are matched one to one at an IoU of 0.5, "
+        "and their F1 is split by size. The controls are the study file's own trial (control), "
+        "the same network from random weights (random-init), and with the encoder fixed (frozen).",
+        *(of_volumes if reported(tables, "segment/hd95") else []),
+        "Intervals are 95 % Student t intervals over seeds; differences are paired by seed where "
+        "two or more seeds are common, else Welch's. p values are Holm-adjusted over all arms "
+        f"compared with the control. A difference is called shown with {FEWEST_SEEDS} or more "
+        "seeds, an interval that leaves out zero, and an adjusted p below 0.05. Once an arm is "
+        "confirmed with fresh seeds, the trials that made it stand out no longer count for it.",
+        "Stopped trials are compared with others at their rung only. They have no final score, "
+        "are never ranked, and are never on a Pareto front. Planned FLOPs are those of the whole "
+        "budget.",
+    ]

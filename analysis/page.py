@@ -1,0 +1,88 @@
+"""What self-contained pages are made of: scripts, the policy that names them, figures as JSON."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from trainables import durable
+
+
+def write_page(path: Path, page: str) -> Path:
+    """No half page is ever seen; not synced, as it can be made again. Returns where it lies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with durable.replacing(path, synced=False) as aside:
+        aside.write_bytes(page.encode("utf-8"))
+    return path
+
+
+def report_scripts() -> tuple[str, str]:
+    """The two scripts of every report."""
+    return get_plotlyjs(), with_common(resource("report.js"))
+
+
+def with_common(script: str) -> str:
+    """A page's script behind what the pages share."""
+    return resource("common.js") + script
+
+
+def slices_style() -> str:
+    """How sheets of slices and their sliders look."""
+    return resource("slices.css")
+
+
+def policy(scripts: Iterable[str]) -> str:
+    """Nothing is loaded, and only these inline scripts run.
+
+    Plotly sets styles from script, so styles stay open; with nothing to load they cannot leak.
+    """
+    hashes = " ".join(
+        f"'sha256-{base64_of(hashlib.sha256(script.encode()).digest())}'" for script in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
+        f"img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def plain_figure(figure: go.Figure) -> dict[str, Any]:
+    """Data and layout for Plotly, without a template: the page has one for all."""
+    content = figure.to_plotly_json()
+    content["layout"].pop("template", None)
+    return {"data": content["data"], "layout": content["layout"]}
+
+
+def as_json(content: Any) -> str:
+    """JSON for a script element: six digits, no NaN, and nothing that could end the element."""
+    written = json.dumps(_finite(content), separators=(",", ":"), sort_keys=True, allow_nan=False)
+    return written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def base64_of(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def resource(name: str) -> str:
+    """A file beside this one, as text."""
+    return resources.files("analysis").joinpath(name).read_text(encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _finite(value.tolist())
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
