@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.figures.differences import differences_numbers, p_words
+from analysis.figures.differences import differences_numbers, p_words, values_by_seed
 from analysis.figures.ranking import best_arm, ranking_numbers
-from analysis.statistics import FEWEST_SEEDS, detectable_difference
+from analysis.statistics import FEWEST_SEEDS, detectable_difference, difference
 from analysis.tables import OUTCOMES, Measure, StudyTables, arm_scores, by_size
 
 
@@ -32,9 +32,9 @@ def answer(tables: StudyTables) -> Answer:
     against = differences_numbers(tables)
     line = ranks[ranks["arm"] == best].iloc[0]
     control = ranks[ranks["group"] == "control"]
-    score = f"{goal.title} {goal.show(line['mean'])}"
     sentences: list[str | None] = []
     if line["group"] == "control":
+        score = f"{goal.title} {goal.show(line['mean'])}"
         headline = f"No searched arm is ahead of the control ({line['label']}; {score})."
         if len(ranks[ranks["group"] == "search"]) == 0:
             headline = f"Only controls are complete so far ({line['label']}; {score})."
@@ -47,14 +47,9 @@ def answer(tables: StudyTables) -> Answer:
     else:
         verdict = against[against["arm"] == best].iloc[0]
         is_shown = is_beyond_chance(verdict) and (verdict["mean"] > 0) == goal.maximize
-        lead = "Best arm" if is_shown else "Ahead, but not shown to be better"
-        if verdict["n"] < 2:
-            lead = "Ahead, on one seed"
-        headline = (
-            f"{lead}: {line['label']}; {score} against {goal.show(control['mean'].iloc[0])} "
-            f"of the control."
-        )
+        headline = _beside_the_control(line, control.iloc[0], verdict, goal, is_shown)
         sentences.append(_certainty(verdict, goal, tables))
+    sentences.append(_random_weights_sentence(tables, ranks, goal))
     sentences += [_pretraining_sentence(ranks, against, goal), _test_sentence(tables, best, goal)]
     sentences += [_by_patch_sentence(tables, goal), _other_objectives(tables, ranks)]
     sentences.append(_progress_sentence(tables))
@@ -68,6 +63,28 @@ def is_beyond_chance(verdict: Any) -> bool:
         and (verdict["low"] > 0 or verdict["high"] < 0)
         and verdict["p_holm"] < 0.05
     )
+
+
+def _beside_the_control(
+    best: pd.Series, control: pd.Series, verdict: pd.Series, goal: Measure, is_shown: bool
+) -> str:
+    """The best searched arm and the control, lines of the ranking, in one sentence."""
+    own, others = goal.show(best["mean"]), goal.show(control["mean"])
+    if not is_shown and _is_ahead(control, best, goal):
+        return (
+            f"The control is ahead of the best searched arm ({best['label']}): {goal.title} "
+            f"{others} against {own}."
+        )
+    lead = "Best arm" if is_shown else "Ahead, but not shown to be better"
+    if verdict["n"] < 2:
+        lead = "Ahead, on one seed"
+    return f"{lead}: {best['label']}; {goal.title} {own} against {others} of the control."
+
+
+def _is_ahead(one: pd.Series, other: pd.Series, goal: Measure) -> bool:
+    """Whether an arm's mean is better than another's; arms are lines of the ranking."""
+    gap = one["mean"] - other["mean"]
+    return bool(gap > 0 if goal.maximize else gap < 0)
 
 
 def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
@@ -109,6 +126,32 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
         else ""
     )
     return f"The difference is {interval} ({how}): not told apart from none.{missed}"
+
+
+def _random_weights_sentence(tables: StudyTables, ranks: pd.DataFrame, goal: Measure) -> str | None:
+    """Told only where they are ahead of the best searched arm."""
+    searched, scratch = ranks[ranks["group"] == "search"], ranks[ranks["group"] == "random-init"]
+    if searched.empty or scratch.empty:
+        return None
+    best, bare = searched.iloc[0], scratch.iloc[0]
+    if not _is_ahead(bare, best, goal):
+        return None
+    words = (
+        f"Random weights, without any pretraining, are ahead of the best searched arm "
+        f"({best['label']}): {goal.title} {goal.show(bare['mean'])} against "
+        f"{goal.show(best['mean'])}"
+    )
+    values = values_by_seed(tables, goal.key)
+    found = difference(values[bare["arm"]], values[best["arm"]])
+    if found is None:
+        return f"{words}; one seed, so no interval."
+    words += (
+        f"; difference {goal.show(found.mean, signed=True)}, 95 % interval "
+        f"{goal.show(found.low, signed=True)} to {goal.show(found.high, signed=True)}, "
+        f"{found.n} seeds"
+    )
+    is_shown = found.n >= FEWEST_SEEDS and (found.low > 0 or found.high < 0)
+    return f"{words}." if is_shown else f"{words}: not told apart from none."
 
 
 def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Measure) -> str | None:

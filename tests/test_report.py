@@ -12,6 +12,7 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,72 @@ def test_a_control_that_wins_is_named() -> None:
     )
     assert found.headline.startswith("No searched arm is ahead of the control")
     assert not found.is_shown
+
+
+def test_a_control_ahead_of_the_confirmed_arm_is_named() -> None:
+    """Fresh seeds put an arm before the control in rank, however low they are."""
+    confirmed = {"arm": "a", "seed": 1, "origin": "confirm", "miou": 0.5}
+    control = {"arm": "c", "origin": "control", "miou": 0.6}
+    found = answer(hand_made(control, {"arm": "a", "miou": 0.7}, confirmed))
+    assert found.headline == (
+        "The control is ahead of the best searched arm (patch 8, ratio 0.50): mIoU 0.600 against "
+        "0.500."
+    )
+    assert not found.is_shown
+
+
+def random_weights_of(*trials: dict[str, Any]) -> list[str]:
+    """What is said of random weights against searched arms; the control has 0.50."""
+    found = answer(hand_made({"arm": "c", "origin": "control", "miou": 0.5}, *trials))
+    return [sentence for sentence in found.sentences if sentence.startswith("Random weights")]
+
+
+def test_random_weights_ahead_of_every_searched_arm_are_named() -> None:
+    scratch = {"arm": "r", "origin": "control:random-init", "miou": 0.6}
+    assert random_weights_of(scratch, {"arm": "a", "miou": 0.55}, {"arm": "b", "miou": 0.4}) == [
+        "Random weights, without any pretraining, are ahead of the best searched arm "
+        "(patch 8, ratio 0.50 [a]): mIoU 0.600 against 0.550; one seed, so no interval."
+    ]
+    assert random_weights_of(scratch, {"arm": "a", "miou": 0.65}) == []
+    assert random_weights_of(scratch, {"arm": "a", "miou": 0.6}) == []
+    assert random_weights_of(scratch) == []
+
+
+@pytest.mark.parametrize(
+    ("gaps", "words"),
+    [
+        ((0.10, 0.11, 0.12), "difference +0.110, 95 % interval +0.085 to +0.135, 3 seeds."),
+        (
+            (0.10, 0.00, 0.20),
+            "difference +0.100, 95 % interval −0.148 to +0.348, 3 seeds: not told apart from none.",
+        ),
+        (
+            (0.10, 0.11),
+            "difference +0.105, 95 % interval +0.041 to +0.169, 2 seeds: not told apart from none.",
+        ),
+    ],
+)
+def test_how_sure_it_is_that_random_weights_are_ahead(gaps: tuple[float, ...], words: str) -> None:
+    """The half width is t(0.975, n - 1) times the gaps' deviation over the root of n."""
+    searched = [{"arm": "a", "seed": seed, "miou": 0.6} for seed in range(len(gaps))]
+    scratch = [
+        {"arm": "r", "seed": seed, "origin": "control:random-init", "miou": 0.6 + gap}
+        for seed, gap in enumerate(gaps)
+    ]
+    (sentence,) = random_weights_of(*searched, *scratch)
+    assert sentence.endswith(f"; {words}")
+
+
+def test_random_weights_ahead_have_the_smaller_value_where_less_is_better() -> None:
+    def told(scratch: float) -> bool:
+        tables = hand_made(
+            {"arm": "r", "origin": "control:random-init", "miou": 0.9, "flops": scratch},
+            {"arm": "a", "miou": 0.1, "flops": 5e12},
+        )
+        tables.spec["objectives"] = [{"metric": "pretrain/planned_flops", "goal": "minimize"}]
+        return any(sentence.startswith("Random weights") for sentence in answer(tables).sentences)
+
+    assert told(4e12) and not told(6e12)
 
 
 def test_a_smaller_value_wins_where_less_is_better() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 import pandas as pd
 
@@ -22,11 +24,7 @@ def differences_numbers(tables: StudyTables) -> pd.DataFrame:
     ranks = ranking_numbers(tables)
     if "control" not in set(ranks["group"]):
         return pd.DataFrame(columns=columns)
-    scores = arm_scores(tables, tables.objectives[0].key)
-    by_seed = {
-        arm: dict(zip(found["seed"], found["value"], strict=True))
-        for arm, found in scores.groupby("arm")
-    }
+    by_seed = values_by_seed(tables, tables.objectives[0].key)
     control = by_seed[ranks.loc[ranks["group"] == "control", "arm"].iloc[0]]
     lines = []
     for line in lines_of(ranks[ranks["group"] != "control"]):
@@ -46,6 +44,14 @@ def differences_numbers(tables: StudyTables) -> pd.DataFrame:
     tested = numbers["p"].notna()
     numbers.loc[tested, "p_holm"] = holm(list(numbers.loc[tested, "p"]))
     return numbers
+
+
+def values_by_seed(tables: StudyTables, metric: str) -> dict[str, dict[Hashable, float]]:
+    """Arm -> seed -> value, of the values that may speak for an arm."""
+    return {
+        str(arm): dict(zip(found["seed"], found["value"], strict=True))
+        for arm, found in arm_scores(tables, metric).groupby("arm")
+    }
 
 
 def differences(tables: StudyTables) -> Drawn:
