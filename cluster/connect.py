@@ -14,7 +14,9 @@ from typing import Any
 import ray
 from ray._private import services
 from ray._private.state import available_resources_per_node
+from ray.exceptions import AuthenticationError
 
+from cluster.errors import ClusterError, NotStarted
 from cluster.placement import Room
 
 BEGAN = "to go on if interrupted: "  # a driver says it once nothing refuses its study
@@ -29,10 +31,6 @@ OF_A_BUSY_MACHINE = {
     "RAY_agent_register_timeout_ms": f"{1000 * START_SECONDS:.0f}",
 }
 ADVISED_RAY = (2, 55)  # fixes CVE-2026-41486; older versions are refused
-
-
-class NotStarted(RuntimeError):
-    """Ray could not be started on this machine."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +51,13 @@ def address() -> str | None:
 def connect(say: Callable[[str], None]) -> Connection:
     """Initialise Ray: the cluster at `RAY_ADDRESS`, else a private one on this machine.
 
-    NotStarted: it could not be started here.
+    NotStarted: it could not be started here. ClusterError: that cluster cannot be joined.
     """
     check_version(ray.__version__)
     env_vars = quiet_environment()
     os.environ.update(env_vars)  # Tune reads some of it here; a cluster that we start inherits it
     place = address()
-    if place is None:
-        context = _start(say)
-    else:
-        context = ray.init(
-            address=place,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": env_vars},
-        )
+    context = _start(say) if place is None else _join(place, env_vars)
     return Connection(
         head=ray.get_runtime_context().gcs_address,
         dashboard=f"http://{context.dashboard_url}" if context.dashboard_url else None,
@@ -91,6 +81,23 @@ def quiet_environment() -> dict[str, str]:
     }
 
 
+def _join(place: str, env_vars: dict[str, str]) -> Any:
+    """The cluster whose head is at that address."""
+    try:
+        return ray.init(
+            address=place,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": env_vars},
+        )
+    except (RuntimeError, ConnectionError, AuthenticationError) as error:
+        raise ClusterError(
+            f"Ray at {place}: {error}; expected a head that runs there and can be reached, and, "
+            f"where it wants a token, RAY_AUTH_MODE=token with the token in ~/.ray/auth_token or "
+            f"RAY_AUTH_TOKEN"
+        ) from error
+
+
 def _start(say: Callable[[str], None]) -> Any:
     """A private cluster. One whose processes live is waited for; one that died is tried again."""
     for name, value in OF_A_BUSY_MACHINE.items():
@@ -112,8 +119,9 @@ def _start(say: Callable[[str], None]) -> Any:
             seconds = time.monotonic() - began
             if not left or seconds > START_SECONDS:
                 raise NotStarted(
-                    f"it did not start within {seconds:.0f} s ({error}); this machine seems too "
-                    f"busy, or has no room for it. Run the same command again later"
+                    f"Ray on this machine: it did not start within {seconds:.0f} s ({error}); "
+                    f"this machine seems too busy, or has no room for it. Run the same command "
+                    f"again later"
                 ) from error
             say(f"Ray did not start ({error}); trying again")
     raise AssertionError
@@ -195,7 +203,7 @@ def check_version(version: str) -> None:
     """Refuse a Ray with known remote-code-execution advisories."""
     if tuple(int(part) for part in version.split(".")[:2]) < ADVISED_RAY:
         advised = ".".join(map(str, ADVISED_RAY))
-        raise RuntimeError(
+        raise ClusterError(
             f"Ray {version} has known security advisories; at least {advised} is needed: "
             f"pip install 'ray>={advised}'"
         )

@@ -65,7 +65,7 @@ Facts = dict[str, Any]
 
 
 def cluster_verdicts(address: str, storage: str | None) -> list[Verdict]:
-    """Judge the cluster behind a dashboard. RuntimeError: it cannot be looked at."""
+    """Judge the cluster behind a dashboard. ClusterError: it cannot be looked at."""
     facts = cluster_facts(address, storage)
     judges = VERDICTS if _answering(facts) else [nodes_answer]
     return [verdict for judge in judges for verdict in judge(facts)]
@@ -87,9 +87,11 @@ def machine_verdicts(storage: Path | str, cache: Path) -> list[Verdict]:
 def cluster_facts(address: str, storage: str | None) -> Facts:
     """What a job on the cluster found, and whether its dashboard answers without a token.
 
-    The job is this file's text and nothing else, so that it runs where uploading packages fails.
+    The job is this file's text and nothing else, so that it runs where uploading packages fails:
+    what this file imports of ours, it imports where the job does not come.
     """
     from cluster import jobs
+    from cluster.errors import ClusterError
 
     text = base64.b64encode(zlib.compress(Path(__file__).read_bytes())).decode()
     code = f"import base64, zlib; exec(zlib.decompress(base64.b64decode('{text}')))"
@@ -98,20 +100,22 @@ def cluster_facts(address: str, storage: str | None) -> Facts:
     log = jobs.call(address, entrypoint, variables=variables, timeout=JOB_SECONDS)
     lines = [line for line in log.splitlines() if line.startswith(MARK)]
     if not lines:
-        raise RuntimeError(f"{address}: the job that looks at the nodes found nothing:\n{log}")
+        raise ClusterError(f"{address}: the job that looks at the nodes found nothing:\n{log}")
     facts: Facts = json.loads(lines[-1].removeprefix(MARK))
     return {**facts, "open": answers_without_token(address)}
 
 
 def answers_without_token(address: str) -> bool:
     """Whether whoever reaches the dashboard may run code."""
+    from cluster.errors import ClusterError
+
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=20):
             return True
     except urllib.error.HTTPError:
         return False
     except OSError as error:
-        raise RuntimeError(f"{address}: {error}") from error
+        raise ClusterError(f"{address}: {error}") from error
 
 
 def look(folder: str | None, token: str | None) -> Facts:
@@ -397,6 +401,15 @@ def _objects(uri: str) -> Any:
     )
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What a folder throws, or a store, one that cannot be opened included."""
+    try:
+        from obstore.exceptions import BaseError
+    except ImportError:
+        return OSError, ValueError, ImportError
+    return OSError, ValueError, NotImplementedError, BaseError
+
+
 def _why(error: Exception) -> str:
     """An error of a file system or of a store, in a line."""
     if isinstance(error, ImportError):
@@ -416,7 +429,7 @@ def _leave_token(storage: str | None) -> tuple[str, str | None]:
         else:
             Path(place).mkdir(parents=True)
             (Path(place) / "head").write_text(token)
-    except Exception as error:  # a store fails in many ways
+    except _failures() as error:
         return f"{storage}: the head cannot write there: {_why(error)}", None
     return place, token
 
@@ -447,7 +460,7 @@ def _exchange(place: str, token: str) -> Facts:
             (Path(place) / f"node-{left[:8]}").write_text(left)
     except FileNotFoundError:
         return {"left": left, "error": f"{storage} is not the head's there"}
-    except Exception as error:  # a store fails in many ways
+    except _failures() as error:
         return {"left": left, "error": f"{storage}: {_why(error)}"}
     return {"left": left, "error": "" if found == token else f"{storage} is another one there"}
 
@@ -456,20 +469,21 @@ def _can_keep(uri: str) -> list[Verdict]:
     """Write, refuse to overwrite, read and remove an object, as a ledger does."""
     name, problem = f".doctor-{secrets.token_hex(4)}", Level.PROBLEM
     try:
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
         objects = _objects(uri)
         objects.put(name, b"doctor", mode="create")
         try:
             objects.put(name, b"again", mode="create")
-        except Exception as error:
-            if type(error).__name__ not in ("AlreadyExistsError", "PreconditionError"):
-                raise
+        except (AlreadyExistsError, PreconditionError):
+            pass
         else:
             told = f"{uri}: overwrites what it is asked to keep, so two drivers could take a study"
             way_out = "a store with conditional writes (If-None-Match), or a folder"
             return [Verdict("storage", problem, told, way_out)]
         finally:
             objects.delete(name)
-    except Exception as error:  # a store fails in many ways
+    except _failures() as error:
         way_out = "see the bucket, the credentials in the environment, and maskstudy[cloud]"
         return [Verdict("storage", problem, f"{uri}: {_why(error)}", way_out)]
     told = f"{uri}: objects can be written, kept from being overwritten, read and removed"

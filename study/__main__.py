@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from trainables.errors import RayStartError, StorageError, UserError
+from cluster.errors import ClusterError
+from trainables.errors import StorageError, UserError
 
 EXIT_INTERRUPTED = 130
 
@@ -268,10 +269,10 @@ def _build_report(folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: the user's errors become one message and an exit code."""
+    """Entry point: errors that are the user's to mend become one message and an exit code."""
     try:
         app(args=arguments, standalone_mode=True)
-    except (UserError, StorageError, RayStartError) as error:
+    except (UserError, StorageError, ClusterError) as error:
         print(f"maskstudy: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -21,7 +21,6 @@ from study import mirror, requests
 from study.environment import environment
 from study.folder import Storage, StudyFolder, is_trial_id
 from study.ledger import (
-    HeldError,
     Ledger,
     Suggestion,
     damage,
@@ -255,8 +254,7 @@ def _resume_as_job(name: str, address: str, storage: str | None) -> None:
         return
     # a storage that is only seen from the cluster is as good, if it is named
     place = Storage.of(storage) if storage else folder.storage if folder is not None else None
-    job, link = _jobs(
-        jobs.resubmit,
+    job, link = jobs.resubmit(
         address,
         name,
         home=_home(name, Storage.of(storage) if storage else None),
@@ -366,8 +364,7 @@ def submit(path: Path, address: str, storage: str | None) -> None:
     folder = _seen_here(studies.study(spec.study)) if studies is not None else None
     if folder is not None and not _needs_a_driver(folder, address, spec):
         return
-    job, link = _jobs(
-        jobs.submit,
+    job, link = jobs.submit(
         address,
         path,
         study=spec.study,
@@ -390,9 +387,7 @@ def stop(name: str, address: str | None, storage: str | None) -> None:
     if address:
         from cluster import jobs
 
-        job = _jobs(
-            jobs.stop, address, name, home=_home(name, Storage.of(storage) if storage else None)
-        )
+        job = jobs.stop(address, name, home=_home(name, Storage.of(storage) if storage else None))
         text = f"stopped job {job}" if job else f"no job of study {name!r} is running"
         console.print(text, markup=False)
         return
@@ -445,7 +440,7 @@ def logs(name: str, address: str, follow: bool) -> None:
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
-    _jobs(jobs.logs, address, name, write, follow=follow)
+    jobs.logs(address, name, write, follow=follow)
 
 
 def jobs_table(address: str, name: str | None) -> Table:
@@ -455,7 +450,7 @@ def jobs_table(address: str, name: str | None) -> Table:
     table = Table(title=f"{name or 'studies'} at {address}")
     for column in ("study", "job", "status", "attempt", "started", "last line of its log"):
         table.add_column(column)
-    standings = _jobs(jobs.standings, address, name)
+    standings = jobs.standings(address, name)
     if name is not None and not standings:
         raise UserError(f"{address} knows no job of study {name!r}")
     for one in standings:
@@ -530,7 +525,7 @@ def doctor(address: str | None, storage: str | None) -> int:
     place = _storage(storage)
     if address:
         given = str(place.absolute()) if storage is not None else None
-        verdicts = _jobs(cluster_verdicts, address, given)
+        verdicts = cluster_verdicts(address, given)
     else:
         verdicts = machine_verdicts(place.remote or place.folder, default_cache())
         is_there = all(verdict.level is not Level.PROBLEM for verdict in verdicts)
@@ -598,18 +593,6 @@ def _refuse_if_below(name: str, place: Storage) -> None:
     below = place.within("studies")
     if is_trial_id(name) and _seen_here(below.study(name)) is not None:
         raise UserError(f"{name}: not in {place}, but in {below}; expected --storage {below}")
-
-
-def _jobs(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call the Jobs API; what it refuses is the user's to mend."""
-    from cluster.jobs import Alive
-
-    try:
-        return call(*arguments, **options)
-    except Alive as error:
-        raise HeldError(str(error)) from error
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
 
 
 def _prepare(spec: Any) -> Path:

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from cluster.connect import BEGAN, Connection, NotStarted, address, connect
+from cluster.connect import BEGAN, Connection, address, connect
 from cluster.head import watch_head
 from cluster.metrics import Publisher
 from study.conductor import Conductor
 from study.requests import was_stopped
 from study.resume import Finished
 from study.telemetry import Telemetry
-from trainables.errors import RayStartError, UserError
 
 if TYPE_CHECKING:
     from study.fleet import Fleet
@@ -91,21 +90,9 @@ def drive(conductor: Conductor) -> None:
 
 
 def _connect(conductor: Conductor) -> Connection:
-    """UserError, RayStartError: there is no Ray."""
     place, say = address(), conductor.progress.say
     say("starting Ray on this machine" if place is None else f"connecting to Ray at {place}")
-    try:
-        return connect(say)
-    except NotStarted as error:
-        raise RayStartError(f"Ray on this machine: {error}") from error
-    except (RuntimeError, ConnectionError, ray.exceptions.AuthenticationError) as error:
-        if place is None:
-            raise UserError(f"Ray on this machine: {error}") from error
-        raise UserError(
-            f"Ray at {place}: {error}; expected a head that runs there and can be reached, and, "
-            f"where it wants a token, RAY_AUTH_MODE=token with the token in ~/.ray/auth_token or "
-            f"RAY_AUTH_TOKEN"
-        ) from error
+    return connect(say)
 
 
 def _drive(conductor: Conductor, fleet: Fleet, scratch: Path) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray.cluster_utils import Cluster
+from ray.job_submission import JobSubmissionClient
 
-from cluster import jobs
 from cluster.head import TIMEOUT
 from tests.machine import free_ports, processes, wait_until
 
@@ -145,7 +145,7 @@ def running_head(
 
 def answers(dashboard: str) -> bool:
     try:
-        jobs.JobSubmissionClient(dashboard).list_jobs()
+        JobSubmissionClient(dashboard).list_jobs()
     except (ConnectionError, RuntimeError):
         return False
     return True
@@ -178,7 +178,7 @@ def maskstudy(*arguments: str, check: bool = True) -> subprocess.CompletedProces
 
 
 def job_status(dashboard: str, job: str) -> str:
-    return str(jobs.JobSubmissionClient(dashboard).get_job_status(job).value)
+    return str(JobSubmissionClient(dashboard).get_job_status(job).value)
 
 
 def get(url: str, token: str | None = None, body: Any = None, **headers: str) -> Any:

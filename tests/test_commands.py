@@ -206,6 +206,18 @@ def test_a_damaged_study_does_not_hide_the_others(tmp_path: Path, capsys: Captur
     assert "3 of 18" in words and "000001.json" in words and "environment.json" in words
 
 
+@pytest.mark.parametrize("defect", [TypeError("ours"), RuntimeError("ours")])
+def test_a_defect_is_not_told_as_a_mistake_of_the_user(
+    defect: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logs(*_: object, **__: object) -> None:
+        raise defect
+
+    monkeypatch.setattr("cluster.jobs.logs", logs)
+    with pytest.raises(type(defect), match="ours"):
+        call("logs", "platelets", "--address", "http://127.0.0.1:9")
+
+
 def test_the_schema_describes_the_study_file(capsys: Capture) -> None:
     assert call("schema") == 0
     schema = json.loads(capsys.readouterr().out)

@@ -20,7 +20,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from cluster.jobs import Alive, Home
+from cluster.errors import Alive, ClusterError
+from cluster.jobs import Home
 from study.console import actions, app
 from study.console.app import Settings, build_app
 from study.console.guard import host_name, ray_token, refuse_exposed
@@ -559,7 +560,7 @@ def test_two_who_resume_at_once_submit_one_job(
     def resume(_: int) -> str:
         try:
             return actions.resume(hands, folder, {})
-        except UserError as error:
+        except Alive as error:
             return str(error)
 
     monkeypatch.setattr("cluster.jobs.resubmit", resubmit)
@@ -570,6 +571,26 @@ def test_two_who_resume_at_once_submit_one_job(
         "platelets goes on as job platelets-1",
         "study 'platelets' is running already, as job platelets-1",
     ]
+
+
+def test_a_cluster_that_refuses_is_told_and_a_defect_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_study(tmp_path / "platelets", trials=4)
+    hands = actions.Hands("http://127.0.0.1:8265", folder.storage)
+    monkeypatch.setattr(hands, "job", lambda _: {"id": "platelets-1"})
+
+    def logs_with(error: Exception) -> None:
+        def logs(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("cluster.jobs.logs", logs)
+
+    logs_with(ClusterError("no dashboard answers"))
+    assert hands.log(folder) == ("job platelets-1", "its log cannot be read: no dashboard answers")
+    logs_with(RuntimeError("ours"))
+    with pytest.raises(RuntimeError, match="ours"):
+        hands.log(folder)
 
 
 def test_a_driver_begins_however_often_the_console_looks(tmp_path: Path) -> None:

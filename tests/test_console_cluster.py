@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.job_submission import JobSubmissionClient
 
-from cluster import jobs
 from study.folder import StudyFolder
 from study.ledger import Outcome, is_held, read_results, read_rows
 from tests.clusters import (
@@ -75,7 +75,7 @@ def the_console_stops_and_resumes(head: Head, tiny_study: Path) -> None:
 
     wait_until(lambda: folder.spec.is_file() and len(read_results(folder)) >= 1, 300)
     with held_still(head.mark):
-        other = jobs.JobSubmissionClient(address).submit_job(
+        other = JobSubmissionClient(address).submit_job(
             entrypoint="sleep 600", metadata={"study": "tiny", "storage": "/another/storage"}
         )
         wait_until(lambda: job_status(address, other) == "RUNNING", 60)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.job_submission import JobSubmissionClient
 
-from cluster import doctor, jobs
+from cluster import doctor
 from cluster.doctor import VERDICTS, Level, Verdict
 from tests.clusters import Head
 from tests.test_requests import begin
@@ -207,6 +208,27 @@ def test_a_socket_that_listens_is_seen_with_its_address(family: int, host: str) 
         assert (host, port) in doctor.listening()
 
 
+@pytest.mark.parametrize("failure", [OSError("no way there"), TypeError("ours")])
+def test_a_storage_that_fails_is_judged_and_a_defect_is_not(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def objects(_: str) -> None:
+        raise failure
+
+    monkeypatch.setattr(doctor, "_objects", objects)
+    told = [
+        lambda: doctor._leave_token("s3://bucket")[0],
+        lambda: doctor._exchange("s3://bucket/place", "token")["error"],
+        lambda: doctor._can_keep("s3://bucket")[0].found,
+    ]
+    for tell in told:
+        if isinstance(failure, OSError):
+            assert "no way there" in tell()
+        else:
+            with pytest.raises(TypeError, match="ours"):
+                tell()
+
+
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "study", "doctor", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=400)
@@ -255,7 +277,7 @@ def test_an_address_where_no_dashboard_is_gets_a_clear_answer() -> None:
 def test_a_real_head_is_looked_at_and_nothing_of_it_stays(head: Head, tmp_path: Path) -> None:
     address, storage = head.dashboard, tmp_path / "storage"
     storage.mkdir()
-    client = jobs.JobSubmissionClient(address)
+    client = JobSubmissionClient(address)
     before = {job.submission_id for job in client.list_jobs()}
     facts = doctor.cluster_facts(address, str(storage))
     (here,) = facts["nodes"]

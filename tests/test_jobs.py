@@ -10,8 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster import jobs
+from cluster.client import connected
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, is_held, read_results, read_rows, read_suggestions
 from tests.clusters import BIN, Head, held_still, job_status, maskstudy, running_head
@@ -86,14 +88,14 @@ def test_our_own_submit_and_resume_tell_the_dashboard_what_runs(
     to_it, storage = ("--address", head.dashboard), ("--storage", str(head.storage))
     done = maskstudy("submit", str(tiny_study), *to_it, *storage)
     assert "maskstudy resume own" in done.stdout
-    client = jobs.JobSubmissionClient(head.dashboard)
+    client = JobSubmissionClient(head.dashboard)
     wait_until(lambda: folder.spec.exists() and len(read_results(folder)) >= 1, 300)
     with held_still(head.mark):
         twice = maskstudy("submit", str(tiny_study), *to_it, check=False)
         assert twice.returncode == 75
         assert "is running already" in twice.stderr
         assert maskstudy("resume", "own", *to_it, check=False).returncode == 75
-        (job,) = jobs.jobs_of(client, "own")
+        (job,) = jobs.jobs_of(connected(head.dashboard), "own")
     assert job.metadata is not None
     assert job.metadata["job_name"] == "study own"
     assert job.metadata["question"] == "Does it run?"
@@ -101,17 +103,19 @@ def test_our_own_submit_and_resume_tell_the_dashboard_what_runs(
     followed = maskstudy("logs", "own", *to_it, "--follow").stdout
     assert "3/3 trials" in followed
     wait_until(lambda: client.get_job_status(job.submission_id).is_terminal(), 60)
-    assert client.get_job_status(job.submission_id) == jobs.JobStatus.SUCCEEDED
+    assert client.get_job_status(job.submission_id) == JobStatus.SUCCEEDED
     assert maskstudy("logs", "own", *to_it).stdout == followed
 
     finished = maskstudy("submit", str(tiny_study), *to_it, *storage)
     assert "own is finished: nothing is left to do" in finished.stdout
-    assert len(jobs.jobs_of(client, "own")) == 1, "a finished study was submitted"
+    assert len(jobs.jobs_of(connected(head.dashboard), "own")) == 1, (
+        "a finished study was submitted"
+    )
     studies = ("--storage", str(head.storage / "studies"))
     maskstudy("extend", "own", "--trials", "1", *studies)
 
     maskstudy("resume", "own", *to_it, *studies)
-    again = jobs.jobs_of(client, "own")[-1]
+    again = jobs.jobs_of(connected(head.dashboard), "own")[-1]
     assert again.metadata is not None
     assert (again.metadata["attempt"], again.metadata["resumes"]) == ("2", job.submission_id)
     wait_until(lambda: client.get_job_status(again.submission_id).is_terminal(), 200)
@@ -126,7 +130,7 @@ def test_a_job_of_a_study_that_somebody_holds_says_so_and_ends_with_75(
     with Ledger.open(StudyFolder(head.storage / "studies" / "held"), {"who": "another driver"}):
         job = ray_job_submit(head, tiny_study.parent, tiny_study.name)
         wait_until(lambda: job_status(head.dashboard, job) == "FAILED", 120)
-    message = jobs.JobSubmissionClient(head.dashboard).get_job_info(job).message
+    message = JobSubmissionClient(head.dashboard).get_job_info(job).message
     assert "exit code 75" in str(message), message
     assert "who another driver" in maskstudy("logs", "held", "--address", head.dashboard).stdout
 
@@ -135,7 +139,7 @@ def test_a_job_that_was_refused_meanwhile_is_not_the_last_word_on_a_study(
     head: Head,
 ) -> None:
     address = head.dashboard
-    client = jobs.JobSubmissionClient(address)
+    client = JobSubmissionClient(address)
     driver = submit_code(client, "word", "import time; print('1/4', flush=True); time.sleep(900)")
     wait_until(lambda: "1/4" in client.get_job_logs(driver), 60)
     refused = submit_code(client, "word", "raise SystemExit('held by epoch 1')")
@@ -155,7 +159,7 @@ def test_the_job_that_drove_a_study_is_submitted_again_not_one_that_was_refused(
     head: Head,
 ) -> None:
     address = head.dashboard
-    client = jobs.JobSubmissionClient(address)
+    client = JobSubmissionClient(address)
 
     def ended(study: str, code: str) -> str:
         job = submit_code(client, study, code)
@@ -175,7 +179,7 @@ def test_the_job_that_drove_a_study_is_submitted_again_not_one_that_was_refused(
     assert entrypoint(again) == entrypoint(only)
 
 
-def submit_code(client: jobs.JobSubmissionClient, study: str, code: str) -> str:
+def submit_code(client: JobSubmissionClient, study: str, code: str) -> str:
     """A job of a study that does no more than this."""
     entrypoint = shlex.join([sys.executable, "-c", code])
     return str(client.submit_job(entrypoint=entrypoint, metadata={"study": study}))
@@ -201,8 +205,8 @@ def test_a_head_that_was_killed_has_forgotten_its_jobs_and_the_storage_has_not(
         assert lost.returncode == 2
         assert f"maskstudy resume tiny --address {head.dashboard} --storage" in lost.stderr
         maskstudy("resume", "tiny", *to_it, "--storage", str(head.storage / "studies"))
-        client = jobs.JobSubmissionClient(head.dashboard)
-        (job,) = jobs.jobs_of(client, "tiny")
+        client = JobSubmissionClient(head.dashboard)
+        (job,) = jobs.jobs_of(connected(head.dashboard), "tiny")
         assert job.metadata is not None
         assert job.metadata["question"] == "Does it run?"
         wait_until(lambda: client.get_job_status(job.submission_id).is_terminal(), 200)

@@ -5,9 +5,13 @@ pytest tests/test_placement.py
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 
-from cluster.connect import check_version
+from cluster.connect import _join, check_version
+from cluster.errors import ClusterError
 from cluster.placement import Gang, Room, in_words, num_gangs, refusal
 
 
@@ -62,5 +66,20 @@ def test_what_nodes_have_is_told_without_gpus_that_are_not_there() -> None:
 def test_a_ray_with_known_advisories_is_refused() -> None:
     check_version("2.55.0")
     check_version("3.0.0")
-    with pytest.raises(RuntimeError, match=r"2\.54\.1 .* at least 2\.55"):
+    with pytest.raises(ClusterError, match=r"2\.54\.1 .* at least 2\.55"):
         check_version("2.54.1")
+
+
+@pytest.mark.parametrize("told", [ConnectionError("no head"), RuntimeError("another Ray")])
+def test_a_head_that_cannot_be_joined_is_told_and_a_defect_is_not(
+    told: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(error: Exception, **_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.init", partial(init, told))
+    with pytest.raises(ClusterError, match=f"Ray at 10.0.0.9:6379: {told}; expected a head"):
+        _join("10.0.0.9:6379", {})
+    monkeypatch.setattr("ray.init", partial(init, TypeError("ours")))
+    with pytest.raises(TypeError, match="ours"):
+        _join("10.0.0.9:6379", {})

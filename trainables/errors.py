@@ -14,9 +14,3 @@ class StorageError(OSError):
     """The study's storage refused to read or write (exit code 74)."""
 
     exit_code = 74
-
-
-class RayStartError(RuntimeError):
-    """Ray could not be started on this machine, which may be too busy (exit code 71)."""
-
-    exit_code = 71

@@ -1,7 +1,8 @@
 """The four things that the console can do to a study: resume, stop, extend, enqueue.
 
 To add one, write the function and add it to ACTIONS. Each returns what was done in a sentence, and
-raises UserError or StorageError with what to tell instead. Nothing else of the Jobs API is offered.
+raises UserError, StorageError or ClusterError with what to tell instead. Nothing else of the Jobs
+API is offered; `cluster.jobs` imports Ray, so it is imported once a cluster is asked.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import ClusterError
+from study import requests
 from study.folder import Storage, StudyFolder
 from study.ledger import is_held, read_holder, read_jobs
 from trainables.errors import StorageError, UserError
@@ -69,7 +71,7 @@ class Hands:
 
         assert self.address is not None
         # while the head is away, what it said last stands
-        with suppress(RuntimeError):
+        with suppress(ClusterError):
             self._jobs = jobs.known(self.address)
 
     def log(self, study: StudyFolder) -> tuple[str, str]:
@@ -81,7 +83,7 @@ class Hands:
             words: list[str] = []
             try:
                 jobs.logs(self.address, study.root.name, words.append, home=self.home(study))
-            except RuntimeError as error:
+            except ClusterError as error:
                 return f"job {job['id']}", f"its log cannot be read: {error}"
             return f"job {job['id']}", _last_lines("".join(words))
         if study.console_log.is_file() and not study.console_log.is_symlink():
@@ -101,10 +103,10 @@ def resume(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
         return _resume_here(hands, folder)
     from cluster import jobs
 
-    # the storage says what to do where the head has forgotten its jobs
-    again = partial(jobs.resubmit, storage=str(hands.storage), home=hands.home(folder))
+    storage, home = str(hands.storage), hands.home(folder)
     with hands._submitting:  # of two people at once, the second is told of the first one's job
-        job, _ = _jobs(again, hands.address, name)
+        # the storage says what to do where the head has forgotten its jobs
+        job, _ = jobs.resubmit(hands.address, name, storage=storage, home=home)
     hands._jobs_read = 0.0
     return f"{name} goes on as job {job}"
 
@@ -112,14 +114,12 @@ def resume(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
 def stop(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     """Stop the study's job, or ask its driver, wherever that runs."""
     _expect(asked)
-    from study import requests
-
     name = folder.root.name
     is_by_hand = is_held(folder) and (read_holder(folder) or {}).get("job") is None
     if hands.address is not None and not is_by_hand:
         from cluster import jobs
 
-        job = _jobs(partial(jobs.stop, home=hands.home(folder)), hands.address, name)
+        job = jobs.stop(hands.address, name, home=hands.home(folder))
         hands._jobs_read = 0.0
         if job is not None:
             return f"{name} has been stopped (job {job}); nothing is lost"
@@ -132,23 +132,19 @@ def stop(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
 def extend(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     """Grow the budget by some searched trials."""
     _expect(asked, "trials")
-    from study import requests
-
     trials = asked["trials"]
     if not isinstance(trials, int) or isinstance(trials, bool):
         raise UserError(f"trials: given {str(trials)[:40]!r}; expected a whole number")
-    return str(requests.extend(folder, trials))
+    return requests.extend(folder, trials)
 
 
 def enqueue(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     """Have an arm tried before the sampler's next one."""
     _expect(asked, "settings")
-    from study import requests
-
     settings = asked["settings"]
     if not isinstance(settings, dict) or not settings:
         raise UserError("settings: expected at least one dotted path with its value")
-    return str(requests.enqueue(folder, settings))
+    return requests.enqueue(folder, settings)
 
 
 def _resume_here(hands: Hands, folder: StudyFolder) -> str:
@@ -191,13 +187,6 @@ def _resume_here(hands: Hands, folder: StudyFolder) -> str:
         time.sleep(0.1)
     verb = "starts" if taken is None else "goes on"
     return f"{name} {verb} on this machine (process {driver.pid})"
-
-
-def _jobs(call: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return call(*arguments)
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
 
 
 def _expect(asked: dict[str, Any], *keys: str) -> None:

@@ -32,6 +32,7 @@ from analysis import theme
 from analysis.page import as_json, policy, report_scripts, slices_style, with_common
 from analysis.report import render
 from analysis.tables import load
+from cluster.errors import ClusterError
 from study.console import views
 from study.console.actions import ACTIONS, Hands
 from study.console.guard import LONGEST_BODY, NOTHING, Guard
@@ -85,6 +86,7 @@ def build_app(settings: Settings) -> ASGIApp:
     handlers: Any = {
         NotFound: _told(404),
         UserError: _told(409),
+        ClusterError: _told(409),
         StorageError: _told(503),
         HTTPException: _http_error,
     }

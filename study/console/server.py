@@ -164,33 +164,30 @@ def _submit(
     """Have a job deploy the console, as nothing but the dashboard may be reachable from here."""
     from ray.job_submission import JobStatus
 
-    from cluster.jobs import code, connected
+    from cluster.client import connected
+    from cluster.jobs import code
 
     arguments = ["console", "--storage", str(storage), "--address", address, "--host", host]
     arguments += ["--port", str(port)]
     arguments += ["--allow-changes"] if allow_changes else []
     arguments += [part for name in allow_hosts for part in ("--allow-host", name)]
     say(f"deploying to the cluster at {address}")
-    try:
-        with connected(address) as client:
-            job = client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "study", *arguments]),
-                runtime_env={**code(), "env_vars": {TOKEN_DIGEST: digest}},
-                metadata={"job_name": "deploy the study console"},
+    client = connected(address)
+    job = client.submit(
+        shlex.join(["python", "-m", "study", *arguments]),
+        {**code(), "env_vars": {TOKEN_DIGEST: digest}},
+        {"job_name": "deploy the study console"},
+    )
+    deadline = time.monotonic() + DEPLOY_SECONDS
+    while not (status := client.status(job)).is_terminal():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"job {job} has not deployed the console within {DEPLOY_SECONDS:g} s; its log: "
+                f"ray job logs {job} --address {address}"
             )
-            deadline = time.monotonic() + DEPLOY_SECONDS
-            while not (status := client.get_job_status(job)).is_terminal():
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"job {job} has not deployed the console within {DEPLOY_SECONDS:g} s; its "
-                        f"log: ray job logs {job} --address {address}"
-                    )
-                time.sleep(0.5)
-            if status != JobStatus.SUCCEEDED:
-                log = client.get_job_logs(job)[-3000:]
-                raise UserError(f"job {job} could not deploy it:\n{log}")
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
+        time.sleep(0.5)
+    if status != JobStatus.SUCCEEDED:
+        raise UserError(f"job {job} could not deploy it:\n{client.log(job)[-3000:]}")
 
 
 def _say_where(say: Callable[[str], None], host: str, port: int, token: str | None) -> None:
