@@ -22,7 +22,6 @@ from study.environment import environment
 from study.folder import Storage, StudyFolder, is_trial_id
 from study.ledger import (
     Ledger,
-    Suggestion,
     damage,
     is_held,
     read_environment,
@@ -480,10 +479,9 @@ def status(name: str | None, address: str | None, storage: str | None, follow: b
 
 def export(name: str, output: Path, arm: str | None, storage: str | None) -> None:
     """Copy the pretrained encoder of an arm's best trial into a new folder."""
+    from study.best import NoEncoder, best_encoder
     from study.conductor import measure
-    from study.resume import best_arms
     from study.spec import parse_spec
-    from study.stopping import final_value
 
     folder = find_study(name, storage)
     text = read_spec(folder)
@@ -492,26 +490,17 @@ def export(name: str, output: Path, arm: str | None, storage: str | None) -> Non
     suggestions = read_suggestions(folder)
     measured = measure(read_rows(folder))
     mirror.pull_pictures(folder)
-    with_encoder = [s for s in suggestions if folder.encoder(s.trial).is_dir()]
-    ranked = best_arms(spec, suggestions, measured) or sorted({s.arm for s in with_encoder})
-    candidates = [a for a in ranked if any(s.arm == a for s in with_encoder)]
-    chosen = arm or (candidates[0] if candidates else None)
-    trials = [s for s in with_encoder if s.arm == chosen]
-    if not trials:
-        known = ", ".join(candidates) or "none yet"
-        raise UserError(f"{name}: no encoder of arm {chosen!r}; arms with one: {known}")
-    objective = spec.objectives[0]
-    sign = 1 if objective.goal == "maximize" else -1
-
-    def score(suggestion: Suggestion) -> float:
-        value = final_value(measured, suggestion.trial, objective.metric)
-        return float("-inf") if value is None else sign * value
-
-    best = max(trials, key=score)
+    with_encoder = {s.trial for s in suggestions if folder.encoder(s.trial).is_dir()}
+    best = best_encoder(spec, suggestions, measured, with_encoder, arm)
+    if isinstance(best, NoEncoder):
+        known = ", ".join(best.arms) or "none yet"
+        what = f"no encoder of arm {arm!r}" if arm else "no encoder of an arm with all its seeds"
+        raise UserError(f"{name}: {what}; arms with one: {known}")
     if output.exists():
         raise UserError(f"{output}: exists already; name a new folder with --output")
-    mirror.pull_folder(folder, folder.encoder(best.trial))
-    shutil.copytree(folder.encoder(best.trial), output)
+    encoder = folder.encoder(best.trial)
+    mirror.pull_folder(folder, encoder)
+    shutil.copytree(encoder, output)
     console.print(f"arm {best.arm}, trial {best.trial}: {output}", markup=False)
     described = json.loads((output / "encoder.json").read_text())
     console.print(described["usage"], markup=False)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from study.__main__ import main
+from study.ledger import read_suggestions
 from tests.conftest import TINY_STUDY
 from tests.synthetic import write_study
 
@@ -176,6 +177,27 @@ def test_status_report_and_stop_of_a_study_at_rest(tmp_path: Path, capsys: Captu
     assert "is not running" in capsys.readouterr().out
     assert call("report", folder.root, "-o", tmp_path / "r.html") == 0
     assert "<html" in (tmp_path / "r.html").read_text()[:200]
+
+
+def test_export_copies_the_encoder_of_an_arm_that_has_one(tmp_path: Path, capsys: Capture) -> None:
+    folder = write_study(tmp_path / "platelets")
+    where = ("--storage", tmp_path, "-o", tmp_path / "out")
+    assert call("export", "platelets", *where) == 2
+    assert (
+        "no encoder of an arm with all its seeds; arms with one: none yet"
+        in capsys.readouterr().err
+    )
+    searched = next(s for s in read_suggestions(folder) if s.origin == "search")
+    folder.encoder(searched.trial).mkdir(parents=True)
+    (folder.encoder(searched.trial) / "encoder.json").write_text('{"usage": "timm [loads] it"}')
+    assert call("export", "platelets", "--arm", "nobody", *where) == 2
+    assert f"of arm 'nobody'; arms with one: {searched.arm}" in capsys.readouterr().err
+    assert call("export", "platelets", "--arm", searched.arm, *where) == 0
+    printed = capsys.readouterr().out
+    assert f"arm {searched.arm}, trial {searched.trial}: {tmp_path / 'out'}" in printed
+    assert "timm [loads] it" in printed
+    assert call("export", "platelets", "--arm", searched.arm, *where) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_an_unknown_study_is_answered_with_those_that_exist(
