@@ -234,13 +234,10 @@ def resume(
     if address:
         _resume_as_job(name, address, storage)
         return 0
-    from study.spec import parse_spec
+    from study.spec import spec_of
 
     folder = find_study(name, storage)
-    text = read_spec(folder)
-    assert text is not None  # find_study looked for it
-    spec = parse_spec(text, folder.root, where=str(folder.spec))
-    return _run(spec, folder, build_report)
+    return _run(spec_of(folder), folder, build_report)
 
 
 def _resume_as_job(name: str, address: str, storage: str | None) -> None:
@@ -290,8 +287,10 @@ def _needs_a_driver(folder: StudyFolder, address: str, spec: Any = None) -> bool
 
     `spec`: a study file that is submitted; where it asks for more, a driver has to take that up.
     """
+    from study.spec import changes
+
     refuse_if_held(folder)
-    if (spec is not None and _changes(folder, spec)) or not is_finished(folder):
+    if (spec is not None and changes(folder, spec)) or not is_finished(folder):
         return True
     console.print(
         f"{folder.root.name} is finished: nothing is left to do. For more of it: maskstudy extend "
@@ -481,13 +480,10 @@ def export(name: str, output: Path, arm: str | None, storage: str | None) -> Non
     """Copy the pretrained encoder of an arm's best trial into a new folder."""
     from study.best import NoEncoder, best_encoder
     from study.conductor import measure
-    from study.spec import parse_spec
+    from study.spec import spec_of
 
     folder = find_study(name, storage)
-    text = read_spec(folder)
-    assert text is not None
-    spec = parse_spec(text, folder.root, where=str(folder.spec))
-    suggestions = read_suggestions(folder)
+    spec, suggestions = spec_of(folder), read_suggestions(folder)
     measured = measure(read_rows(folder))
     mirror.pull_pictures(folder)
     with_encoder = {s.trial for s in suggestions if folder.encoder(s.trial).is_dir()}
@@ -627,8 +623,10 @@ def _prepared_before(folder: StudyFolder, spec: Any) -> Path:
 
 def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
     """Keep the study file; a changed one goes on only if the change is harmless."""
+    from study.spec import changes
+
     frozen = read_spec(ledger.folder)
-    _changes(ledger.folder, spec)
+    changes(ledger.folder, spec)
     code = Path(__file__).resolve().parent.parent
     facts = {
         **environment(code),
@@ -643,22 +641,6 @@ def _freeze(ledger: Ledger, spec: Any, dataset: Any) -> None:
             f"{dataset.fingerprint[:12]}): results could not be compared; restore the images, or "
             f"give the study another name"
         )
-
-
-def _changes(folder: StudyFolder, spec: Any) -> list[Any]:
-    """What a study file changes of the study as it was begun; UserError if that cannot go on."""
-    from study.spec import difference
-
-    frozen = read_spec(folder)
-    changes = [] if frozen is None or frozen == spec.text else difference(frozen, spec.text)
-    refused = [str(change) for change in changes if not change.is_compatible]
-    if refused:
-        raise UserError(
-            f"{folder.root.name} was begun with other settings:\n  "
-            + "\n  ".join(refused)
-            + "\ngive the changed study another name, or undo the change"
-        )
-    return changes
 
 
 def _storage(storage: str | None) -> Storage:

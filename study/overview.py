@@ -14,14 +14,13 @@ from study.ledger import (
     read_environment,
     read_results,
     read_rows,
-    read_spec,
     read_suggestions,
 )
 from study.progress import arm_text
 from study.requests import expected, grown, queue
 from study.resume import AskSampler, Finished, Step, next_step, num_planned
 from study.samplers import Brain
-from study.spec import StudySpec, parse_spec
+from study.spec import StudySpec, spec_of
 from trainables.errors import StorageError, UserError
 from trainables.storage import store
 
@@ -87,7 +86,7 @@ def arms_table(folder: StudyFolder) -> Table:
 
 def is_finished(folder: StudyFolder) -> bool:
     """Whether a driver would find nothing to do."""
-    spec = _spec_of(folder)
+    spec = spec_of(folder)
     answers = expected(folder, spec)
     spec = grown(spec, answers)
     suggestions, results = read_suggestions(folder), read_results(folder)
@@ -115,16 +114,10 @@ def is_finished(folder: StudyFolder) -> bool:
 
 
 def question_of(folder: StudyFolder) -> str:
-    return _spec_of(folder).question or ""
-
-
-def _spec_of(folder: StudyFolder) -> StudySpec:
-    text = read_spec(folder)
-    assert text is not None
-    return parse_spec(text, folder.root, where=str(folder.spec))
+    return spec_of(folder).question or ""
 
 
 def _asked(folder: StudyFolder) -> StudySpec:
     """The study with what people have asked for since it was begun, answered yet or not."""
-    spec = _spec_of(folder)
+    spec = spec_of(folder)
     return grown(spec, expected(folder, spec))

@@ -32,7 +32,6 @@ from study.ledger import (
     is_held,
     put_beside,
     read_answers,
-    read_spec,
     read_suggestions,
     sealed,
     unsealed,
@@ -40,7 +39,7 @@ from study.ledger import (
 from study.mistakes import Problems, explain, listed, near
 from study.reader import Document, read_document, show
 from study.resume import Enqueued, twin
-from study.spec import Budget, StudySpec, parse_spec, read_text
+from study.spec import Budget, StudySpec, read_text, spec_of
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import StorageError, UserError
 from trainables.storage import store
@@ -63,7 +62,7 @@ class Request:
 def stop(folder: StudyFolder) -> str:
     """Ask the driver to stop; what was done, in a sentence."""
     name = folder.root.name
-    _spec_of(folder)
+    spec_of(folder)
     if not is_held(folder):
         raise UserError(f"{name} is not running: no driver holds {folder.where}")
     if folder.remote:
@@ -93,7 +92,7 @@ def forget_stop(folder: StudyFolder) -> None:
 
 def extend(folder: StudyFolder, trials: int) -> str:
     """Ask for so many more searched trials; what will be, in a sentence."""
-    spec = _spec_of(folder)
+    spec = spec_of(folder)
     content = {"trials": trials}
     before = expected(folder, spec)
     judged = _judge("extend", content, spec, [], before)
@@ -116,7 +115,7 @@ def enqueue(
     `settings`: searched path -> what is to stand there, or a label of it; elsewhere the arm is the
     control. `where` and `document`: the file that the settings come from, for lines of mistakes.
     """
-    spec = _spec_of(folder)
+    spec = spec_of(folder)
     content = {"settings": settings}
     problems = Problems(where, document or Document(data=settings))
     suggestions, answers = read_suggestions(folder), expected(folder, spec)
@@ -308,15 +307,6 @@ def _say_what_lies_outside(
         is_given = any(one == path or one.startswith(f"{path}.") for one in settings)
         given = f"given {show(value)}" if is_given else f"given nothing, so the trial's {value!r}"
         problems.add((path,), f"{given}; expected {space.in_words(spec.search[path])}")
-
-
-def _spec_of(folder: StudyFolder) -> StudySpec:
-    text = read_spec(folder)
-    if text is None:
-        raise UserError(
-            f"{folder.where}: no study has been begun there; start it: maskstudy run STUDY.yaml"
-        )
-    return parse_spec(text, folder.root, where=str(folder.spec))
 
 
 def _leave(folder: StudyFolder, kind: str, content: dict[str, Any]) -> None:

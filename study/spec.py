@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, create
 
 from study import checks
 from study.folder import Storage, StudyFolder
+from study.ledger import read_spec
 from study.loggers import LOGGERS
 from study.mistakes import Problems, explain, place
 from study.reader import MAX_BYTES, read_document, show
@@ -232,6 +233,30 @@ def parse_spec(text: str, folder: Path, *, where: str) -> StudySpec:
         raise UserError("\n".join(problems.lines()))
     spec._folder, spec._text = folder, text
     return spec
+
+
+def spec_of(folder: StudyFolder) -> StudySpec:
+    """The study in a folder, as it was begun."""
+    text = read_spec(folder)
+    if text is None:
+        raise UserError(
+            f"{folder.where}: no study has been begun there; start it: maskstudy run STUDY.yaml"
+        )
+    return parse_spec(text, folder.root, where=str(folder.spec))
+
+
+def changes(folder: StudyFolder, spec: StudySpec) -> list[Difference]:
+    """What a study file changes of the study as it was begun; UserError if that cannot go on."""
+    begun = read_spec(folder)
+    found = [] if begun is None or begun == spec.text else difference(begun, spec.text)
+    refused = [str(change) for change in found if not change.is_compatible]
+    if refused:
+        raise UserError(
+            f"{folder.root.name} was begun with other settings:\n  "
+            + "\n  ".join(refused)
+            + "\ngive the changed study another name, or undo the change"
+        )
+    return found
 
 
 def difference(old_text: str, new_text: str) -> list[Difference]:
