@@ -1,4 +1,7 @@
-"""The command line: `maskstudy ...`, the same as `python -m study ...`."""
+"""The command line: `maskstudy ...`, the same as `python -m study ...`.
+
+A command imports what it does when it is called, so that none waits for what others need.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,9 @@ Address = Annotated[
 @app.command()
 def check(study: StudyFile) -> None:
     """Validate a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
-    from study import commands
+    from study.commands.check import check_study
 
-    commands.check(study)
+    check_study(study)
 
 
 @app.command(name="try")
@@ -50,9 +53,9 @@ def try_(
     images: Annotated[int, typer.Option(help="of each split that are used")] = 16,
 ) -> None:
     """Run one tiny trial in this process, without Ray: a breakpoint works."""
-    from study import commands
+    from study.commands.trial import try_trial
 
-    commands.try_(study, images)
+    try_trial(study, images)
 
 
 @app.command()
@@ -68,9 +71,9 @@ def bench(
     ] = None,
 ) -> None:
     """Time a training step under every masking strategy, relative to random masking."""
-    from study import commands
+    from study.commands.bench import bench_strategies
 
-    commands.bench(study, strategies, seconds, threads)
+    bench_strategies(study, strategies, seconds, threads)
 
 
 @app.command()
@@ -88,14 +91,10 @@ def masks(
     ] = False,
 ) -> None:
     """Show what each masking of the study hides of its images: one HTML file, no cluster."""
-    from study import commands
+    from analysis.atlas import build_atlas
+    from study.commands.masks import show_masks
 
-    def write_page(folder: Path, output: Path) -> Path:
-        from analysis.atlas import build_atlas
-
-        return build_atlas(folder, output)
-
-    commands.masks(study, output, images=images, steps=steps, every=every, write_page=write_page)
+    show_masks(study, output, images=images, steps=steps, every=every, write_page=build_atlas)
 
 
 @app.command()
@@ -104,9 +103,9 @@ def run(
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
 ) -> None:
     """Run a study, or go on where it stopped: here, or on the cluster at $RAY_ADDRESS."""
-    from study import commands
+    from study.commands.run import run_study
 
-    raise typer.Exit(commands.run(study, build_report=_build_report if report else None))
+    raise typer.Exit(run_study(study, build_report=_build_report if report else None))
 
 
 @app.command()
@@ -119,25 +118,35 @@ def submit(
     ] = None,
 ) -> None:
     """Run a study as a Ray job; prints the job, the link to it, and how to resume."""
-    from study import commands
+    from study.commands.jobs import submit_study
 
-    commands.submit(study, address, storage)
+    submit_study(study, address, storage)
 
 
 @app.command()
 def resume(name: Name, address: Address = None, storage: Storage = None) -> None:
     """Go on with a study by name: here, or as a new job of the cluster at --address."""
-    from study import commands
+    if address:
+        from study.commands.jobs import resume_job
 
-    raise typer.Exit(commands.resume(name, address, storage, build_report=_build_report))
+        resume_job(name, address, storage)
+    else:
+        from study.commands.run import resume_study
+
+        raise typer.Exit(resume_study(name, storage, build_report=_build_report))
 
 
 @app.command()
 def stop(name: Name, address: Address = None, storage: Storage = None) -> None:
     """Ask a running study to stop; nothing is lost."""
-    from study import commands
+    if address:
+        from study.commands.jobs import stop_job
 
-    commands.stop(name, address, storage)
+        stop_job(name, address, storage)
+    else:
+        from study.commands.ask import ask_to_stop
+
+        ask_to_stop(name, storage)
 
 
 @app.command()
@@ -147,9 +156,9 @@ def extend(
     storage: Storage = None,
 ) -> None:
     """Give a study more searched trials, while it runs or afterwards."""
-    from study import commands
+    from study.commands.ask import ask_for_trials
 
-    commands.extend(name, trials, storage)
+    ask_for_trials(name, trials, storage)
 
 
 @app.command()
@@ -165,9 +174,9 @@ def enqueue(
     storage: Storage = None,
 ) -> None:
     """Have a study try one arm next, all its seeds, while it runs or afterwards."""
-    from study import commands
+    from study.commands.ask import ask_for_arm
 
-    commands.enqueue(name, settings or [], file, storage)
+    ask_for_arm(name, settings or [], file, storage)
 
 
 @app.command()
@@ -177,9 +186,9 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
 ) -> None:
     """Print the log of a study's newest job on a cluster."""
-    from study import commands
+    from study.commands.jobs import print_log
 
-    commands.logs(name, address, follow)
+    print_log(name, address, follow=follow)
 
 
 @app.command()
@@ -190,9 +199,14 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="refresh until it ends")] = False,
 ) -> None:
     """Show where a study stands, or every study of the storage or of the cluster at --address."""
-    from study import commands
+    if address:
+        from study.commands.jobs import show_jobs
 
-    commands.status(name, address, storage, follow)
+        show_jobs(name, address)
+    else:
+        from study.commands.status import show_status
+
+        show_status(name, storage, follow=follow)
 
 
 @app.command()
@@ -203,9 +217,10 @@ def report(
 ) -> None:
     """Write the interactive report: one HTML file that needs nothing else."""
     from analysis.report import build_report
-    from study import commands, mirror
+    from study import mirror
+    from study.commands.finding import find_study
 
-    folder = commands.find_study(name, storage)
+    folder = find_study(name, storage)
     mirror.pull_pictures(folder)
     typer.echo(build_report(folder.root, output))
 
@@ -220,17 +235,17 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Hand over a pretrained encoder as safetensors + JSON that timm loads."""
-    from study import commands
+    from study.commands.export import copy_encoder
 
-    commands.export(name, output, arm, storage)
+    copy_encoder(name, output, arm, storage)
 
 
 @app.command()
 def doctor(address: Address = None, storage: Storage = None) -> None:
     """Judge whether this machine, or the cluster at --address, is sound and safe for studies."""
-    from study import commands
+    from study.commands.doctor import show_verdicts
 
-    raise typer.Exit(commands.doctor(address, storage))
+    raise typer.Exit(show_verdicts(address, storage))
 
 
 @app.command()
@@ -249,9 +264,18 @@ def console(
     ] = None,
 ) -> None:
     """Show all studies of a storage in the browser: on the cluster at --address, or from here."""
-    from study import commands
+    from study.commands.finding import storage_of
+    from study.console.server import start
 
-    commands.start_console(storage, address, host, port, allow_changes, allow_host or [])
+    start(
+        storage_of(storage),
+        address=address,
+        host=host,
+        port=port,
+        allow_changes=allow_changes,
+        allow_hosts=allow_host or [],
+        say=lambda line: print(line, flush=True),
+    )
 
 
 @app.command()

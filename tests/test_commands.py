@@ -139,14 +139,14 @@ def test_a_storage_that_cannot_be_written_exits_with_74(blood: Path, capsys: Cap
 def test_a_study_begun_with_other_settings_is_refused_with_the_difference(
     blood: Path, capsys: Capture
 ) -> None:
-    from study.commands import _freeze, _prepare
+    from study.commands.data import dataset_of
+    from study.commands.run import freeze
     from study.ledger import Ledger
     from study.spec import load_spec
-    from trainables.data import open_dataset
 
     spec = load_spec(blood)
     with Ledger.open(spec.study_folder(), {}) as ledger:
-        _freeze(ledger, spec, open_dataset(_prepare(spec)))
+        freeze(ledger, spec, dataset_of(spec))
     edit(blood, "epochs: 4", "epochs: 5")
     assert call("run", blood) == 2
     assert "trial.pretrain.epochs: 4 -> 5" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from study.__main__ import main
+from study.commands.bench import steps_table
 from tests.toy import discs, trial
 from trainables import speed
 from trainables.masking import MASKING
@@ -114,6 +115,12 @@ def test_the_command_prints_a_table_and_what_it_ran_on(tiny_study: Path, capsys:
     assert f"torch {torch.__version__}" in printed
 
 
+def test_a_row_of_the_table_by_hand():
+    late = StepTime("late", 350.04, 2.0, 1.456, 2.5, 22_857.1)
+    cells = [list(column.cells) for column in steps_table("a step", [late]).columns]
+    assert cells == [["late"], ["350.0"], ["2.00"], ["1.46 .. 2.50"], ["22,857"]]
+
+
 def test_without_a_study_there_is_a_trial_at_hand(capsys: Capture, monkeypatch):
     asked = []
 
@@ -121,7 +128,7 @@ def test_without_a_study_there_is_a_trial_at_hand(capsys: Capture, monkeypatch):
         asked.append((config, strategies, dataset.size, options))
         return [StepTime("random", 1.0, 1.0, 1.0, 1.0, 64_000.0)]
 
-    monkeypatch.setattr(speed, "step_times", fake)
+    monkeypatch.setattr("study.commands.bench.step_times", fake)
     call("bench", "--strategies", "attmask, random", "--seconds", "0.5")
     ((config, strategies, size, options),) = asked
     assert (strategies, size) == (["attmask", "random"], (64, 64))

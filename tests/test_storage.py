@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from cluster import doctor
-from study import commands, mirror, requests
-from study.commands import find_study
+from study import mirror, requests
+from study.commands.check import check_study
+from study.commands.finding import find_study
 from study.folder import Storage, StudyFolder
 from study.ledger import (
     FencedError,
@@ -507,7 +508,7 @@ def test_the_doctor_tries_a_store(bucket, monkeypatch):
 def test_check_says_that_a_storage_cannot_be_opened(bucket, tmp_path, tiny_study):
     tiny_study.write_text(tiny_study.read_text() + f"storage: {bucket.absent}\n")
     with pytest.raises(StorageError, match=rf"{bucket.absent}: .*no such bucket"):
-        commands.check(tiny_study)
+        check_study(tiny_study)
 
 
 def test_a_driver_that_dies_is_told_from_one_that_lives_without_waiting_again(

@@ -15,7 +15,7 @@ import pandas as pd
 from study import requests
 from study.console.index import Snapshot
 from study.ledger import COLUMNS
-from study.resume import AskSampler, Finished, next_step, num_planned
+from study.resume import AskSampler, Finished, Step, next_step, num_planned
 from study.samplers import Brain
 from study.spec import parse_spec
 from study.stopping import collect
@@ -32,7 +32,7 @@ class Outlooks:
     """The newest outlook of each study; a study is judged anew when something has changed."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Any, Outlook]] = {}  # name -> what it rests on, and it
+        self._known: dict[str, tuple[object, Outlook]] = {}  # name -> what it rests on, and it
         self._judging: set[str] = set()
         self._lock = threading.Lock()
 
@@ -56,7 +56,7 @@ class Outlooks:
         is_over = None if before is None or found.is_held else before[1].is_finished
         return Outlook(before[1].total if before else _total_of_file(found.spec), is_over)
 
-    def _judge(self, found: Snapshot, about: Any) -> None:
+    def _judge(self, found: Snapshot, about: object) -> None:
         try:
             outlook = judge(found)
         except Exception:  # such as a file of another version: its own numbers have to do
@@ -76,7 +76,7 @@ def judge(found: Snapshot) -> Outlook:
     records = rows[["trial", "phase", "metric", "progress", "value"]].to_dict("records")
     measured = collect({str(key): value for key, value in record.items()} for record in records)
 
-    def step(is_exhausted: bool) -> Any:
+    def step(is_exhausted: bool) -> Step:
         return next_step(
             spec,
             found.suggestions,
@@ -107,7 +107,7 @@ def _is_labelled(environment: dict[str, Any]) -> bool:
 def _total_of_file(spec: dict[str, Any]) -> int:
     """As the file has it, without what has been asked for since."""
 
-    def number(settings: Any, key: str) -> int:
+    def number(settings: object, key: str) -> int:
         value = settings.get(key) if isinstance(settings, dict) else None
         return value if isinstance(value, int) and 0 <= value < 10**6 else 0
 

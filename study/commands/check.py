@@ -1,0 +1,44 @@
+"""`check`: whether a study is sound, and what it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from study import requests
+from study.commands.data import dataset_of
+from study.commands.finding import begun
+from study.commands.terminal import console, say
+from study.spec import load_spec
+
+
+def check_study(path: Path) -> None:
+    """Validate, prepare the data, print the plan."""
+    spec = load_spec(path)
+    say(f"{path}: its settings are sound; now its data")
+    folder = begun(spec.study_folder())
+    dataset = dataset_of(spec)
+    say(f"{path}: sound")
+    _print_pairs("data", dataset.describe())
+
+    # these import torch, which takes seconds: what can be said without it is said before
+    import torch
+
+    from study.plan import plan
+    from trainables.speed import flops_per_second
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = max(1, int(spec.resources.cpus_per_worker))
+    speed = flops_per_second(spec.trial, dataset, device, threads=threads)
+    asked = requests.grown(spec, requests.expected(folder, spec))
+    _print_pairs("plan", plan(asked, dataset, flops_per_second=speed).describe())
+    if asked.budget.trials > spec.budget.trials:
+        more = asked.budget.trials - spec.budget.trials
+        say(f"  (with {more} trials that were asked for since the study was begun)")
+    say(f"  (at {speed:.2e} FLOP/s, measured here on one worker of the control arm)")
+
+
+def _print_pairs(title: str, pairs: Mapping[str, object]) -> None:
+    console.print(f"\n{title}", style="bold")
+    for key, value in pairs.items():
+        say(f"  {key:<22} {value}")

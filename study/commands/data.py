@@ -1,0 +1,58 @@
+"""The data of a study, decoded and found to fit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from study.commands.terminal import console
+from study.fit import data_problems, data_size
+from study.ledger import read_environment
+from study.progress import Patience
+from trainables.data import default_cache, open_dataset, prepare
+from trainables.errors import UserError
+
+if TYPE_CHECKING:
+    from study.folder import StudyFolder
+    from study.spec import StudySpec
+    from trainables.data import Dataset
+
+
+def dataset_of(spec: StudySpec) -> Dataset:
+    """The data that a study file names. UserError: they do not fit the study."""
+    return _opened(_decoded(spec), spec)
+
+
+def dataset_of_begun(folder: StudyFolder, spec: StudySpec) -> Dataset:
+    """The data of a study that is resumed by name, away from its file."""
+    fingerprint: str = read_environment(folder)["data_fingerprint"]
+    decoded = default_cache() / fingerprint
+    if not decoded.is_dir():
+        try:  # generated data, and images by absolute paths, need not the study file's folder
+            decoded = _decoded(spec)
+        except (UserError, OSError) as error:
+            raise UserError(
+                f"{folder.where}: the decoded data ({fingerprint[:12]}) are not in "
+                f"{default_cache()}, and cannot be decoded from here; resume with the study file, "
+                f"which says where the images are: maskstudy run STUDY.yaml"
+            ) from error
+    return _opened(decoded, spec)
+
+
+def _decoded(spec: StudySpec) -> Path:
+    """What takes longer than a moment is shown."""
+    with Patience(console, "looking at the data") as patience:
+        return prepare(
+            spec.data,
+            spec.folder_of_yaml,
+            default_cache(),
+            lambda done, parts: patience.say(f"decoding: {done:,} of {parts:,} files"),
+        )
+
+
+def _opened(decoded: Path, spec: StudySpec) -> Dataset:
+    dataset = open_dataset(decoded)
+    problems = data_problems(spec, data_size(dataset))
+    if problems:
+        raise UserError("\n".join(problems))
+    return dataset
