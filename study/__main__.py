@@ -1,6 +1,6 @@
 """The command line: `maskstudy ...`, the same as `python -m study ...`.
 
-A command imports what it does when it is called, so that none waits for what others need.
+What a command does is imported when it is called, so that none waits for what others need.
 """
 
 from __future__ import annotations

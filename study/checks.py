@@ -1,10 +1,13 @@
-"""What a study file must fulfil beyond the types of its settings."""
+"""What a study file must fulfil beyond the types of its settings.
+
+A setting that is None is wrong in itself, and told; the others are looked at all the same.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,33 +19,41 @@ from study.reader import Document
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
-from trainables.metrics import METRICS, PHASES, metric_of, objectives, parse
+from trainables.metrics import METRICS, PHASES, metric_of, objective_names, parse
+from trainables.named import Choice
 from trainables.scores import SIZE_BINS
 
 if TYPE_CHECKING:
-    from study.spec import StudySpec
+    from study.spec import Budget, Objective, Resources, StudySpec
+
+Search = Mapping[str, SearchItem]  # dotted path of a setting of the trial -> what it may be
 
 MOST_COMBINATIONS = 2_000  # that are looked at one by one
 MOST_ARMS = 10_000  # of a grid
 
 
-def check_metrics(spec: Any, problems: Problems) -> None:
+def check_metrics(
+    objectives: Sequence[Objective] | None,
+    stopping: Choice | None,
+    probe: ProbeConfig | None,
+    problems: Problems,
+) -> None:
     given: list[tuple[Where, str, str | None]] = [
         (("objectives", index), objective.metric, objective.goal)
-        for index, objective in enumerate(spec.objectives or [])
+        for index, objective in enumerate(objectives or [])
     ]
-    stopping = spec.stopping.options() if spec.stopping is not None else {}
-    if "metric" in stopping:
-        given.append((("stopping",), stopping["metric"], None))
+    options = stopping.options() if stopping is not None else {}
+    if "metric" in options:
+        given.append((("stopping",), options["metric"], None))
     for path, name, goal in given:
-        problem = _metric_problem(name, spec.probe)
+        problem = _metric_problem(name, probe)
         if problem:
             problems.add((*path, "metric"), problem)
             continue
         best = metric_of(name).goal
         if goal is not None and goal != best:
             problems.add((*path, "goal"), f"given {goal!r}; expected {best!r} for {name}")
-    names = [objective.metric for objective in spec.objectives or []]
+    names = [objective.metric for objective in objectives or []]
     for index, name in enumerate(names):
         if name in names[:index]:
             problems.add(("objectives", index, "metric"), f"given {name!r} twice; expected once")
@@ -55,7 +66,7 @@ def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
     if metric is not None and metric.is_held_out:
         return f"given {name!r}; expected no test score, as nothing may be chosen by it"
     if metric is None or metric.goal == "none" or phase not in metric.phases:
-        known = objectives()
+        known = objective_names()
         of_phase = [other for other in known if other.startswith(f"{phase}/")] or known
         same = [other for other in known if other.endswith(f"/{name.rpartition('/')[2]}")]
         hint = f" (did you mean {same[0]!r}?)" if same else near(name, known)
@@ -84,17 +95,19 @@ def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
     return None
 
 
-def check_search(spec: Any, problems: Problems) -> None:
+def check_search(
+    trial: TrialConfig, search: Search, sampler: Choice | None, problems: Problems
+) -> None:
     """Every searched path is a setting of the trial, and every option of it makes a valid one."""
-    known = list(_paths(spec.trial.model_dump(mode="json")))
+    known = list(_paths(trial.model_dump(mode="json")))
     before = len(problems.found)
-    for path, item in spec.search.items():
+    for path, item in search.items():
         if path not in known:
             hint = near(path.removeprefix("trial."), known) or _same_end(path, known)
             what = f"expected the dotted path of a setting of `trial`{hint}"
             problems.add(("search", path), f"`trial` has no such setting; {what}")
             continue
-        for other in spec.search:
+        for other in search:
             if path.startswith(f"{other}."):
                 problem = f"lies within {other}, which is searched too; expected one of them"
                 problems.add(("search", path), problem)
@@ -104,19 +117,18 @@ def check_search(spec: Any, problems: Problems) -> None:
                 problem = message(detail, SearchItem, given)
                 problems.add((*around, *detail["loc"]), problem)
         if not nested:
-            _check_options(spec, path, item, problems)
-            _check_points(spec, space.parameters({path: item}).values(), problems)
+            _check_options(trial, path, item, problems)
+            if sampler is not None:
+                _check_points(sampler.name, space.parameters({path: item}).values(), problems)
     if len(problems.found) == before:
-        _check_siblings(spec, problems)
-    if not problems.found and spec.sampler is not None and spec.sampler.name == "grid":
-        arms = space.combinations(
-            spec.search, lambda parameter: space.grid_values(parameter.item) or []
-        )
+        _check_siblings(trial, search, problems)
+    if not problems.found and sampler is not None and sampler.name == "grid":
+        arms = space.combinations(search, lambda parameter: space.grid_values(parameter.item) or [])
         if next(islice(arms, MOST_ARMS, None), None) is not None:
             problems.add(("search",), f"given a grid of more than {MOST_ARMS:,} arms")
 
 
-def _check_options(spec: Any, path: str, item: SearchItem, problems: Problems) -> None:
+def _check_options(trial: TrialConfig, path: str, item: SearchItem, problems: Problems) -> None:
     """Every option alone, ranges at both ends, must make a trial that is valid."""
     search = {path: item}
     known = space.parameters(search)
@@ -125,7 +137,7 @@ def _check_options(spec: Any, path: str, item: SearchItem, problems: Problems) -
         if count == MOST_COMBINATIONS:
             problems.add(("search", path), "given too many ranges within labels; expected fewer")
             return
-        settings = spec.trial.model_dump(mode="json")
+        settings = trial.model_dump(mode="json")
         space.set_at(settings, parts, point.overrides[path])
         for where, problem in _trial_problems(settings)[0]:
             # within the setting, or around it where it does not go together with its neighbours
@@ -137,20 +149,20 @@ def _check_options(spec: Any, path: str, item: SearchItem, problems: Problems) -
                 _check_whole(settings, parameter, problems)
 
 
-def _check_siblings(spec: Any, problems: Problems) -> None:
+def _check_siblings(trial: TrialConfig, search: Search, problems: Problems) -> None:
     """Options of one thing that are searched each by itself must go together at all their ends."""
     families: dict[str, dict[str, SearchItem]] = {}
-    for path, item in spec.search.items():
+    for path, item in search.items():
         families.setdefault(path.rpartition(".")[0], {})[path] = item
-    for search in families.values():
-        if len(search) == 1:
+    for family in families.values():
+        if len(family) == 1:
             continue
-        for point in islice(space.combinations(search, _ends), MOST_COMBINATIONS):
-            settings = spec.trial.model_dump(mode="json")
+        for point in islice(space.combinations(family, _ends), MOST_COMBINATIONS):
+            settings = trial.model_dump(mode="json")
             for path, value in point.overrides.items():
                 space.set_at(settings, path.split("."), value)
             for _, problem in _trial_problems(settings)[0]:
-                problems.add(("search", list(search)[-1]), problem)
+                problems.add(("search", list(family)[-1]), problem)
 
 
 def _ends(parameter: space.Parameter) -> list[Any]:
@@ -158,7 +170,7 @@ def _ends(parameter: space.Parameter) -> list[Any]:
     return list(item.choices) if item.choices is not None else [item.low, item.high]
 
 
-def _check_whole(settings: Any, parameter: space.Parameter, problems: Problems) -> None:
+def _check_whole(settings: dict[str, Any], parameter: space.Parameter, problems: Problems) -> None:
     """A range of whole numbers for a setting that takes fractions is a slip of the pen."""
     settings = json.loads(json.dumps(settings))
     space.set_at(settings, parameter.path, space.get_at(settings, parameter.path) + 0.5)
@@ -172,7 +184,9 @@ def _check_whole(settings: Any, parameter: space.Parameter, problems: Problems) 
         )
 
 
-def _trial_problems(settings: Any) -> tuple[list[tuple[Where, str]], TrialConfig | None]:
+def _trial_problems(
+    settings: dict[str, Any],
+) -> tuple[list[tuple[Where, str]], TrialConfig | None]:
     try:
         return [], TrialConfig.model_validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
@@ -189,15 +203,13 @@ def _blamed(path: str, item: SearchItem, chosen: Any, where: Where) -> Where:
     return ("search", path, "choices", item.choices.index(chosen))
 
 
-def _check_points(spec: Any, parameters: Iterable[space.Parameter], problems: Problems) -> None:
-    if spec.sampler is None:
-        return
+def _check_points(sampler: str, parameters: Iterable[space.Parameter], problems: Problems) -> None:
     for parameter in parameters:
         item = parameter.item
-        if spec.sampler.name != "grid" and item.num is not None:
-            problem = f"given num with sampler {spec.sampler.name}; expected it with grid only"
+        if sampler != "grid" and item.num is not None:
+            problem = f"given num with sampler {sampler}; expected it with grid only"
             problems.add((*parameter.where, "num"), problem)
-        if spec.sampler.name == "grid" and space.grid_values(item) is None:
+        if sampler == "grid" and space.grid_values(item) is None:
             problem = "given a range without points; expected `num` or `step` for sampler grid"
             problems.add(parameter.where, problem)
 
@@ -205,40 +217,49 @@ def _check_points(spec: Any, parameters: Iterable[space.Parameter], problems: Pr
 def geometry_problems(spec: StudySpec, size: tuple[int, ...]) -> list[str]:
     """What does not fit on images of this size, for data whose size the study file does not say."""
     problems = Problems(spec.study, Document())
-    configs = [config for config, _ in _variants(spec, ("model.patch", "masking.unit"))]
-    _check_geometry(spec, configs, size, spec.probe.unit, problems)
+    trial, search, unit = spec.trial, spec.search, spec.probe.unit
+    configs = [config for config, _ in _variants(trial, search, ("model.patch", "masking.unit"))]
+    _check_geometry(search, configs, size, unit, problems, is_unit_given=unit is not None)
     return [f"{'.'.join(map(str, path))}: {problem}" for _, path, problem in problems.found]
 
 
-def check_together(spec: Any, problems: Problems) -> Any:
-    """Patches, units, probe and batches of every arm; the spec with the probe's unit set."""
-    if spec.resources is not None:
-        for config, _ in _variants(spec, ("pretrain.batch", "segment.batch")):
+def check_together(
+    trial: TrialConfig,
+    search: Search,
+    data: Choice | None,
+    resources: Resources | None,
+    probe: ProbeConfig | None,
+    problems: Problems,
+) -> Edges | None:
+    """Patches, units, probe and batches of every arm; the probe's unit, as far as there is one."""
+    if resources is not None:
+        for config, _ in _variants(trial, search, ("pretrain.batch", "segment.batch")):
             for phase in PHASES:
                 batch = getattr(config, phase).batch
-                if batch % spec.resources.workers:
+                if batch % resources.workers:
                     problems.add(
-                        _source(spec, phase, "batch"),
+                        _source(search, phase, "batch"),
                         f"given {batch}; expected a multiple of resources.workers: "
-                        f"{spec.resources.workers}",
+                        f"{resources.workers}",
                     )
-    _check_conflicts(spec, problems)
-    variants = list(_variants(spec, ("model.patch", "masking.unit")))
+    _check_conflicts(trial, search, problems)
+    variants = list(_variants(trial, search, ("model.patch", "masking.unit")))
     if len(variants) > MOST_COMBINATIONS:
         problems.add(("search",), "given too many patches and units to check; expected fewer")
-        return spec
-    if spec.probe is None:
-        return spec
+        return None
+    if probe is None:
+        return None
     configs = [config for config, _ in variants]
-    size = image_size(spec.data)
-    unit = spec.probe.unit or _largest_patch(spec, configs, problems)
+    size, is_given = image_size(data), probe.unit is not None
+    unit = probe.unit or _largest_patch(search, configs, problems)
     if size is not None:
-        _check_geometry(spec, configs, size, unit, problems)
-    probe = spec.probe.model_copy(update={"unit": unit})
-    return spec.model_copy(update={"probe": probe})
+        _check_geometry(search, configs, size, unit, problems, is_unit_given=is_given)
+    return unit
 
 
-def _largest_patch(spec: Any, configs: Sequence[TrialConfig], problems: Problems) -> Edges | None:
+def _largest_patch(
+    search: Search, configs: Sequence[TrialConfig], problems: Problems
+) -> Edges | None:
     """The longest edge of all patches along every axis; None where they differ in their axes."""
     patches = {config.model.patch for config in configs}
     counts = {len(patch) for patch in patches if isinstance(patch, tuple)}
@@ -246,7 +267,7 @@ def _largest_patch(spec: Any, configs: Sequence[TrialConfig], problems: Problems
         return max(patch for patch in patches if isinstance(patch, int))
     if len(counts) > 1:
         problems.add(
-            _source(spec, "model", "patch"),
+            _source(search, "model", "patch"),
             f"given lists of {' and '.join(map(str, sorted(counts)))} edges; expected as many in "
             f"each as the images have axes",
         )
@@ -256,15 +277,15 @@ def _largest_patch(spec: Any, configs: Sequence[TrialConfig], problems: Problems
     return tuple(map(max, zip(*edges, strict=True)))
 
 
-def _check_conflicts(spec: Any, problems: Problems) -> None:
+def _check_conflicts(trial: TrialConfig, search: Search, problems: Problems) -> None:
     """Settings that exclude each other, in the control or in what the search may put together."""
     paths = ("model.decoder.attention", "model.decoder.predicted", "pretrain.visible_weight")
-    for config, _ in _variants(spec, paths):
+    for config, _ in _variants(trial, search, paths):
         for name, problem in conflicts(config).items():
-            problems.add(_source(spec, *name.split(".")), f"given {problem}")
+            problems.add(_source(search, *name.split(".")), f"given {problem}")
 
 
-def image_size(data: Any) -> tuple[int, ...] | None:
+def image_size(data: Choice | None) -> tuple[int, ...] | None:
     """The size of images that a data setting asks for; None if only the data can tell."""
     size = getattr(data, "size", None)
     if isinstance(size, int):
@@ -272,9 +293,11 @@ def image_size(data: Any) -> tuple[int, ...] | None:
     return tuple(size) if size is not None else None
 
 
-def _variants(spec: Any, paths: Sequence[str]) -> Iterator[tuple[TrialConfig, space.Point | None]]:
+def _variants(
+    trial: TrialConfig, search: Search, paths: Sequence[str]
+) -> Iterator[tuple[TrialConfig, space.Point | None]]:
     """The control, and it with every combination of what the search may put at these paths."""
-    yield spec.trial, None
+    yield trial, None
     parts = [tuple(path.split(".")) for path in paths]
 
     def values(parameter: space.Parameter) -> list[Any]:
@@ -285,20 +308,22 @@ def _variants(spec: Any, paths: Sequence[str]) -> Iterator[tuple[TrialConfig, sp
 
     relevant = {
         path: item
-        for path, item in spec.search.items()
+        for path, item in search.items()
         if any(part[: path.count(".") + 1] == tuple(path.split(".")) for part in parts)
     }
     if relevant:
         for point in islice(space.combinations(relevant, values), MOST_COMBINATIONS):
-            yield space.override(spec.trial, point.overrides), point
+            yield space.override(trial, point.overrides), point
 
 
 def _check_geometry(
-    spec: Any,
+    search: Search,
     configs: Sequence[TrialConfig],
     size: tuple[int, ...],
     unit: Edges | None,
     problems: Problems,
+    *,
+    is_unit_given: bool,
 ) -> None:
     axes, shape, divisors = len(size), in_words(size), _divisors(size)
     per_patch = [config.patch_edges(axes) for config in configs if fits(config.model.patch, axes)]
@@ -306,7 +331,7 @@ def _check_geometry(
     such_as = multiple if isinstance(multiple, int) else list(multiple)
     is_misfit = False
     if isinstance(unit, tuple) and not fits(unit, axes):
-        if spec.probe.unit is not None:  # else the patches are at fault, and told
+        if is_unit_given:  # else the patches are at fault, and told
             problems.add(
                 ("probe", "unit"),
                 f"the probe's unit {in_words(unit)} has {len(unit)} edges, but an image of {shape} "
@@ -315,7 +340,7 @@ def _check_geometry(
         unit = None
     if unit is not None:
         is_misfit = not _divides(unit, size)
-        if is_misfit and spec.probe.unit is not None:
+        if is_misfit and is_unit_given:
             problems.add(
                 ("probe", "unit"),
                 f"the probe's unit {in_words(unit)} does not divide the image size {shape} into at "
@@ -334,14 +359,14 @@ def _check_geometry(
                 f"of every patch, such as {such_as}",
                 "image": f"take {divisors}",
             }[misfit.to]
-            problems.add(_source(spec, *path.split(".")), f"{misfit.text}; {way_out}")
+            problems.add(_source(search, *path.split(".")), f"{misfit.text}; {way_out}")
         if not fits(config.unit, axes):
             continue
         units = math.prod(grid_of(size, config.unit_edges(axes)))
         if units < 2:
             section, key = ("masking", "unit") if config.masking.unit else ("model", "patch")
             problems.add(
-                _source(spec, section, key),
+                _source(search, section, key),
                 f"{in_words(config.unit)} makes {units} mask units of an image of {shape}; "
                 f"expected at least 2, so that one can be hidden; take a smaller one or a larger "
                 f"data.size",
@@ -364,24 +389,26 @@ def _divisors(size: tuple[int, ...]) -> str:
     return ", or ".join(ways) or "1"
 
 
-def _source(spec: Any, *keys: str) -> Where:
+def _source(search: Search, *keys: str) -> Where:
     """Where the study file decides a setting: under `search` if it is searched."""
     for length in range(len(keys), 0, -1):
         path = ".".join(keys[:length])
-        if path in spec.search:
+        if path in search:
             return ("search", path)
     return ("trial", *keys)
 
 
-def check_budget(spec: Any, problems: Problems) -> None:
-    if spec.budget is None or spec.controls is None or spec.seeds is None:
+def check_budget(
+    budget: Budget | None, controls: Sequence[str] | None, seeds: int | None, problems: Problems
+) -> None:
+    if budget is None or controls is None or seeds is None:
         return
-    least = (1 + len(spec.controls)) * spec.seeds
-    if spec.budget.trials < least:
+    least = (1 + len(controls)) * seeds
+    if budget.trials < least:
         problems.add(
             ("budget", "trials"),
-            f"given {spec.budget.trials}; expected at least {least}: the control arm and "
-            f"{len(spec.controls)} of `controls`, {spec.seeds} seed(s) each",
+            f"given {budget.trials}; expected at least {least}: the control arm and "
+            f"{len(controls)} of `controls`, {seeds} seed(s) each",
         )
 
 
@@ -392,7 +419,7 @@ def _same_end(path: str, known: Sequence[str]) -> str:
     return f" (did you mean {same[0]!r}?)" if same else ""
 
 
-def _paths(settings: Any, prefix: str = "") -> Iterator[str]:
+def _paths(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in settings.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):

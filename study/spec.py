@@ -289,7 +289,7 @@ def schema() -> dict[str, Any]:
 
 def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
     """The spec if it is sound; else as many problems as can be seen, whatever else is wrong."""
-    spec: Any = None
+    spec: Any = None  # a StudySpec, or its sound part: a model made for this file alone
     try:
         spec = StudySpec.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
@@ -299,13 +299,17 @@ def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
         spec = _sound_part(data, wrong)
         if "trial" in wrong:
             spec = spec.model_copy(update={"trial": _sound_trial(data.get("trial"))})
-    checks.check_metrics(spec, problems)
-    if spec.trial is not None and spec.search is not None:
+    checks.check_metrics(spec.objectives, spec.stopping, spec.probe, problems)
+    trial, search, probe = spec.trial, spec.search, spec.probe
+    if trial is not None and search is not None:
         before = len(problems.found)
-        checks.check_search(spec, problems)
+        checks.check_search(trial, search, spec.sampler, problems)
         if len(problems.found) == before:
-            spec = checks.check_together(spec, problems)
-    checks.check_budget(spec, problems)
+            unit = checks.check_together(trial, search, spec.data, spec.resources, probe, problems)
+            if probe is not None:
+                probe = probe.model_copy(update={"unit": unit})
+                spec = spec.model_copy(update={"probe": probe})
+    checks.check_budget(spec.budget, spec.controls, spec.seeds, problems)
     return spec if isinstance(spec, StudySpec) else None
 
 

@@ -86,7 +86,7 @@ def sign(goal: str) -> float:
     return -1.0 if goal == "minimize" else 1.0
 
 
-def objectives() -> list[str]:
+def objective_names() -> list[str]:
     """Names of the metrics by which arms can be compared, without their parts."""
     return sorted(
         f"{phase}/{key}"
