@@ -593,6 +593,13 @@ def test_a_cluster_that_refuses_is_told_and_a_defect_is_not(
         hands.log(folder)
 
 
+def test_a_cluster_that_does_not_answer_is_told_to_whoever_resumes(tmp_path: Path) -> None:
+    write_study(tmp_path / "platelets", trials=4)
+    with served(tmp_path, allow_changes=True, address="http://127.0.0.1:9") as ask:
+        refused = ask("/api/studies/platelets/resume", {})
+    assert refused.status == 409 and "no Ray dashboard answers there" in refused.json["error"]
+
+
 def test_a_driver_begins_however_often_the_console_looks(tmp_path: Path) -> None:
     """Whoever asks for the lock has it for a moment, which must not look like another driver."""
     folder = write_study(tmp_path / "looked-at", trials=3)

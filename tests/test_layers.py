@@ -55,6 +55,22 @@ def test_few_files_know_a_library_that_changes_often(module: str, only: set[str]
     assert users == only
 
 
+def test_commands_put_off_only_imports_that_their_first_line_would_wait_for() -> None:
+    """`__main__` puts off the rest: it imports a command's file when the command is called."""
+
+    def puts_off(path: Path) -> bool:
+        functions = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef)
+        ]
+        inside = [node for function in functions for node in ast.walk(function)]
+        return any(isinstance(node, ast.Import | ast.ImportFrom) for node in inside)
+
+    files = (ROOT / "study" / "commands").glob("*.py")
+    assert {path.name for path in files if puts_off(path)} == {"check.py", "run.py"}
+
+
 @pytest.mark.parametrize("library", ["timm", "torchvision", "monai"])
 def test_no_package_imports_what_only_tests_compare_with(library: str) -> None:
     users = [path for path in FILES if library in {name.split(".")[0] for name in imported(path)}]
