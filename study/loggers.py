@@ -24,14 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
-
 from study import mirror
 from study.folder import StudyFolder
 from study.ledger import Outcome, Result, Suggestion, read_rows
 from trainables import durable
 from trainables.errors import UserError
 from trainables.named import Choice
+from trainables.nested import flatten
 
 FAREWELL_SECONDS = 60  # that loggers get at a study's end
 GOOD = (Outcome.COMPLETE, Outcome.STOPPED)
@@ -59,9 +58,7 @@ class Page:
     @property
     def settings(self) -> dict[str, Any]:
         """All settings of the trial, by dotted path."""
-        flat = pd.json_normalize(self.trial.config).iloc[0].to_dict()
-        settings = {str(path): value for path, value in flat.items()}
-        return {**settings, "arm": self.trial.arm, "seed": self.trial.seed}
+        return {**flatten(self.trial.config), "arm": self.trial.arm, "seed": self.trial.seed}
 
 
 def tensorboard(page: Page) -> str:

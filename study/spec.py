@@ -24,6 +24,7 @@ from trainables.config import Positive, ProbeConfig, Strict, TrialConfig, digest
 from trainables.data import DataConfig
 from trainables.errors import UserError
 from trainables.named import Choice, named
+from trainables.nested import flatten
 from trainables.storage import check_uri, is_uri
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ def difference(old_text: str, new_text: str) -> list[Difference]:
     `confirm`, `resources`, `storage`, `question` or `log`.
     """
     old, new = (
-        _flat(parse_spec(text, Path(), where=where).model_dump(mode="json", by_alias=True))
+        flatten(parse_spec(text, Path(), where=where).model_dump(mode="json", by_alias=True))
         for text, where in ((old_text, "the study as it was begun"), (new_text, "the study file"))
     )
     found = []
@@ -342,16 +343,6 @@ def _sound_part(data: dict[str, Any], wrong: set[str]) -> Any:
     part = {key: value for key, value in data.items() if key in fields and key not in wrong}
     model = create_model("SoundPart", __base__=Strict, **fields)
     return model.model_validate_json(json.dumps(part), strict=True)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _allow_bare_names(node: Any, definitions: Mapping[str, Any]) -> None:

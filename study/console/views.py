@@ -20,11 +20,12 @@ from analysis.figures.ratio_patch import ratio_patch
 from analysis.gallery import CHANGING, KINDS, UNREADABLE, data_uri, shots, slices, unreadable
 from analysis.grids import error_text
 from analysis.page import plain_figure
-from analysis.tables import OUTCOMES, Measure, StudyTables, flatten, title_of
+from analysis.tables import OUTCOMES, Measure, StudyTables, title_of
 from analysis.theme import GROUPS, colour, figure, plain, text
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
 from study.ledger import Outcome, Suggestion, read_rows
 from trainables.errors import StorageError
+from trainables.nested import flatten
 
 PAGE = 50  # trials
 MOST_PER_PAGE = 200

@@ -20,6 +20,7 @@ from study.folder import StudyFolder, is_trial_id
 from study.ledger.files import last_number, read_bytes, read_sealed, sha256
 from study.ledger.parts import KEY, RESTORE_PART, SCHEMA, gap, part_names, read_part
 from study.ledger.records import Answer, LedgerError, Outcome, Result, Suggestion
+from trainables.nested import flatten
 
 _RESTORE_OUTCOME = (
     "Bring it back from a copy, or remove it and run the study again: the trial then continues "
@@ -127,9 +128,9 @@ def read_arms(folder: StudyFolder) -> pd.DataFrame:
     arms: dict[str, dict[str, Any]] = {}
     for suggestion in read_suggestions(folder):
         if suggestion.arm not in arms:
-            labels = _flat(suggestion.labels, "search:")
+            labels = _cells(suggestion.labels, "search:")
             named = {"arm": suggestion.arm, "origin": suggestion.origin}
-            arms[suggestion.arm] = {**named, **_flat(suggestion.config), **labels}
+            arms[suggestion.arm] = {**named, **_cells(suggestion.config), **labels}
     columns = dict.fromkeys(["arm", "origin", *(key for arm in arms.values() for key in arm)])
     lines = [[arm.get(column) for column in columns] for arm in arms.values()]
     return pd.DataFrame(lines, columns=pd.Index(columns))
@@ -228,12 +229,9 @@ def _typed(kind: type[_Record], content: dict[str, Any], path: Path) -> _Record:
     return kind(**content)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"patch": 8}} -> {"model.patch": 8}; lists become JSON text."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list | tuple) else value
-    return flat
+def _cells(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted path; what is no plain value becomes JSON text."""
+    return {
+        path: json.dumps(value) if isinstance(value, list | tuple | dict) else value
+        for path, value in flatten(settings, prefix).items()
+    }
