@@ -70,10 +70,13 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *names])
 
 
+def default_cache() -> Path:
+    """Where this node keeps prepared data and mirrors: $MASKSTUDY_CACHE, or ~/.cache/maskstudy."""
+    return Path(os.environ.get("MASKSTUDY_CACHE") or "~/.cache/maskstudy").expanduser()
+
+
 def mirror_of(uri: str) -> Path:
     """The folder of this node that mirrors what lies under a URI."""
-    from trainables.data.store import default_cache
-
     kind, _, place = uri.rstrip("/").partition("://")
     return default_cache() / "mirrors" / kind / place
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from trainables.data import images, smears, volumes
 from trainables.data.source import Source
-from trainables.data.store import Dataset, Hears, default_cache, open_dataset, write
+from trainables.data.store import Dataset, Hears, open_dataset, write
 from trainables.named import Choice, named
+from trainables.storage import default_cache
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "smears": smears.smears,

@@ -139,11 +139,6 @@ class Dataset:
         }
 
 
-def default_cache() -> Path:
-    """Where prepared data sets stand: $MASKSTUDY_CACHE, or ~/.cache/maskstudy."""
-    return Path(os.environ.get("MASKSTUDY_CACHE") or "~/.cache/maskstudy").expanduser()
-
-
 def write(source: Source, cache: Path, decoded: Hears = lambda done, parts: None) -> Path:
     """The folder of the decoded source; decoded by the first process that asks for it."""
     fingerprint = source.fingerprint()
