@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.timm_models import create_model
+from trainables import durable
 from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.export import export_encoder, timm_weights
@@ -87,6 +88,23 @@ def test_the_description_says_how_to_feed_and_load_it(tmp_path, monkeypatch):
     assert len(about["usage"]) == 3
     exec("\n".join(about["usage"]), names)
     assert names["tokens"].shape == (1, 1 + 2 * 4, 64)
+
+
+def test_a_power_cut_leaves_no_torn_encoder(tmp_path, monkeypatch):
+    """Each file is on the disk before it has its name, the weights before what tells of them."""
+    steps, sync, replace = [], durable.sync, durable.os.replace
+    monkeypatch.setattr(durable, "sync", lambda path: (steps.append(path.name), sync(path)))
+    monkeypatch.setattr(
+        durable.os, "replace", lambda old, new: (steps.append(new.name), replace(old, new))
+    )
+    encoder = trained_encoder((16, 16), (8, 8), 1)
+    export_encoder(tmp_path, encoder, CONFIG, 7, dataset_of((16, 16), 1), {})
+    assert steps == [
+        ".encoder.safetensors.partial",
+        "encoder.safetensors",
+        ".encoder.json.partial",
+        "encoder.json",
+    ]
 
 
 def test_nothing_but_the_encoder_is_in_the_file(tmp_path):
