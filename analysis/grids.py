@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.tables import OUTCOMES, StudyTables, flatten, lines_of
+from analysis.tables import OUTCOMES, StudyTables, lines_of
 from analysis.theme import plain
+from trainables.nested import flatten
 
 MOST_LINES = 200  # of a table in the page; the CSV has all trials
 LONGEST_ERROR = 2000

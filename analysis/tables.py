@@ -28,6 +28,7 @@ from study.ledger import (
 )
 from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
+from trainables.nested import flatten
 from trainables.schedules import MIDPOINTS, SCHEDULES
 
 PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"
@@ -260,17 +261,6 @@ def by_size(patches: pd.Series[Any]) -> pd.Series[Any]:
 
     known = sorted(patches.dropna().unique(), key=size)
     return patches.astype(pd.CategoricalDtype(known, ordered=True))
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _spec_text(folder: StudyFolder) -> str:

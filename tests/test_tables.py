@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.tables import arm_label, arm_scores, by_size, final, flatten, load, mean_ratio
+from analysis.tables import arm_label, arm_scores, by_size, final, load, mean_ratio
 from study.folder import StudyFolder
 from study.ledger import LedgerError, Suggestion
 from tests.synthetic import hand_made, study_tables, write_study
@@ -245,10 +245,6 @@ def test_a_strategy_is_told_once_by_the_studys_own_word(labels: dict[str, str], 
         labels=labels,
     )
     assert arm_label(suggestion) == words
-
-
-def test_settings_are_flattened_with_dots() -> None:
-    assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2]}) == {"a.b.c": 1, "d": [1, 2]}
 
 
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:
