@@ -35,9 +35,7 @@ def answer(tables: StudyTables) -> Answer:
     sentences: list[str | None] = []
     if line["group"] == "control":
         score = f"{goal.title} {goal.show(line['mean'])}"
-        headline = f"No searched arm is ahead of the control ({line['label']}; {score})."
-        if len(ranks[ranks["group"] == "search"]) == 0:
-            headline = f"Only controls are complete so far ({line['label']}; {score})."
+        headline = f"Only controls are complete so far ({line['label']}; {score})."
         is_shown = False
     elif control.empty:
         bound = "Highest" if goal.maximize else "Lowest"
@@ -70,10 +68,10 @@ def _beside_the_control(
 ) -> str:
     """The best searched arm and the control, lines of the ranking, in one sentence."""
     own, others = goal.show(best["mean"]), goal.show(control["mean"])
-    if not is_shown and _is_ahead(control, best, goal):
+    if not is_shown and not _is_ahead(best, control, goal):
         return (
-            f"The control is ahead of the best searched arm ({best['label']}): {goal.title} "
-            f"{others} against {own}."
+            f"No searched arm is ahead of the control: {goal.title} {others} against {own} of the "
+            f"best ({best['label']})."
         )
     lead = "Best arm" if is_shown else "Ahead, but not shown to be better"
     if verdict["n"] < 2:

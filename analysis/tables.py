@@ -16,6 +16,7 @@ import pandas as pd
 import yaml
 
 from analysis.theme import plain
+from study.best import Final, Standing, group_of, standings
 from study.folder import StudyFolder
 from study.ledger import (
     Result,
@@ -140,6 +141,22 @@ class StudyTables:
         known = {f"{phase}/{metric}" for phase, metric in pairs.to_numpy()}
         found = [measure for measure in found if measure.key in known]
         return found or [self.measure(key) for key in (MIOU, PSNR) if key in known]
+
+    def standings(self, measure: Measure) -> list[Standing]:
+        """The arms by a metric, best first."""
+        found = final(self)
+        values = found[measure.key].to_dict() if measure.key in found else {}
+        trials = [
+            Final(str(line.arm), str(line.origin), int(line.seed), _finite(values.get(line.trial)))
+            for line in lines_of(self.suggestions.sort_values("number"))
+        ]
+        confirm = self.spec.get("confirm")
+        return standings(
+            trials,
+            "maximize" if measure.maximize else "minimize",
+            seeds=_count(self.spec.get("seeds"), 1),
+            confirm_seeds=_count(confirm.get("seeds") if isinstance(confirm, dict) else None, 0),
+        )
 
 
 def load(folder: Path | StudyFolder) -> StudyTables:
@@ -316,7 +333,7 @@ def _arms(suggestions: list[Suggestion], rows: pd.DataFrame) -> pd.DataFrame:
             {
                 "arm": arm,
                 "origin": suggestion.origin,
-                "group": _group(suggestion.origin),
+                "group": group_of(suggestion.origin),
                 "label": arm_label(suggestion),
                 "patch": patch,
                 "unit": _edges(masking.get("unit")) or patch,
@@ -346,10 +363,13 @@ def _measured_ratio(rows: pd.DataFrame, arm: str) -> float | None:
     return float(found["value"].mean()) if len(found) else None
 
 
-def _group(origin: str) -> str:
-    if origin.startswith("control"):
-        return origin.partition(":")[2] or "control"
-    return "search"
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
+
+
+def _count(value: Any, otherwise: int) -> int:
+    """A number of a study file, which may be anybody's."""
+    return value if type(value) is int else otherwise
 
 
 def _schedule(suggestion: Suggestion) -> str:
@@ -382,7 +402,7 @@ def arm_label(suggestion: Suggestion) -> str:
         is_told = path in told or f"{path}.".startswith("masking.ratio.")
         if not is_told:
             words.append(f"{path.rpartition('.')[2]} {_short(value)}")
-    prefix = {"control": "control: ", "search": ""}.get(group := _group(suggestion.origin))
+    prefix = {"control": "control: ", "search": ""}.get(group := group_of(suggestion.origin))
     words = [plain(word, LONGEST_WORD) for word in words]
     return (f"{group}: " if prefix is None else prefix) + ", ".join(words)
 

@@ -69,7 +69,9 @@ METRICS: dict[str, Metric] = {
         "gauge", ("state",), "Trials by state: waiting, running, or how they ended"
     ),
     "maskstudy_best_objective": Metric(
-        "gauge", ("metric",), "Best value of an objective at the end of a complete trial"
+        "gauge",
+        ("metric", "group"),
+        "Best mean of an objective over an arm's complete trials: searched arms, each control",
     ),
     "maskstudy_images_per_second": Metric(
         "gauge", ("phase",), "Images trained on per second, over all running trials"

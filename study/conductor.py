@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from study import requests
+from study.best import in_short, of_study
 from study.ledger import (
     Answer,
     Ledger,
@@ -25,7 +26,7 @@ from study.ledger import (
     read_rows,
     read_suggestions,
 )
-from study.progress import Progress, describe
+from study.progress import Progress, arm_text, describe
 from study.resume import (
     AskSampler,
     Continue,
@@ -85,8 +86,8 @@ class Conductor:
             total=num_planned(self.spec),
             done=sum(not is_unfinished(result) for result in self.results.values()),
             metrics=[objective.metric for objective in spec.objectives],
-            goals=[objective.goal for objective in spec.objectives],
         )
+        self.progress.best = self._best()
         self._finish_stopped()
         self.heed_requests()
 
@@ -197,6 +198,7 @@ class Conductor:
         self.on_durable(suggestion, result)
         self.results[trial] = result
         self.brain.tell(result)
+        self.progress.best = self._best()
         self.progress.finished(suggestion, result.outcome, error)
 
     def hand_back(self, suggestion: Suggestion) -> None:
@@ -207,6 +209,14 @@ class Conductor:
     @property
     def num_failed(self) -> int:
         return sum(result.outcome is Outcome.FAILED for result in self.results.values())
+
+    def _best(self) -> str:
+        """The best arm so far, and who is ahead of it, for the log."""
+        firsts: dict[str, Suggestion] = {}
+        for suggestion in self.suggestions:
+            firsts.setdefault(suggestion.arm, suggestion)
+        found = of_study(self.spec, self.suggestions, self.results, self.measured)
+        return in_short(found, self.spec.objectives[0], lambda arm: arm_text(firsts[arm]))
 
     def _remote(self, suggestion: Suggestion) -> str:
         folder = self.ledger.folder

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from study.ledger import Outcome, Suggestion
-from trainables.metrics import sign
 
 MOMENT_SECONDS = 0.5  # that nobody needs to be told what they wait for
 REMIND_SECONDS = 5.0  # between two lines of a log about the same
@@ -79,9 +78,10 @@ class Patience(AbstractContextManager["Patience"]):
 class Progress:
     """Collects events; `start` and `stop` bracket the live table."""
 
-    def __init__(self, *, study: str, total: int, done: int, metrics: list[str], goals: list[str]):
+    def __init__(self, *, study: str, total: int, done: int, metrics: list[str]):
         self.study, self.total, self.done_before = study, total, done
-        self.metrics, self.goals = metrics, goals
+        self.metrics = metrics
+        self.best = ""  # the best arm so far, in a few words
         self.lines: dict[str, Line] = {}
         self.began = time.monotonic()
         self.slots = 1
@@ -211,16 +211,7 @@ class Progress:
         return finished[-8:] + running
 
     def _best_text(self) -> str:
-        metric, goal = self.metrics[0], self.goals[0]
-        known = [
-            line
-            for line in self.lines.values()
-            if metric in line.values and line.outcome is Outcome.COMPLETE
-        ]
-        if not known:
-            return ""
-        best = max(known, key=lambda line: sign(goal) * line.values[metric])
-        return f" · best {metric} {best.values[metric]:.4g} ({arm_text(best.suggestion)})"
+        return f" · {self.best}" if self.best else ""
 
     def _left_text(self) -> str:
         left = self.seconds_left()

@@ -8,18 +8,16 @@ gets no further seeds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from study.best import CONFIRM, to_confirm
 from study.ledger import Outcome, Result, Suggestion
 from study.space import params_of
-from study.stopping import Measured, final_value
+from study.stopping import Measured
 from trainables.config import TrialConfig, arm_id
-from trainables.metrics import sign
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -96,17 +94,17 @@ def next_step(
             return Continue(suggestion)
     for start in _controls(spec, suggestions, is_labelled):
         return start
-    num_trials = sum(suggestion.origin != "confirm" for suggestion in suggestions)
+    num_trials = sum(suggestion.origin != CONFIRM for suggestion in suggestions)
     if num_trials < spec.budget.trials:
         for start in _missing_seeds(spec, suggestions, results, enqueued):
             return start
         if spec.search and not is_exhausted:
             return AskSampler(len(suggestions), spec.seed)
     if any(
-        suggestion.trial in running and suggestion.origin != "confirm" for suggestion in suggestions
+        suggestion.trial in running and suggestion.origin != CONFIRM for suggestion in suggestions
     ):
         return Wait()
-    for start in _confirmations(spec, suggestions, measured):
+    for start in _confirmations(spec, suggestions, results, measured):
         return start
     return Wait() if running else Finished()
 
@@ -130,18 +128,6 @@ def num_planned(spec: StudySpec) -> int:
     """Trials of the whole study, if its space has that many arms."""
     confirm = spec.confirm
     return spec.budget.trials + ((confirm.arms + 1) * confirm.seeds if confirm else 0)
-
-
-def best_arms(spec: StudySpec, suggestions: Sequence[Suggestion], measured: Measured) -> list[str]:
-    """Searched arms that measured the first objective in every seed, the best mean first."""
-    objective = spec.objectives[0]
-    scores = {}
-    for arm, trials in _searched(suggestions).items():
-        values = [final_value(measured, trial.trial, objective.metric) for trial in trials]
-        finite = [value for value in values if value is not None and math.isfinite(value)]
-        if len(finite) == spec.seeds:
-            scores[arm] = sign(objective.goal) * fmean(finite)
-    return sorted(scores, key=lambda arm: -scores[arm])  # stable: of equals the older arm
 
 
 def twin(spec: StudySpec, control: str) -> TrialConfig:
@@ -193,12 +179,15 @@ def _missing_seeds(
 
 
 def _confirmations(
-    spec: StudySpec, suggestions: Sequence[Suggestion], measured: Measured
+    spec: StudySpec,
+    suggestions: Sequence[Suggestion],
+    results: Mapping[str, Result],
+    measured: Measured,
 ) -> Iterator[Start]:
     if spec.confirm is None:
         return
     control = arm_id(spec.trial)
-    best = [arm for arm in best_arms(spec, suggestions, measured) if arm != control]
+    best = to_confirm(spec, suggestions, results, measured)
     firsts: dict[str, Suggestion] = {}
     for suggestion in suggestions:
         firsts.setdefault(suggestion.arm, suggestion)
@@ -209,7 +198,7 @@ def _confirmations(
             seed = spec.seed + spec.seeds + index
             if (arm, seed) not in begun:
                 config = TrialConfig.model_validate(first.config)
-                yield Start("confirm", config, seed, first.params, first.labels)
+                yield Start(CONFIRM, config, seed, first.params, first.labels)
 
 
 def _searched(suggestions: Sequence[Suggestion]) -> dict[str, list[Suggestion]]:

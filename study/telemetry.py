@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.metrics import Reading
+from study.best import of_study
 from study.conductor import Conductor
 from study.ledger import Outcome
-from study.stopping import Measured, final_value
-from trainables.metrics import PHASES, sign
+from study.stopping import Measured
+from trainables.metrics import PHASES
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,20 @@ class Telemetry:
         conductor = self.conductor
         for state, count in trials_by_state(conductor).items():
             yield Reading("maskstudy_trials", count, {"state": state})
-        for metric, value in best_values(conductor).items():
-            yield Reading("maskstudy_best_objective", value, {"metric": metric})
+        for objective in conductor.spec.objectives:
+            found = of_study(
+                conductor.spec,
+                list(conductor.suggestions),
+                dict(conductor.results),
+                conductor.measured,
+                objective,
+            )
+            told = set()
+            for one in found:  # the best of each group, controls beside the searched arms
+                if one.group not in told:
+                    labels = {"metric": objective.metric, "group": str(one.group)}
+                    yield Reading("maskstudy_best_objective", one.mean, labels)
+                told.add(one.group)
 
         lines = [line for line in list(conductor.progress.lines.values()) if not line.outcome]
         for phase in PHASES:
@@ -80,22 +93,6 @@ def trials_by_state(conductor: Conductor) -> dict[str, int]:
     ended = {outcome.value: outcomes.count(outcome) for outcome in Outcome}
     waiting = max(0, conductor.progress.total - len(running) - len(outcomes))
     return {"waiting": waiting, "running": len(running), **ended}
-
-
-def best_values(conductor: Conductor) -> dict[str, float]:
-    """Objective -> its best value over complete trials; objectives without any are absent."""
-    complete = [
-        result.trial
-        for result in list(conductor.results.values())
-        if result.outcome is Outcome.COMPLETE
-    ]
-    best = {}
-    for objective in conductor.spec.objectives:
-        finals = [final_value(conductor.measured, trial, objective.metric) for trial in complete]
-        values = [value for value in finals if value is not None]
-        if values:
-            best[objective.metric] = max(values, key=lambda value: sign(objective.goal) * value)
-    return best
 
 
 def _work_done(measured: Measured) -> tuple[float, float]:

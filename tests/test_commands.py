@@ -184,7 +184,7 @@ def test_export_copies_the_encoder_of_an_arm_that_has_one(tmp_path: Path, capsys
     where = ("--storage", tmp_path, "-o", tmp_path / "out")
     assert call("export", "platelets", *where) == 2
     assert (
-        "no encoder of an arm with all its seeds; arms with one: none yet"
+        "no encoder of a searched arm with a score; arms with one: none yet"
         in capsys.readouterr().err
     )
     searched = next(s for s in read_suggestions(folder) if s.origin == "search")

@@ -104,7 +104,9 @@ def test_prometheus_finds_every_metric_and_the_dashboard_draws_them(
     assert trials["failed"] == 0
     rows = read_rows(folder)
     mious = rows[(rows.metric == "miou") & (rows.progress == 1)].value.tolist()
-    assert found["maskstudy_best_objective"]["segment/miou"] in [pytest.approx(m) for m in mious]
+    assert found["maskstudy_best_objective"]["segment/miousearch"] in [
+        pytest.approx(m) for m in mious
+    ]
     assert found["maskstudy_images_per_second"]["pretrain"] > 1
     assert 0 < found["maskstudy_flops_utilization"][""] <= 1
     assert found["maskstudy_checkpoint_seconds"][""] > 0
@@ -124,6 +126,6 @@ def query(prometheus: str, expression: str) -> dict[str, float]:
     for series in content["data"]["result"]:
         labels = series["metric"]
         assert labels.get("study", "tiny") == "tiny"
-        own = [labels[key] for key in ("state", "phase", "metric") if key in labels]
+        own = [labels[key] for key in ("state", "phase", "metric", "group") if key in labels]
         found["".join(own)] = float(series["value"][1])
     return found

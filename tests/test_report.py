@@ -254,8 +254,8 @@ def test_a_control_ahead_of_the_confirmed_arm_is_named() -> None:
     control = {"arm": "c", "origin": "control", "miou": 0.6}
     found = answer(hand_made(control, {"arm": "a", "miou": 0.7}, confirmed))
     assert found.headline == (
-        "The control is ahead of the best searched arm (patch 8, ratio 0.50): mIoU 0.600 against "
-        "0.500."
+        "No searched arm is ahead of the control: mIoU 0.600 against 0.500 of the best (patch 8, "
+        "ratio 0.50)."
     )
     assert not found.is_shown
 
@@ -337,7 +337,8 @@ def test_without_a_control_the_lowest_distance_is_called_lowest() -> None:
     for metric, goal, word in [("hd95", "minimize", "Lowest"), ("nsd", "maximize", "Highest")]:
         tables = study_tables(Path("s"))
         tables.spec["objectives"] = [{"metric": f"segment/{metric}", "goal": goal}]
-        tables.arms.loc[tables.arms["group"] == "control", "group"] = "search"
+        controls = tables.suggestions.loc[tables.suggestions["origin"] == "control", "trial"]
+        tables.results.loc[controls, "outcome"] = "failed"
         assert answer(tables).headline.startswith(f"{word} ")
 
 

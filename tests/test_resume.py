@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from study.best import to_confirm
 from study.ledger import Outcome, Result, Suggestion
 from study.resume import (
     AskSampler,
@@ -11,7 +12,6 @@ from study.resume import (
     Finished,
     Start,
     Wait,
-    best_arms,
     next_step,
 )
 from study.spec import parse_spec
@@ -197,8 +197,8 @@ def test_the_smallest_is_best_where_the_goal_says_so():
     objective = spec.objectives[0].model_copy(update={"goal": "minimize"})
     turned = spec.model_copy(update={"objectives": [objective]})
     best = [books.suggestions[index].arm for index in (2, 3)]
-    assert best_arms(spec, books.suggestions, collect(books.rows)) == best
-    assert best_arms(turned, books.suggestions, collect(books.rows)) == best[::-1]
+    assert to_confirm(spec, books.suggestions, books.results, collect(books.rows)) == best
+    assert to_confirm(turned, books.suggestions, books.results, collect(books.rows)) == best[::-1]
 
 
 def test_only_arms_whose_seeds_are_all_complete_and_finite_can_be_best():
@@ -206,7 +206,7 @@ def test_only_arms_whose_seeds_are_all_complete_and_finite_can_be_best():
     values = iter([0.1, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.3, 0.2])
     while not isinstance(books.next(), Finished) and len(books.suggestions) < 8:
         books.end(books.begin(books.next()), next(values))
-    best = best_arms(books.spec, books.suggestions, collect(books.rows))
+    best = to_confirm(books.spec, books.suggestions, books.results, collect(books.rows))
     assert best == [books.suggestions[4].arm, books.suggestions[6].arm]
 
 

@@ -79,7 +79,7 @@ def test_every_figure_of_a_study_by_hand(conductor: Conductor) -> None:
     known = figures(telemetry, VITALS, other)
     states = ("waiting", "running", "complete", "failed")
     assert [known[f"trials {state}"] for state in states] == [1, 1, 1, 1]
-    assert known["best_objective segment/miou"] == 0.7
+    assert known["best_objective segment/miou control"] == 0.7
     assert (known["images_per_second pretrain"], known["images_per_second segment"]) == (120, 0)
     assert (known["flops"], known["device_seconds"]) == (3500, 60)
     assert known["flops_utilization"] == pytest.approx(3500 / 60 / (2 * 50))  # two workers

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis.figures.drawn import Drawn, counted
 from analysis.figures.rows import MOST_ARMS, row_figure, rows_of_points
 from analysis.statistics import mean_and_interval
-from analysis.tables import StudyTables, arm_scores, lines_of
+from analysis.tables import StudyTables, lines_of
 from analysis.theme import text
 
 
@@ -18,31 +18,27 @@ from analysis.theme import text
 def ranking_numbers(tables: StudyTables) -> pd.DataFrame:
     """rank, arm, label, group, n, confirmed, mean, low, high, values: by the first objective.
 
-    Arms confirmed with fresh seeds stand first: a single lucky seed does not outrank them.
+    In the order of study/best.py: arms confirmed with fresh seeds stand first, as a single lucky
+    seed does not outrank them, then those with all their seeds.
     """
     columns = ["rank", "arm", "label", "group", "n", "confirmed", "mean", "low", "high", "values"]
     if not tables.objectives:
         return pd.DataFrame(columns=columns)
-    goal = tables.objectives[0]
-    lines = []
-    for arm, scores in arm_scores(tables, goal.key).groupby("arm", sort=False):
-        mean, low, high = mean_and_interval(scores["value"])
-        confirmed = bool(scores["fresh"].any())
-        values = sorted(scores["value"])
-        about = [tables.label(str(arm)), tables.arms.at[arm, "group"]]
-        lines.append([0, arm, *about, len(scores), confirmed, mean, low, high, values])
-    numbers = pd.DataFrame(lines, columns=columns)
-    sign = -1 if goal.maximize else 1
-    order = np.lexsort((numbers["arm"], sign * numbers["mean"], ~numbers["confirmed"].astype(bool)))
-    numbers = numbers.iloc[order].reset_index(drop=True)
-    numbers["rank"] = np.arange(1, len(numbers) + 1)
-    return numbers
+    lines: list[list[Any]] = []
+    for rank, one in enumerate(tables.standings(tables.objectives[0]), 1):
+        values = sorted(one.values.values())
+        about = [rank, one.arm, tables.label(one.arm), one.group, len(values), one.is_confirmed]
+        lines.append([*about, *mean_and_interval(values), values])
+    return pd.DataFrame(lines, columns=columns)
 
 
 def best_arm(ranks: pd.DataFrame) -> str | None:
-    """The first in rank that is a candidate: a searched arm or the control itself."""
-    candidates = ranks[ranks["group"].isin(["search", "control"])]
-    return None if candidates.empty else str(candidates["arm"].iloc[0])
+    """The best searched arm; while there is none, the control."""
+    for group in ("search", "control"):
+        candidates = ranks.loc[ranks["group"] == group, "arm"]
+        if len(candidates):
+            return str(candidates.iloc[0])
+    return None
 
 
 def ranking(tables: StudyTables) -> Drawn:

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 from study import mirror
-from study.best import NoEncoder, best_encoder
+from study.best import IN_WORDS, NoEncoder, ahead, best_encoder, of_study
 from study.commands.finding import find_study
 from study.commands.terminal import say
 from study.conductor import measure
-from study.ledger import read_rows, read_suggestions
+from study.ledger import read_results, read_rows, read_suggestions
 from study.spec import spec_of
 from trainables.errors import UserError
 
@@ -20,18 +20,22 @@ def copy_encoder(name: str, output: Path, arm: str | None, storage: str | None) 
     """Copy the pretrained encoder of an arm's best trial into a new folder."""
     folder = find_study(name, storage)
     spec, suggestions = spec_of(folder), read_suggestions(folder)
-    measured = measure(read_rows(folder))
+    measured, results = measure(read_rows(folder)), read_results(folder)
     mirror.pull_pictures(folder)
     with_encoder = {s.trial for s in suggestions if folder.encoder(s.trial).is_dir()}
-    best = best_encoder(spec, suggestions, measured, with_encoder, arm)
+    best = best_encoder(spec, suggestions, results, measured, with_encoder, arm)
     if isinstance(best, NoEncoder):
         known = ", ".join(best.arms) or "none yet"
-        what = f"no encoder of arm {arm!r}" if arm else "no encoder of an arm with all its seeds"
+        known += "; name one with --arm" if best.arms and arm is None else ""
+        what = f"no encoder of arm {arm!r}" if arm else "no encoder of a searched arm with a score"
         raise UserError(f"{name}: {what}; arms with one: {known}")
     if output.exists():
         raise UserError(f"{output}: exists already; name a new folder with --output")
     encoder = folder.encoder(best.trial)
     mirror.pull_folder(folder, encoder)
     shutil.copytree(encoder, output)
+    found = of_study(spec, suggestions, results, measured)
+    for one in ahead(found, spec.objectives[0].goal) if arm is None else ():
+        say(f"ahead of it: {IN_WORDS[one.group]}, {spec.objectives[0].metric} {one.mean:.4g}")
     say(f"arm {best.arm}, trial {best.trial}: {output}")
     say(json.loads((output / "encoder.json").read_text())["usage"])
