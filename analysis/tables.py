@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from analysis.theme import plain
-from study.best import Final, Standing, group_of, standings
+from study.best import Final, Standing, group_of, of_file
 from study.folder import StudyFolder
 from study.ledger import (
     Result,
@@ -150,13 +150,7 @@ class StudyTables:
             Final(str(line.arm), str(line.origin), int(line.seed), _finite(values.get(line.trial)))
             for line in lines_of(self.suggestions.sort_values("number"))
         ]
-        confirm = self.spec.get("confirm")
-        return standings(
-            trials,
-            "maximize" if measure.maximize else "minimize",
-            seeds=_count(self.spec.get("seeds"), 1),
-            confirm_seeds=_count(confirm.get("seeds") if isinstance(confirm, dict) else None, 0),
-        )
+        return of_file(trials, "maximize" if measure.maximize else "minimize", self.spec)
 
 
 def load(folder: Path | StudyFolder) -> StudyTables:
@@ -365,11 +359,6 @@ def _measured_ratio(rows: pd.DataFrame, arm: str) -> float | None:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and np.isfinite(value) else None
-
-
-def _count(value: Any, otherwise: int) -> int:
-    """A number of a study file, which may be anybody's."""
-    return value if type(value) is int else otherwise
 
 
 def _schedule(suggestion: Suggestion) -> str:

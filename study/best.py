@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from study.ledger import Outcome, Result, Suggestion
 from study.stopping import Measured, final_value
@@ -129,6 +129,14 @@ def of_study(
     trials = finals(suggestions, results, measured, objective.metric)
     confirm_seeds = spec.confirm.seeds if spec.confirm else 0
     return standings(trials, objective.goal, seeds=spec.seeds, confirm_seeds=confirm_seeds)
+
+
+def of_file(trials: Iterable[Final], goal: str, settings: Mapping[str, Any]) -> list[Standing]:
+    """The standings in a study whose file, as it was read, may be anybody's."""
+    confirm = settings.get("confirm")
+    asked = [settings.get("seeds"), confirm.get("seeds") if isinstance(confirm, dict) else None]
+    seeds, confirm_seeds = (each if type(each) is int else 1 for each in asked)
+    return standings(trials, goal, seeds=seeds, confirm_seeds=confirm_seeds)
 
 
 def best(found: Iterable[Standing]) -> Standing | None:

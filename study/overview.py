@@ -6,21 +6,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from study import mirror
-from study.conductor import measure
 from study.folder import Storage, StudyFolder, is_trial_id
 from study.ledger import (
     Outcome,
     is_held,
-    read_environment,
     read_results,
     read_rows,
     read_suggestions,
 )
 from study.progress import arm_text
-from study.requests import expected, grown, queue
-from study.resume import AskSampler, Finished, Step, next_step, num_planned
-from study.samplers import Brain
-from study.spec import StudySpec, spec_of
+from study.spec import spec_of
+from study.state import State, outlook_of, state_of
 from trainables.errors import StorageError, UserError
 from trainables.storage import store
 
@@ -43,12 +39,13 @@ def studies_table(storage: Storage) -> Table:
         table.add_column(column)
     problems = []
     for folder in studies(storage):
-        state = "running" if is_held(folder) else "at rest"
         try:
-            results = read_results(folder)
-            trials = f"{len(read_suggestions(folder))} of {num_planned(_asked(folder))}"
+            found, results = outlook_of(folder), read_results(folder)
+            trials = f"{len(read_suggestions(folder))} of {found.total}"
+            state = state_of(folder, found)
         except (UserError, StorageError) as error:  # the others are to be seen all the same
-            table.add_row(folder.root.name, f"{state}, damaged")
+            words = [State.RUNNING] if is_held(folder) else []
+            table.add_row(folder.root.name, ", ".join([*words, "damaged"]))
             problems.append(escape(str(error)))
             continue
         counts = [sum(r.outcome is outcome for r in results.values()) for outcome in Outcome]
@@ -58,11 +55,10 @@ def studies_table(storage: Storage) -> Table:
 
 
 def arms_table(folder: StudyFolder) -> Table:
-    spec = _asked(folder)
-    rows, results = read_rows(folder), read_results(folder)
-    state = "running" if is_held(folder) else "at rest"
-    drawn = read_suggestions(folder)
-    table = Table(title=f"{spec.study} ({state}, {len(drawn)} of {num_planned(spec)} trials begun)")
+    spec, found = spec_of(folder), outlook_of(folder)
+    rows, results, drawn = read_rows(folder), read_results(folder), read_suggestions(folder)
+    state = state_of(folder, found)
+    table = Table(title=f"{spec.study} ({state}, {len(drawn)} of {found.total} trials begun)")
     metrics = [objective.metric for objective in spec.objectives]
     for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *metrics):
         table.add_column(column)
@@ -84,40 +80,5 @@ def arms_table(folder: StudyFolder) -> Table:
     return table
 
 
-def is_finished(folder: StudyFolder) -> bool:
-    """Whether a driver would find nothing to do."""
-    spec = spec_of(folder)
-    answers = expected(folder, spec)
-    spec = grown(spec, answers)
-    suggestions, results = read_suggestions(folder), read_results(folder)
-    measured = measure(read_rows(folder))
-    images = read_environment(folder).get("data", {}).get("images", {})
-
-    def following(is_exhausted: bool) -> Step:
-        return next_step(
-            spec,
-            suggestions,
-            results,
-            set(),
-            measured,
-            enqueued=queue(answers),
-            is_labelled=images.get("train", 0) > 0,
-            is_exhausted=is_exhausted,
-        )
-
-    step = following(is_exhausted=False)
-    if isinstance(step, AskSampler):
-        brain = Brain(spec)
-        brain.replay(suggestions, results, measured)
-        step = following(is_exhausted=brain.ask(step.number) is None)
-    return isinstance(step, Finished)
-
-
 def question_of(folder: StudyFolder) -> str:
     return spec_of(folder).question or ""
-
-
-def _asked(folder: StudyFolder) -> StudySpec:
-    """The study with what people have asked for since it was begun, answered yet or not."""
-    spec = spec_of(folder)
-    return grown(spec, expected(folder, spec))

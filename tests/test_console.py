@@ -144,6 +144,7 @@ def test_all_studies_are_told_with_their_numbers(ask: Client) -> None:
         "complete": 9, "stopped": 4, "failed": 1, "diverged": 0, "out-of-memory": 0,
     }  # fmt: skip
     assert one["best"]["value"] > one["control"]["value"]
+    assert (one["state"], one["ahead"]) == ("interrupted", [])
 
 
 def test_the_table_of_trials_is_sorted_filtered_and_cut_into_pages(ask: Client) -> None:

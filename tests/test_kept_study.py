@@ -29,9 +29,9 @@ from study.ledger import (
     read_spec,
     read_suggestions,
 )
-from study.overview import is_finished
 from study.resume import Continue
 from study.spec import parse_spec
+from study.state import State, outlook_of, state_of
 from tests.studies import CLOCKED
 from trainables.config import TrialConfig
 from trainables.context import Context
@@ -83,7 +83,8 @@ def test_it_is_read_as_it_was_written(folder: StudyFolder) -> None:
     assert outcomes == [Outcome.COMPLETE] * 3 + [Outcome.FAILED] * 2
     planted, lost = (results[each.trial] for each in suggestions[3:])
     assert (planted.infrastructure_failures, lost.infrastructure_failures) == (0, 2)
-    assert not is_finished(folder)
+    found = outlook_of(folder)
+    assert found.total == 9 and state_of(folder, found) is State.INTERRUPTED
 
 
 def test_it_goes_on_to_its_end_and_is_reported(folder: StudyFolder, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_it_goes_on_to_its_end_and_is_reported(folder: StudyFolder, tmp_path: Pa
         while isinstance(suggestion := conductor.next(), Suggestion):
             place = tmp_path / suggestion.trial
             conductor.done(suggestion, train(conductor, dataset, suggestion, place), None)
-    assert is_finished(folder)
+    assert state_of(folder, outlook_of(folder)) is State.FINISHED
     suggestions, results = read_suggestions(folder), read_results(folder)
     # 5 in the budget, one more asked for, one enqueued; then the best arm and the control again
     assert len(suggestions) == 9

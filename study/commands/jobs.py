@@ -13,8 +13,9 @@ from study.commands.finding import refuse_if_below, seen_here, storage_of
 from study.commands.terminal import console, say
 from study.folder import Storage
 from study.ledger import read_jobs, refuse_if_held
-from study.overview import is_finished, question_of
+from study.overview import question_of
 from study.spec import changes, load_spec
+from study.state import outlook_of
 from trainables.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _needs_a_driver(folder: StudyFolder, address: str, spec: StudySpec | None = 
     `spec`: a study file that is submitted; where it asks for more, a driver has to take that up.
     """
     refuse_if_held(folder)
-    if (spec is not None and changes(folder, spec)) or not is_finished(folder):
+    if (spec is not None and changes(folder, spec)) or not outlook_of(folder).is_finished:
         return True
     say(
         f"{folder.root.name} is finished: nothing is left to do. For more of it: maskstudy extend "

@@ -133,6 +133,9 @@
 
   const chip = (state) =>
     el("span", { class: `state state-${state.replace(" ", "-")}` }, state === "held" ? "held, maybe dead" : state);
+  const behind = (study) => study.ahead.length
+    ? el("p", { class: "bad" }, `behind ${study.ahead.map((one) => `${one.who} ${score(one.value)}`).join(" and ")}`)
+    : null;
   const bar = (study) => {
     const total = Math.max(1, study.total);
     const { complete, stopped, ...others } = study.counts;
@@ -183,6 +186,7 @@
           el("div", {},
             study.best ? el("p", {}, `best ${study.best.title} ${score(study.best.value)}`) : el("p", { class: "quiet" }, "no searched trial is complete"),
             study.best ? el("p", { class: "quiet" }, study.best.label) : null,
+            behind(study),
             el("p", { class: "quiet" }, `last written ${ago(study.changed)}`)))));
     });
   };
@@ -227,11 +231,11 @@
           study.read < study.suggested && !study.problem ? el("p", { class: "quiet", role: "status" }, `Reading what was measured: ${study.read} of ${study.suggested} trials.`) : null,
           bar(study),
           el("p", {}, link(path("report", name), "Open the report", { target: "_blank", rel: "noopener" }), el("span", { class: "quiet" }, " (made from the ledger as it is now; takes a moment)")));
-        const tile = (title, value, note) => el("div", {}, el("dt", {}, title), el("dd", {}, value, el("small", {}, note)));
+        const tile = (title, value, note, more) => el("div", {}, el("dt", {}, title), el("dd", {}, value, el("small", {}, note), more));
         const others = Object.entries(study.counts).filter(([, count]) => count).map(([kind, count]) => `${count} ${kind}`);
         fill(numbers,
           tile("trials ended", `${study.ended} of ${study.total}`, others.join(", ") || "none yet"),
-          tile(`best ${study.best ? study.best.title : "searched trial"}`, study.best ? score(study.best.value) : "–", study.best ? study.best.label : "none is complete"),
+          tile(`best ${study.best ? study.best.title : "searched trial"}`, study.best ? score(study.best.value) : "–", study.best ? study.best.label : "none is complete", behind(study)),
           tile("control", study.control ? score(study.control.value) : "–", study.control ? study.control.label : "not complete"),
           tile("last written", ago(study.changed), study.state === "running" ? `${study.running.length} running` : study.waiting ? `${study.waiting} begun, not ended` : ""));
         runningBox.hidden = !study.running.length;

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from study import requests
+from study.conductor import measure
 from study.console.index import Snapshot
 from study.ledger import COLUMNS
-from study.resume import AskSampler, Finished, Step, next_step, num_planned
-from study.samplers import Brain
 from study.spec import parse_spec
-from study.stopping import collect
+from study.state import Outlook, outlook
+from study.stopping import Measured
 
 log = logging.getLogger(__name__)
-
-
-class Outlook(NamedTuple):
-    total: int
-    is_finished: bool | None  # None: not known yet
 
 
 class Outlooks:
@@ -58,50 +53,25 @@ class Outlooks:
 
     def _judge(self, found: Snapshot, about: object) -> None:
         try:
-            outlook = judge(found)
+            judged = judge(found)
         except Exception:  # such as a file of another version: its own numbers have to do
             log.warning("%s cannot be judged", found.name, exc_info=True)
-            outlook = Outlook(_total_of_file(found.spec), None)
+            judged = Outlook(_total_of_file(found.spec), None)
         with self._lock:
-            self._known[found.name] = (about, outlook)
+            self._known[found.name] = (about, judged)
             self._judging.discard(found.name)
 
 
 def judge(found: Snapshot) -> Outlook:
-    """Decided as the driver decides, from the ledger alone."""
+    """The outlook of a study as it was seen."""
+
+    def measured() -> Measured:
+        rows = pd.concat(found.rows) if found.rows else pd.DataFrame(columns=list(COLUMNS))
+        return measure(rows)
+
     asked = parse_spec(found.spec_text, found.folder.root, where=str(found.folder.spec))
     answers = requests.expected(found.folder, asked)
-    spec = requests.grown(asked, answers)
-    rows = pd.concat(found.rows) if found.rows else pd.DataFrame(columns=list(COLUMNS))
-    records = rows[["trial", "phase", "metric", "progress", "value"]].to_dict("records")
-    measured = collect({str(key): value for key, value in record.items()} for record in records)
-
-    def step(is_exhausted: bool) -> Step:
-        return next_step(
-            spec,
-            found.suggestions,
-            found.results,
-            set(),
-            measured,
-            enqueued=requests.queue(answers),
-            is_labelled=_is_labelled(found.environment),
-            is_exhausted=is_exhausted,
-        )
-
-    left = step(is_exhausted=False)
-    if isinstance(left, AskSampler) and not found.is_held:
-        brain = Brain(spec)
-        brain.replay(found.suggestions, found.results, measured)
-        if brain.ask(left.number) is None:
-            left = step(is_exhausted=True)
-    is_finished = isinstance(left, Finished)
-    return Outlook(len(found.suggestions) if is_finished else num_planned(spec), is_finished)
-
-
-def _is_labelled(environment: dict[str, Any]) -> bool:
-    data = environment.get("data")
-    images = data.get("images") if isinstance(data, dict) else None
-    return not isinstance(images, dict) or images.get("train") != 0
+    return outlook(asked, answers, found.suggestions, found.results, measured, found.environment)
 
 
 def _total_of_file(spec: dict[str, Any]) -> int:

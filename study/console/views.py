@@ -22,8 +22,10 @@ from analysis.grids import error_text
 from analysis.page import plain_figure
 from analysis.tables import OUTCOMES, Measure, StudyTables, title_of
 from analysis.theme import GROUPS, colour, figure, plain, text
+from study.best import IN_WORDS, Final, Standing, ahead, best, of_file
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
 from study.ledger import Outcome, Suggestion, read_rows
+from study.state import State
 from trainables.errors import StorageError
 from trainables.nested import flatten
 
@@ -39,8 +41,8 @@ UNFINISHED = "unfinished"
 
 def state_of(
     found: Snapshot, is_finished: bool | None, job: dict[str, str] | None
-) -> tuple[str, str]:
-    """running, held, waiting, interrupted, at rest or finished; and a sentence about it.
+) -> tuple[State, str]:
+    """The word for where a study stands, and a sentence about it.
 
     `is_finished`: None while that is not known yet.
     """
@@ -48,19 +50,19 @@ def state_of(
     if found.is_held:
         doubt = _doubt(found, job)
         if doubt:
-            return "held", f"{held_by} holds the study, but {doubt}: it may be dead."
-        return "running", f"{held_by} holds the study."
+            return State.HELD, f"{held_by} holds the study, but {doubt}: it may be dead."
+        return State.RUNNING, f"{held_by} holds the study."
     if job is not None and job["status"] == "PENDING":
-        return "waiting", f"Job {job['id']} waits for its turn."
+        return State.WAITING, f"Job {job['id']} waits for its turn."
     if job is not None and job["status"] == "RUNNING":
-        return "running", f"Job {job['id']} runs; its lock is not seen from here."
+        return State.RUNNING, f"Job {job['id']} runs; its lock is not seen from here."
     if is_finished:
-        return "finished", "Every trial has ended."
+        return State.FINISHED, "Every trial has ended."
     if found.num_trials == 0:
-        return "waiting", "No trial has begun."
+        return State.WAITING, "No trial has begun."
     if is_finished is None:
-        return "at rest", "No driver holds the study."
-    return "interrupted", "No driver holds the study, and trials are left: resume it."
+        return State.AT_REST, "No driver holds the study."
+    return State.INTERRUPTED, "No driver holds the study, and trials are left: resume it."
 
 
 def summary(
@@ -68,6 +70,7 @@ def summary(
 ) -> dict[str, Any]:
     """What the list of studies says of one; figures and trials are asked for apart."""
     state, why = state_of(found, is_finished, job)
+    ranked, goal = _standings(found), _goal(found)
     counts = {outcome.value: 0 for outcome in Outcome}
     for result in found.results.values():
         counts[result.outcome.value] += 1
@@ -83,8 +86,9 @@ def summary(
         "ended": len(found.results),
         "counts": counts,
         "read": found.num_read,
-        "best": _best(found, "search"),
-        "control": _best(found, "control"),
+        "best": _tile(found, best(ranked)),
+        "control": _tile(found, next((one for one in ranked if one.group == "control"), None)),
+        "ahead": [{"who": IN_WORDS[one.group], "value": one.mean} for one in ahead(ranked, goal)],
         "changed": round(found.changed) or None,  # whole: JSON keeps six digits of others
         "job": job,
     }
@@ -95,7 +99,7 @@ def study(
 ) -> dict[str, Any]:
     """One study: its summary, the trials that run, what may be enqueued, what outcomes mean."""
     said = summary(found, total, is_finished, job)
-    is_driven = said["state"] in ("running", "held")
+    is_driven = said["state"] in (State.RUNNING, State.HELD)
     open_trials = [s for s in found.suggestions if s.trial not in found.results]
     searched = found.spec.get("search")
     trial = flatten(found.spec["trial"]) if isinstance(found.spec.get("trial"), dict) else {}
@@ -241,10 +245,10 @@ def figures(found: Snapshot) -> list[dict[str, Any]]:
 
 def _curves(found: Snapshot, tables: StudyTables, metric: str) -> Drawn:
     """Of a large study the newest trials, beside the controls and the best one."""
-    best = _best(found, "search")
+    leader = _tile(found, best(_standings(found)))
     shown = {s.trial for s in found.suggestions[-MOST_CURVES:]}
     shown |= {s.trial for s in found.suggestions if s.origin.startswith("control")}
-    shown |= {best["trial"]} if best else set()
+    shown |= {leader["trial"]} if leader else set()
     if len(shown) >= len(found.suggestions):
         return curves(tables, metric)
     rows = tables.rows[tables.rows["trial"].isin(shown)]
@@ -304,11 +308,11 @@ def best_so_far(found: Snapshot) -> Drawn:
                 )
             )
     if len(searched):
-        best = searched["value"].cummax() if is_more_better else searched["value"].cummin()
+        so_far = searched["value"].cummax() if is_more_better else searched["value"].cummin()
         traces.append(
             go.Scatter(
                 x=list(searched["trial"]),
-                y=list(best),
+                y=list(so_far),
                 mode="lines",
                 line={"shape": "hv", "color": colour("blue"), "width": 2},
                 name="best so far",
@@ -342,23 +346,37 @@ def _running(found: Snapshot, suggestion: Suggestion) -> dict[str, Any]:
     return {**_line(found, suggestion), "images_per_second": _number(speed)}
 
 
-def _best(found: Snapshot, origin: str) -> dict[str, Any] | None:
-    """The best complete trial of this origin by the first objective."""
+def _standings(found: Snapshot) -> list[Standing]:
+    """The arms by the first objective, best first, as the report and the log rank them."""
     if not found.objectives:
+        return []
+    metric = found.objectives[0][0]
+    trials = [
+        Final(each.arm, each.origin, each.seed, _final(found, each, metric))
+        for each in found.suggestions
+    ]
+    return of_file(trials, _goal(found), found.spec)
+
+
+def _goal(found: Snapshot) -> str:
+    return "maximize" if not found.objectives or found.objectives[0][1] else "minimize"
+
+
+def _tile(found: Snapshot, one: Standing | None) -> dict[str, Any] | None:
+    """An arm as the console shows it: its mean, and its newest complete trial."""
+    if one is None:
         return None
-    metric, is_more_better = found.objectives[0]
-    scores = {
-        suggestion.trial: value
-        for suggestion in found.suggestions
-        if suggestion.origin == origin and (value := _final(found, suggestion, metric)) is not None
-    }
-    if not scores:
-        return None
-    trial = (max if is_more_better else min)(scores, key=lambda trial: scores[trial])
+    metric = found.objectives[0][0]
+    trial = next(
+        each.trial
+        for each in reversed(found.suggestions)
+        if each.arm == one.arm and _final(found, each, metric) is not None
+    )
     return {
         "trial": trial,
         "label": plain(found.labels[trial], 200),
-        "value": scores[trial],
+        "value": one.mean,
+        "seeds": len(one.values),
         "title": title_of(metric),
     }
 

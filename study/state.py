@@ -1,0 +1,116 @@
+"""Where a study stands: what is left of it, and the word for that, wherever it is told.
+
+Decided as the driver decides, from what the ledger holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from study.conductor import measure
+from study.folder import StudyFolder
+from study.ledger import (
+    Answer,
+    Result,
+    Suggestion,
+    is_held,
+    read_environment,
+    read_results,
+    read_rows,
+    read_suggestions,
+)
+from study.requests import expected, grown, queue
+from study.resume import AskSampler, Finished, Step, is_unfinished, next_step, num_planned
+from study.spec import StudySpec, spec_of
+from study.stopping import Measured
+
+
+class State(StrEnum):
+    WAITING = "waiting"  # no trial has begun
+    RUNNING = "running"  # a driver holds it
+    HELD = "held"  # by a driver that may be dead
+    INTERRUPTED = "interrupted"  # no driver holds it, and trials are left
+    FINISHED = "finished"  # nothing is left
+    AT_REST = "at rest"  # no driver holds it; whether trials are left is not known yet
+
+
+class Outlook(NamedTuple):
+    """What is to come of a study."""
+
+    total: int  # trials that it will have
+    is_finished: bool | None  # None: not known yet
+
+
+def outlook(
+    asked: StudySpec,
+    answers: Sequence[Answer],
+    suggestions: Sequence[Suggestion],
+    results: Mapping[str, Result],
+    measured: Callable[[], Measured],
+    environment: Mapping[str, Any],
+) -> Outlook:
+    """What is left of a study that no driver holds, or whose driver is not asked.
+
+    `asked`: the study file. `measured` is called only where it decides, as a study's rows take
+    longest to read.
+    """
+    spec = grown(asked, answers)
+    total = num_planned(spec)
+    begun = {suggestion.trial for suggestion in suggestions}
+    if not begun or any(is_unfinished(results.get(trial)) for trial in begun):
+        return Outlook(total, False)
+    known = measured()
+
+    def following(is_exhausted: bool) -> Step:
+        return next_step(
+            spec,
+            suggestions,
+            results,
+            set(),
+            known,
+            enqueued=queue(answers),
+            is_labelled=is_labelled(environment),
+            is_exhausted=is_exhausted,
+        )
+
+    step = following(is_exhausted=False)
+    if isinstance(step, AskSampler):
+        from study.samplers import Brain  # Optuna takes a second to import
+
+        brain = Brain(spec)
+        brain.replay(suggestions, results, known)
+        if brain.ask(step.number) is None:
+            step = following(is_exhausted=True)
+    is_finished = isinstance(step, Finished)
+    return Outlook(len(suggestions) if is_finished else total, is_finished)
+
+
+def outlook_of(folder: StudyFolder) -> Outlook:
+    """The outlook of the study in a folder."""
+    spec = spec_of(folder)
+    return outlook(
+        spec,
+        expected(folder, spec),
+        read_suggestions(folder),
+        read_results(folder),
+        lambda: measure(read_rows(folder)),
+        read_environment(folder),
+    )
+
+
+def state_of(folder: StudyFolder, found: Outlook) -> State:
+    """The word for where the study in a folder stands."""
+    if is_held(folder):
+        return State.RUNNING
+    if found.is_finished:
+        return State.FINISHED
+    return State.INTERRUPTED if read_suggestions(folder) else State.WAITING
+
+
+def is_labelled(environment: Mapping[str, Any]) -> bool:
+    """Whether the study's data have labels to learn from, as far as its environment says."""
+    data = environment.get("data")
+    images = data.get("images") if isinstance(data, dict) else None
+    return not isinstance(images, dict) or images.get("train") != 0
