@@ -18,7 +18,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Gang:
+class WorkerGroup:
     """The workers of one trial: placed together or not at all, each of them whole on one node."""
 
     workers: int
@@ -32,39 +32,39 @@ class Gang:
         return f"{workers} with {self.cpus:g} CPUs{gpus}{each}"
 
 
-def num_gangs(rooms: Iterable[Room], gang: Gang) -> int:
-    """Gangs that fit side by side; the workers of one may lie on several nodes."""
-    return sum(num_workers(room, gang) for room in rooms) // gang.workers
+def num_groups(rooms: Iterable[Room], group: WorkerGroup) -> int:
+    """Groups that fit side by side; the workers of one may lie on several nodes."""
+    return sum(num_workers(room, group) for room in rooms) // group.workers
 
 
-def num_workers(room: Room, gang: Gang) -> int:
+def num_workers(room: Room, group: WorkerGroup) -> int:
     """Workers that fit on one node."""
-    fits = float(MOST * gang.workers)
-    if gang.cpus:
-        fits = min(fits, _times(gang.cpus, room.cpus))
-    if gang.gpus >= 1:
-        fits = min(fits, _times(gang.gpus, room.gpus))
-    elif gang.gpus:
+    fits = float(MOST * group.workers)
+    if group.cpus:
+        fits = min(fits, _times(group.cpus, room.cpus))
+    if group.gpus >= 1:
+        fits = min(fits, _times(group.gpus, room.gpus))
+    elif group.gpus:
         # Ray never makes one worker's share of pieces of two GPUs
-        fits = min(fits, _times(gang.gpus, 1) * int(room.gpus) + _times(gang.gpus, room.gpus % 1))
+        fits = min(fits, _times(group.gpus, 1) * int(room.gpus) + _times(group.gpus, room.gpus % 1))
     return int(fits)
 
 
-def refusal(rooms: Iterable[Room], gang: Gang) -> str | None:
-    """Why these nodes, with nothing else on them, cannot hold one gang; None: they can."""
+def refusal(rooms: Iterable[Room], group: WorkerGroup) -> str | None:
+    """Why these nodes, with nothing else on them, cannot hold one group; None: they can."""
     rooms = list(rooms)
-    if num_gangs(rooms, gang) >= 1:
+    if num_groups(rooms, group) >= 1:
         return None
     way_out = (
         "lower `resources:` in the study, add nodes, or set resources.autoscale where nodes come "
         "when they are asked for"
     )
-    places = sum(num_workers(room, gang) for room in rooms)
+    places = sum(num_workers(room, group) for room in rooms)
     if places:
-        return f"a trial needs {gang}, but all nodes together hold {places} of them; {way_out}"
-    largest = max(rooms, key=lambda room: (room.gpus if gang.gpus else 0, room.cpus))
+        return f"a trial needs {group}, but all nodes together hold {places} of them; {way_out}"
+    largest = max(rooms, key=lambda room: (room.gpus if group.gpus else 0, room.cpus))
     return (
-        f"a trial needs {gang}, and each must fit on one node, but the largest of "
+        f"a trial needs {group}, and each must fit on one node, but the largest of "
         f"{len(rooms)} nodes, {largest.name}, has {largest.cpus:g} CPUs and {largest.gpus:g} GPUs; "
         f"{way_out}"
     )

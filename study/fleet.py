@@ -1,6 +1,6 @@
 """The slots of a study: they come as room does, and go with it.
 
-A slot begins where its whole gang has room now, and Ray places its workers together or not at all:
+A slot begins where its whole group has room now, and Ray places its workers together or not at all:
 studies that share a cluster wait for each other, and none holds half of what it needs. A slot whose
 workers are gone and find no room hands its trial back, for another slot or for later. A slot that
 nothing is left for goes home, so that others have its room.
@@ -27,7 +27,7 @@ from ray.util.placement_group import (
 )
 
 from cluster.connect import Nodes, draining, nodes
-from cluster.placement import MOST, Gang, in_words, num_gangs, refusal
+from cluster.placement import MOST, WorkerGroup, in_words, num_groups, refusal
 from study.conductor import Conductor
 from trainables.errors import UserError
 from trainables.job import measure_peak, run_job
@@ -41,7 +41,7 @@ COMING_SECONDS = 600  # that workers get which Ray has started, and which import
 
 
 @dataclass
-class _Berth:
+class _Watched:
     """A slot, and what is known of it."""
 
     slot: Slot
@@ -62,9 +62,9 @@ class Fleet:
         # a worker group takes two cores to start: side by side, none would be ready soon
         self._at_once = max(1, (os.cpu_count() or 1) // 2) if is_one_machine else MOST
         self._resources = each = conductor.spec.resources
-        self.gang = Gang(each.workers, each.cpus_per_worker, each.gpus_per_worker)
-        self._berths: dict[str, _Berth] = {}
-        self._homeward: list[_Berth] = []
+        self.group = WorkerGroup(each.workers, each.cpus_per_worker, each.gpus_per_worker)
+        self._watched: dict[str, _Watched] = {}
+        self._homeward: list[_Watched] = []
         self._asked: list[PlacementGroup] = []  # of an autoscaling cluster
         self._lock = threading.RLock()
         self._num_begun = 0
@@ -76,7 +76,7 @@ class Fleet:
     def begin(self) -> None:
         """The first slots. UserError: the cluster can never hold one."""
         seen = nodes()
-        problem = refusal(seen.total, self.gang)
+        problem = refusal(seen.total, self.group)
         if problem is not None and not self._resources.autoscale:
             raise UserError(f"resources: {problem}")
         self._grow(seen)
@@ -86,94 +86,94 @@ class Fleet:
         with self._lock:
             free = [
                 name
-                for name, berth in self._berths.items()
-                if not berth.is_taken and not berth.is_parked
+                for name, one in self._watched.items()
+                if not one.is_taken and not one.is_parked
             ]
-            free.sort(key=lambda name: self._berths[name].absent_since is not None)
+            free.sort(key=lambda name: self._watched[name].absent_since is not None)
             if free:
-                self._berths[free[0]].is_taken = True
+                self._watched[free[0]].is_taken = True
             return free[0] if free else None
 
     def place(self, name: str, job: dict[str, Any]) -> None:
         """Lay a job on a slot's desk."""
         with self._lock:
-            berth = self._berths[name]
-            berth.serial, berth.trial = job["serial"], job["trial"]
-        berth.slot.desk.place.remote(job)
+            one = self._watched[name]
+            one.serial, one.trial = job["serial"], job["trial"]
+        one.slot.desk.place.remote(job)
 
     def decide(self, name: str, event: int, stop: bool) -> None:
         """Answer the rows that a slot has handed in."""
-        self._berths[name].slot.desk.decide.remote(event, stop)
+        self._watched[name].slot.desk.decide.remote(event, stop)
 
     def free(self, name: str, *, has_ended: bool) -> bool:
         """The slot's trial is no longer there; returns whether an earlier one has ended there."""
         with self._lock:
-            berth = self._berths[name]
-            was_warm = berth.is_warm
-            berth.is_taken, berth.serial, berth.is_warm = False, None, was_warm or has_ended
+            one = self._watched[name]
+            was_warm = one.is_warm
+            one.is_taken, one.serial, one.is_warm = False, None, was_warm or has_ended
             return was_warm
 
     @property
     def is_idle(self) -> bool:
         """Whether no slot has a trial."""
         with self._lock:
-            return not any(berth.is_taken for berth in self._berths.values())
+            return not any(one.is_taken for one in self._watched.values())
 
     def desk_name(self, name: str) -> str:
         """By which Ray knows the slot's desk."""
-        return self._berths[name].slot.desk_name
+        return self._watched[name].slot.desk_name
 
     def lost(self) -> Slot | None:
         """A slot that has ended by an error, which nothing mends."""
         with self._lock:
-            slots = [berth.slot for berth in self._berths.values()]
+            slots = [one.slot for one in self._watched.values()]
         return next((slot for slot in slots if slot.error is not None), None)
 
     def vitals(self) -> list[dict[str, Any]]:
         """The newest vitals of every slot that has told any, those that went home among them."""
         with self._lock:
-            berths = [*self._homeward, *self._berths.values()]
-            return [berth.vitals for berth in berths if berth.vitals]
+            watched = [*self._homeward, *self._watched.values()]
+            return [one.vitals for one in watched if one.vitals]
 
     def waiting(self) -> list[tuple[str, str]]:
         """(trial, what is done for it) of the trials that are not training yet."""
         with self._lock:
             return [
-                (berth.trial, self._reason(berth))
-                for berth in self._berths.values()
-                if berth.serial is not None and berth.vitals and not self._trains(berth)
+                (one.trial, self._reason(one))
+                for one in self._watched.values()
+                if one.serial is not None and one.vitals and not self._trains(one)
             ]
 
-    def _trains(self, berth: _Berth) -> bool:
-        beat = berth.vitals["beat"]
-        return berth.absent_since is None and bool(beat) and beat["trial"] == berth.trial
+    def _trains(self, one: _Watched) -> bool:
+        beat = one.vitals["beat"]
+        return one.absent_since is None and bool(beat) and beat["trial"] == one.trial
 
-    def _reason(self, berth: _Berth) -> str:
+    def _reason(self, one: _Watched) -> str:
         """What a trial on that slot waits for."""
-        if berth.vitals["told"]:
-            return str(berth.vitals["told"])
-        if berth.absent_since is None:
+        if one.vitals["told"]:
+            return str(one.vitals["told"])
+        if one.absent_since is None:
             return "its workers are about to begin"
         if self._is_short and self._seen is not None:
             rooms = f"{in_words(self._seen.free)} of {in_words(self._seen.total)} are free"
-            return f"waits for room: its workers need {self.gang}; {rooms}"
+            return f"waits for room: its workers need {self.group}; {rooms}"
         return "Ray is starting its workers"
 
     def tick(self) -> None:
         """Look after the slots: who is there, who is not, and whether there are too many."""
         with self._lock:
-            berths = list(self._berths.values())
-        for berth in berths:
+            watched = list(self._watched.values())
+        for one in watched:
             # a desk answers as long as the driver lives; at its end nobody looks any more
             with suppress(ray.exceptions.RayError):
-                berth.vitals = ray.get(berth.slot.desk.vitals.remote(), timeout=5)
-                self._note(berth)
+                one.vitals = ray.get(one.slot.desk.vitals.remote(), timeout=5)
+                self._note(one)
         if time.monotonic() - self._surveyed > SURVEY_SECONDS:
             try:
                 seen, leaving, self._is_short = nodes(), draining(), self._has_pending()
             except Exception:  # whatever Ray throws while its head is away: no slot can begin
                 return
-            self._evacuate(berths, leaving)
+            self._evacuate(watched, leaving)
             with self._lock:
                 self._shrink()
                 self._grow(seen)
@@ -183,53 +183,53 @@ class Fleet:
         """Send everybody home, and wait together for those that are there."""
         with self._lock:
             self._ask(0)
-            self._homeward += self._berths.values()
-            self._berths.clear()
-        for berth in self._homeward:
-            berth.slot.close()
+            self._homeward += self._watched.values()
+            self._watched.clear()
+        for one in self._homeward:
+            one.slot.close()
         deadline = time.monotonic() + timeout
-        for berth in self._homeward:
-            if berth.absent_since is None:
-                berth.slot.close(max(0.0, deadline - time.monotonic()))
+        for one in self._homeward:
+            if one.absent_since is None:
+                one.slot.close(max(0.0, deadline - time.monotonic()))
 
     def leave(self, timeout: float) -> None:
         """Before Ray's end: let go of slots that did not go home, so that no thread uses Ray."""
-        slots = [berth.slot for berth in [*self._homeward, *self._berths.values()]]
+        slots = [one.slot for one in [*self._homeward, *self._watched.values()]]
         for slot in slots:
             slot.leave()
         deadline = time.monotonic() + timeout
         for slot in slots:
             slot.join(max(0.0, deadline - time.monotonic()))
 
-    def _note(self, berth: _Berth) -> None:
+    def _note(self, one: _Watched) -> None:
         """Whether a slot's workers are there; a trial that waits for them too long goes back."""
         now = time.monotonic()
         with self._lock:
-            if berth.vitals["nodes"]:
-                if berth.absent_since is not None:
+            if one.vitals["nodes"]:
+                if one.absent_since is not None:
                     self._surveyed = 0.0  # the next slot may begin
-                berth.absent_since, berth.is_parked = None, False
+                one.absent_since, one.is_parked = None, False
                 return
-            if berth.absent_since is None:
-                berth.absent_since = now
-            heirs = [other for other in self._berths.values() if other.absent_since is None]
-            patience = PATIENCE_SECONDS if berth.vitals["entered"] else FIRST_PATIENCE_SECONDS
-            if berth.vitals["told"]:
+            if one.absent_since is None:
+                one.absent_since = now
+            heirs = [other for other in self._watched.values() if other.absent_since is None]
+            patience = PATIENCE_SECONDS if one.vitals["entered"] else FIRST_PATIENCE_SECONDS
+            if one.vitals["told"]:
                 patience = COMING_SECONDS
             if not all(heir.is_taken for heir in heirs):
                 patience = HANDOVER_SECONDS
-            if not berth.is_parked and now - berth.absent_since > patience:
-                berth.is_parked = True
-                self._say(f"no trial for {berth.slot.name} for now: {self._reason(berth)}")
-            if berth.is_parked and berth.serial is not None and heirs:
-                berth.slot.desk.withdraw.remote(berth.serial)
+            if not one.is_parked and now - one.absent_since > patience:
+                one.is_parked = True
+                self._say(f"no trial for {one.slot.name} for now: {self._reason(one)}")
+            if one.is_parked and one.serial is not None and heirs:
+                one.slot.desk.withdraw.remote(one.serial)
 
-    def _evacuate(self, berths: list[_Berth], leaving: set[str]) -> None:
+    def _evacuate(self, watched: list[_Watched], leaving: set[str]) -> None:
         """Have the workers on nodes that are to be taken away save, and go on elsewhere."""
-        for berth in berths:
-            if leaving.intersection(berth.vitals.get("nodes", ())):
-                berth.slot.desk.leave.remote(berth.vitals["ticket"])
-                self._say(f"{berth.slot.name} leaves a node that is to be taken away")
+        for one in watched:
+            if leaving.intersection(one.vitals.get("nodes", ())):
+                one.slot.desk.leave.remote(one.vitals["ticket"])
+                self._say(f"{one.slot.name} leaves a node that is to be taken away")
 
     def _num_wanted(self) -> int:
         """Slots for all that is left to do, within what the user allows."""
@@ -240,14 +240,14 @@ class Fleet:
     def _grow(self, seen: Nodes) -> None:
         """Begin slots for which there is room, and ask for room where that helps."""
         self._seen = seen
-        num_before, wanted = len(self._berths), self._num_wanted()
-        idle = [b for b in self._berths.values() if not b.is_taken and not b.is_parked]
+        num_before, wanted = len(self._watched), self._num_wanted()
+        idle = [b for b in self._watched.values() if not b.is_taken and not b.is_parked]
         lacking = 0 if idle else wanted - num_before
         room = self._room(seen)
         for _ in range(min(lacking, room, self._at_once - self._num_coming())):
             self._start_slot()
-        asked = min(wanted, self._resources.autoscale or 0) - len(self._berths)
-        has_nothing_to_do = any(berth.absent_since is None for berth in idle)
+        asked = min(wanted, self._resources.autoscale or 0) - len(self._watched)
+        has_nothing_to_do = any(one.absent_since is None for one in idle)
         self._ask(0 if has_nothing_to_do else max(0, asked))
         self._tell(seen, num_before, min(lacking, room))
 
@@ -258,10 +258,10 @@ class Fleet:
             self._asked.remove(group)
             remove_placement_group(group)
         # those that have not come yet will take what seems free
-        return num_gangs(seen.free, self.gang) + len(given) - self._num_coming()
+        return num_groups(seen.free, self.group) + len(given) - self._num_coming()
 
     def _num_coming(self) -> int:
-        return sum(berth.absent_since is not None for berth in self._berths.values())
+        return sum(one.absent_since is not None for one in self._watched.values())
 
     def _has_pending(self) -> bool:
         """Whether workers of a slot wait in Ray's queue, for want of room."""
@@ -273,20 +273,20 @@ class Fleet:
         return len(pending) > len(self._asked)
 
     def _bundles(self) -> list[dict[str, float]]:
-        each = {"CPU": self.gang.cpus} | ({"GPU": self.gang.gpus} if self.gang.gpus else {})
-        return [each] * self.gang.workers
+        each = {"CPU": self.group.cpus} | ({"GPU": self.group.gpus} if self.group.gpus else {})
+        return [each] * self.group.workers
 
     def _shrink(self) -> None:
         """Send home slots that nothing is left for."""
         # a trial whose workers are not there may yet be handed to a slot that has nothing to do
         waiting = sum(
-            berth.is_taken and berth.absent_since is not None for berth in self._berths.values()
+            one.is_taken and one.absent_since is not None for one in self._watched.values()
         )
-        surplus = len(self._berths) - self._num_wanted() - waiting
-        idle = [name for name, berth in self._berths.items() if not berth.is_taken]
-        idle.sort(key=lambda name: self._berths[name].absent_since is None)  # the absent first
+        surplus = len(self._watched) - self._num_wanted() - waiting
+        idle = [name for name, one in self._watched.items() if not one.is_taken]
+        idle.sort(key=lambda name: self._watched[name].absent_since is None)  # the absent first
         for name in idle[: max(0, surplus)]:
-            self._homeward.append(self._berths.pop(name))
+            self._homeward.append(self._watched.pop(name))
             self._homeward[-1].slot.close()
 
     def _ask(self, count: int) -> None:
@@ -303,32 +303,32 @@ class Fleet:
         slot = Slot(
             name,
             run_job,
-            workers=self.gang.workers,
-            cpus_per_worker=self.gang.cpus,
-            gpus_per_worker=self.gang.gpus,
+            workers=self.group.workers,
+            cpus_per_worker=self.group.cpus,
+            gpus_per_worker=self.group.gpus,
             storage=self._scratch,
             measure_peak=None if resources.peak_flops else measure_peak,
             hang_seconds=60 * resources.hang_minutes,
         )
-        self._berths[name] = _Berth(slot, absent_since=time.monotonic())
+        self._watched[name] = _Watched(slot, absent_since=time.monotonic())
 
     def _tell(self, seen: Nodes, num_before: int, fitting: int) -> None:
         """One line whenever something has changed. `fitting`: slots that could have begun."""
-        count = len(self._berths)
+        count = len(self._watched)
         self._conductor.progress.slots = max(
-            1, sum(not berth.is_parked for berth in self._berths.values())
+            1, sum(not one.is_parked for one in self._watched.values())
         )
         if count > num_before:
             verb = "starting" if num_before == 0 else "room for more; starting"
             more = "; the others follow" if num_before + fitting > count else ""
             self._say(
                 f"{num_before + fitting} trial(s) at once on {in_words(seen.total)}; "
-                f"{verb} {count - num_before} x {self.gang.workers} workers{more}"
+                f"{verb} {count - num_before} x {self.group.workers} workers{more}"
             )
         elif count == 0:
             asked = ", asked of the autoscaler" if self._asked else ""
             self._say(
-                f"waits for room: a trial needs {self.gang}{asked}; "
+                f"waits for room: a trial needs {self.group}{asked}; "
                 f"{in_words(seen.free)} of {in_words(seen.total)} are free"
             )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cluster.placement import Gang, Room, num_gangs
+from cluster.placement import Room, WorkerGroup, num_groups
 from study import space
 from study.fit import DataSize, data_size
 from trainables import cost
@@ -215,8 +215,8 @@ def _length(values: Iterable[Any]) -> int:
 
 def _concurrent(spec: StudySpec, cpus: float, gpus: float) -> int:
     resources = spec.resources
-    gang = Gang(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
-    fit = num_gangs([Room("here", cpus, gpus)], gang)
+    group = WorkerGroup(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+    fit = num_groups([Room("here", cpus, gpus)], group)
     return min(fit, resources.concurrent or fit)
 
 

@@ -560,12 +560,12 @@ def test_two_who_resume_at_once_submit_one_job(
 
     def resume(_: int) -> str:
         try:
-            return actions.resume(hands, folder, {})
+            return actions.resume(drivers, folder, {})
         except Alive as error:
             return str(error)
 
     monkeypatch.setattr("cluster.jobs.resubmit", resubmit)
-    hands = actions.Hands("http://127.0.0.1:8265", folder.storage)
+    drivers = actions.Drivers("http://127.0.0.1:8265", folder.storage)
     with ThreadPoolExecutor(2) as people:
         told = sorted(people.map(resume, range(2)))
     assert told == [
@@ -578,8 +578,8 @@ def test_a_cluster_that_refuses_is_told_and_a_defect_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_study(tmp_path / "platelets", trials=4)
-    hands = actions.Hands("http://127.0.0.1:8265", folder.storage)
-    monkeypatch.setattr(hands, "job", lambda _: {"id": "platelets-1"})
+    drivers = actions.Drivers("http://127.0.0.1:8265", folder.storage)
+    monkeypatch.setattr(drivers, "job", lambda _: {"id": "platelets-1"})
 
     def logs_with(error: Exception) -> None:
         def logs(*_: Any, **__: Any) -> None:
@@ -588,10 +588,13 @@ def test_a_cluster_that_refuses_is_told_and_a_defect_is_not(
         monkeypatch.setattr("cluster.jobs.logs", logs)
 
     logs_with(ClusterError("no dashboard answers"))
-    assert hands.log(folder) == ("job platelets-1", "its log cannot be read: no dashboard answers")
+    assert drivers.log(folder) == (
+        "job platelets-1",
+        "its log cannot be read: no dashboard answers",
+    )
     logs_with(RuntimeError("ours"))
     with pytest.raises(RuntimeError, match="ours"):
-        hands.log(folder)
+        drivers.log(folder)
 
 
 def test_a_cluster_that_does_not_answer_is_told_to_whoever_resumes(tmp_path: Path) -> None:

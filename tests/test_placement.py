@@ -12,7 +12,7 @@ import pytest
 
 from cluster.connect import _join, check_version
 from cluster.errors import ClusterError
-from cluster.placement import Gang, Room, in_words, num_gangs, refusal
+from cluster.placement import Room, WorkerGroup, in_words, num_groups, refusal
 
 
 def rooms(*sizes: tuple[float, float]) -> list[Room]:
@@ -20,32 +20,32 @@ def rooms(*sizes: tuple[float, float]) -> list[Room]:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "gang", "expected"),
+    ("nodes", "group", "expected"),
     [
-        ([(2, 0)], Gang(1, 1, 0), 2),
-        ([(2, 0)], Gang(2, 1, 0), 1),
-        ([(16, 4)], Gang(2, 1, 1), 2),
-        ([(16, 1)], Gang(1, 1, 0.25), 4),
-        ([(16, 4)], Gang(1, 8, 1), 2),
-        ([(16, 4)], Gang(1, 1, 0.6), 4),  # two of 0.6 on one GPU are more than it
-        ([(16, 0.7)], Gang(1, 1, 0.6), 1),  # free beside somebody else
-        ([(16, 4)], Gang(1, 1, 2), 2),
-        ([(3, 0), (3, 0)], Gang(1, 2, 0), 2),  # 6 CPUs, but no third worker of 2
-        ([(1, 0), (1, 0), (1, 0)], Gang(2, 1, 0), 1),  # over two nodes
-        ([(8, 0), (1, 4)], Gang(1, 4, 1), 0),  # CPUs here, GPUs there
-        ([(0, 0), (4, 0)], Gang(2, 0.1, 0), 20),  # tenths, counted exactly
-        ([(2000, 0)], Gang(1, 1, 0), 1000),
+        ([(2, 0)], WorkerGroup(1, 1, 0), 2),
+        ([(2, 0)], WorkerGroup(2, 1, 0), 1),
+        ([(16, 4)], WorkerGroup(2, 1, 1), 2),
+        ([(16, 1)], WorkerGroup(1, 1, 0.25), 4),
+        ([(16, 4)], WorkerGroup(1, 8, 1), 2),
+        ([(16, 4)], WorkerGroup(1, 1, 0.6), 4),  # two of 0.6 on one GPU are more than it
+        ([(16, 0.7)], WorkerGroup(1, 1, 0.6), 1),  # free beside somebody else
+        ([(16, 4)], WorkerGroup(1, 1, 2), 2),
+        ([(3, 0), (3, 0)], WorkerGroup(1, 2, 0), 2),  # 6 CPUs, but no third worker of 2
+        ([(1, 0), (1, 0), (1, 0)], WorkerGroup(2, 1, 0), 1),  # over two nodes
+        ([(8, 0), (1, 4)], WorkerGroup(1, 4, 1), 0),  # CPUs here, GPUs there
+        ([(0, 0), (4, 0)], WorkerGroup(2, 0.1, 0), 20),  # tenths, counted exactly
+        ([(2000, 0)], WorkerGroup(1, 1, 0), 1000),
     ],
 )
 def test_trials_are_counted_by_workers_that_are_whole_on_a_node(
-    nodes: list[tuple[float, float]], gang: Gang, expected: int
+    nodes: list[tuple[float, float]], group: WorkerGroup, expected: int
 ) -> None:
-    assert num_gangs(rooms(*nodes), gang) == expected
-    assert (refusal(rooms(*nodes), gang) is None) == (expected > 0)
+    assert num_groups(rooms(*nodes), group) == expected
+    assert (refusal(rooms(*nodes), group) is None) == (expected > 0)
 
 
 def test_a_worker_that_fits_on_no_node_is_refused_with_the_largest() -> None:
-    told = refusal(rooms((3, 0), (4, 0), (2, 0)), Gang(2, 6, 0))
+    told = refusal(rooms((3, 0), (4, 0), (2, 0)), WorkerGroup(2, 6, 0))
     assert told is not None
     assert "2 workers with 6 CPUs each" in told
     assert "the largest of 3 nodes, node-1, has 4 CPUs" in told
@@ -53,7 +53,7 @@ def test_a_worker_that_fits_on_no_node_is_refused_with_the_largest() -> None:
 
 
 def test_a_gang_of_which_a_part_fits_is_refused_with_that_part() -> None:
-    told = refusal(rooms((2, 0), (1, 0)), Gang(4, 1, 0))
+    told = refusal(rooms((2, 0), (1, 0)), WorkerGroup(4, 1, 0))
     assert told is not None
     assert "all nodes together hold 3 of them" in told
 

@@ -35,12 +35,12 @@ LOG_LINES = 400
 
 
 @dataclass
-class Hands:
+class Drivers:
     """Where studies are resumed: as jobs of the cluster at `address`, else on this machine."""
 
     address: str | None
     storage: Storage
-    _drivers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _jobs: list[Known] = field(default_factory=list)
     _jobs_read: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -93,34 +93,34 @@ class Hands:
         return "", ""
 
 
-def resume(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+def resume(drivers: Drivers, folder: StudyFolder, asked: dict[str, Any]) -> str:
     """Submit the study's job again; without a cluster, start a driver on this machine."""
     _expect(asked)
     name = folder.root.name
     if is_held(folder):
         raise UserError(f"{name} is running already")
-    if hands.address is None:
-        return _resume_here(hands, folder)
+    if drivers.address is None:
+        return _resume_here(drivers, folder)
     from cluster import jobs
 
-    storage, home = str(hands.storage), hands.home(folder)
-    with hands._submitting:  # of two people at once, the second is told of the first one's job
+    storage, home = str(drivers.storage), drivers.home(folder)
+    with drivers._submitting:  # of two people at once, the second is told of the first one's job
         # the storage says what to do where the head has forgotten its jobs
-        job, _ = jobs.resubmit(hands.address, name, storage=storage, home=home)
-    hands._jobs_read = 0.0
+        job, _ = jobs.resubmit(drivers.address, name, storage=storage, home=home)
+    drivers._jobs_read = 0.0
     return f"{name} goes on as job {job}"
 
 
-def stop(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+def stop(drivers: Drivers, folder: StudyFolder, asked: dict[str, Any]) -> str:
     """Stop the study's job, or ask its driver, wherever that runs."""
     _expect(asked)
     name = folder.root.name
     is_by_hand = is_held(folder) and (read_holder(folder) or {}).get("job") is None
-    if hands.address is not None and not is_by_hand:
+    if drivers.address is not None and not is_by_hand:
         from cluster import jobs
 
-        job = jobs.stop(hands.address, name, home=hands.home(folder))
-        hands._jobs_read = 0.0
+        job = jobs.stop(drivers.address, name, home=drivers.home(folder))
+        drivers._jobs_read = 0.0
         if job is not None:
             return f"{name} has been stopped (job {job}); nothing is lost"
     if not is_held(folder):
@@ -129,7 +129,7 @@ def stop(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     return f"{name} has been asked to stop; its trials keep what they have"
 
 
-def extend(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+def extend(drivers: Drivers, folder: StudyFolder, asked: dict[str, Any]) -> str:
     """Grow the budget by some searched trials."""
     _expect(asked, "trials")
     trials = asked["trials"]
@@ -138,7 +138,7 @@ def extend(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     return requests.extend(folder, trials)
 
 
-def enqueue(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
+def enqueue(drivers: Drivers, folder: StudyFolder, asked: dict[str, Any]) -> str:
     """Have an arm tried before the sampler's next one."""
     _expect(asked, "settings")
     settings = asked["settings"]
@@ -147,11 +147,11 @@ def enqueue(hands: Hands, folder: StudyFolder, asked: dict[str, Any]) -> str:
     return requests.enqueue(folder, settings)
 
 
-def _resume_here(hands: Hands, folder: StudyFolder) -> str:
+def _resume_here(drivers: Drivers, folder: StudyFolder) -> str:
     """A driver of its own session: it goes on when the console ends."""
     name, storage = folder.root.name, str(folder.storage)
-    with hands._lock:
-        before = hands._drivers.get(name)
+    with drivers._lock:
+        before = drivers._processes.get(name)
         if before is not None and before.poll() is None:
             raise UserError(f"{name} is being resumed already")
         path = os.environ.get("PYTHONPATH")
@@ -173,7 +173,7 @@ def _resume_here(hands: Hands, folder: StudyFolder) -> str:
                 )
         except OSError as error:
             raise StorageError(f"{name}: no driver could be started: {error.strerror}") from error
-        hands._drivers[name] = driver
+        drivers._processes[name] = driver
     taken = None
     deadline = time.monotonic() + BIRTH_SECONDS
     while time.monotonic() < (deadline if taken is None else taken + FAILURE_SECONDS):
@@ -199,7 +199,7 @@ def _last_lines(words: str) -> str:
     return "\n".join(words.splitlines()[-LOG_LINES:])
 
 
-ACTIONS: dict[str, Callable[[Hands, StudyFolder, dict[str, Any]], str]] = {
+ACTIONS: dict[str, Callable[[Drivers, StudyFolder, dict[str, Any]], str]] = {
     "resume": resume,
     "stop": stop,
     "extend": extend,

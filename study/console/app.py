@@ -34,7 +34,7 @@ from analysis.report import render
 from analysis.tables import load
 from cluster.errors import ClusterError
 from study.console import views
-from study.console.actions import ACTIONS, Hands
+from study.console.actions import ACTIONS, Drivers
 from study.console.guard import LONGEST_BODY, NOTHING, Guard
 from study.console.index import Index, NotFound, Snapshot, without_root
 from study.console.outlook import Outlooks
@@ -104,7 +104,7 @@ class _Console:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.index = Index(settings.storage)
-        self.hands = Hands(settings.address, self.index.storage)
+        self.drivers = Drivers(settings.address, self.index.storage)
         self.outlooks = Outlooks()
         self._figures = _Kept(KEPT_FIGURES)
         self._reports = _Kept(KEPT_REPORTS)
@@ -187,7 +187,7 @@ class _Console:
 
     def study(self, request: Request) -> Response:
         found = self._found(request)
-        return _json(views.study(found, *self.outlooks.of(found), self.hands.job(found.folder)))
+        return _json(views.study(found, *self.outlooks.of(found), self.drivers.job(found.folder)))
 
     def trials(self, request: Request) -> Response:
         asked = request.query_params
@@ -221,7 +221,7 @@ class _Console:
 
     def log(self, request: Request) -> Response:
         folder = self.index.folder(request.path_params["study"])
-        source, lines = self.hands.log(folder)
+        source, lines = self.drivers.log(folder)
         return _json({"source": source, "lines": lines})
 
     # -- changes --
@@ -234,13 +234,13 @@ class _Console:
             raise HTTPException(403, "this console only shows; start it with --allow-changes")
         folder = self.index.folder(request.path_params["study"])
         asked = await _body(request)
-        return _json({"said": await run_in_threadpool(action, self.hands, folder, asked)})
+        return _json({"said": await run_in_threadpool(action, self.drivers, folder, asked)})
 
     def _found(self, request: Request) -> Snapshot:
         return self.index.look(request.path_params["study"])
 
     def _summary(self, found: Snapshot) -> dict[str, Any]:
-        return views.summary(found, *self.outlooks.of(found), self.hands.job(found.folder))
+        return views.summary(found, *self.outlooks.of(found), self.drivers.job(found.folder))
 
 
 class _Made(NamedTuple):
