@@ -1,6 +1,6 @@
 """The command line: `maskstudy ...`, the same as `python -m study ...`.
 
-What a command does is imported when it is called, so that none waits for what others need.
+A command imports what it needs when it is called, so none waits for the imports of another.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ app = typer.Typer(
 )
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="the study file")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="a study's name, folder or file")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="the study's name, its folder, or its YAML file")
+]
 Storage = Annotated[
     str | None,
     typer.Option(
-        help="of studies: a folder, or a URI such as s3://bucket/prefix; default: "
-        "$MASKSTUDY_STORAGE, else ./studies"
+        help="where studies are kept: a folder, or a URI such as s3://bucket/prefix; default: "
+        "$MASKSTUDY_STORAGE, or else ./studies"
     ),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(help="of the cluster's dashboard, such as http://127.0.0.1:8265"),
+    typer.Option(help="URL of the cluster's dashboard, such as http://127.0.0.1:8265"),
 ]
 
 
 @app.command()
 def check(study: StudyFile) -> None:
-    """Validate a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
+    """Check a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
     from study.commands.check import check_study
 
     check_study(study)
@@ -50,9 +52,9 @@ def check(study: StudyFile) -> None:
 @app.command(name="try")
 def try_(
     study: StudyFile,
-    images: Annotated[int, typer.Option(help="of each split that are used")] = 16,
+    images: Annotated[int, typer.Option(help="number of images to use from each split")] = 16,
 ) -> None:
-    """Run one tiny trial in this process, without Ray: a breakpoint works."""
+    """Run one tiny trial in this process, without Ray, so that breakpoints work."""
     from study.commands.trial import try_trial
 
     try_trial(study, images)
@@ -62,15 +64,18 @@ def try_(
 def bench(
     study: Annotated[
         Path | None,
-        typer.Argument(metavar="[STUDY.yaml]", help="whose trial; default: tiny at 64 pixels"),
+        typer.Argument(
+            metavar="[STUDY.yaml]",
+            help="study whose trial is timed; default: a tiny model on 64-pixel images",
+        ),
     ] = None,
-    strategies: Annotated[str, typer.Option(help="names with commas between, or all")] = "all",
-    seconds: Annotated[float, typer.Option(min=0, help="of measuring for each")] = 2.0,
+    strategies: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
+    seconds: Annotated[float, typer.Option(min=0, help="how long to time each strategy")] = 2.0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="default: the study's cpus_per_worker")
+        int | None, typer.Option(min=1, help="CPU threads; default: the study's cpus_per_worker")
     ] = None,
 ) -> None:
-    """Time a training step under every masking strategy, relative to random masking."""
+    """Time one training step under each masking strategy, relative to random masking."""
     from study.commands.bench import bench_strategies
 
     bench_strategies(study, strategies, seconds, threads)
@@ -79,18 +84,18 @@ def bench(
 @app.command()
 def masks(
     study: StudyFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="the HTML file")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write")] = Path(
         "masks.html"
     ),
-    images: Annotated[int, typer.Option(min=1, max=16, help="validation images")] = 4,
+    images: Annotated[int, typer.Option(min=1, max=16, help="number of validation images")] = 4,
     steps: Annotated[
-        int, typer.Option(min=4, help="of training for strategies that ask a model")
+        int, typer.Option(min=4, help="training steps for the model that some strategies consult")
     ] = 60,
     every: Annotated[
-        bool, typer.Option("--all", help="every strategy there is, not only the study's")
+        bool, typer.Option("--all", help="show every strategy, not only those in the study")
     ] = False,
 ) -> None:
-    """Show what each masking of the study hides of its images: one HTML file, no cluster."""
+    """Draw what each masking in the study hides of your images: one HTML file, no cluster."""
     from analysis.atlas import build_atlas
     from study.commands.masks import show_masks
 
@@ -100,9 +105,9 @@ def masks(
 @app.command()
 def run(
     study: StudyFile,
-    report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
+    report: Annotated[bool, typer.Option(help="write the report when the run ends")] = True,
 ) -> None:
-    """Run a study, or go on where it stopped: here, or on the cluster at $RAY_ADDRESS."""
+    """Run a study, or resume it where it stopped: here, or on the cluster at $RAY_ADDRESS."""
     from study.commands.run import run_study
 
     raise typer.Exit(run_study(study, build_report=_build_report if report else None))
@@ -111,13 +116,13 @@ def run(
 @app.command()
 def submit(
     study: StudyFile,
-    address: Annotated[str, typer.Option(help="of the cluster's dashboard")],
+    address: Annotated[str, typer.Option(help="URL of the cluster's dashboard")],
     storage: Annotated[
         str | None,
-        typer.Option(help="a folder that every node of the cluster sees, or s3://bucket/prefix"),
+        typer.Option(help="a folder that every node can see, or a URI such as s3://bucket/prefix"),
     ] = None,
 ) -> None:
-    """Run a study as a Ray job; prints the job, the link to it, and how to resume."""
+    """Run a study as a Ray job; prints its id, a link to it, and how to resume it."""
     from study.commands.jobs import submit_study
 
     submit_study(study, address, storage)
@@ -125,7 +130,7 @@ def submit(
 
 @app.command()
 def resume(name: Name, address: Address = None, storage: Storage = None) -> None:
-    """Go on with a study by name: here, or as a new job of the cluster at --address."""
+    """Resume a study by name, on this machine or as a new job on the cluster at --address."""
     if address:
         from study.commands.jobs import resume_job
 
@@ -138,7 +143,7 @@ def resume(name: Name, address: Address = None, storage: Storage = None) -> None
 
 @app.command()
 def stop(name: Name, address: Address = None, storage: Storage = None) -> None:
-    """Ask a running study to stop; nothing is lost."""
+    """Ask a running study to stop. Nothing is lost, and it can be resumed."""
     if address:
         from study.commands.jobs import stop_job
 
@@ -152,10 +157,10 @@ def stop(name: Name, address: Address = None, storage: Storage = None) -> None:
 @app.command()
 def extend(
     name: Name,
-    trials: Annotated[int, typer.Option(help="how many more searched trials")],
+    trials: Annotated[int, typer.Option(help="how many trials to add")],
     storage: Storage = None,
 ) -> None:
-    """Give a study more searched trials, while it runs or afterwards."""
+    """Add searched trials to a study, while it is running or later."""
     from study.commands.ask import ask_for_trials
 
     ask_for_trials(name, trials, storage)
@@ -166,14 +171,17 @@ def enqueue(
     name: Name,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH=VALUE]...", help="searched settings; others as in the trial"),
+        typer.Argument(
+            metavar="[PATH=VALUE]...",
+            help="values of searched settings; the rest stay as in `trial`",
+        ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="a YAML file with `path: value` lines instead")
+        Path | None, typer.Option(help="read the settings from a YAML file of `path: value` lines")
     ] = None,
     storage: Storage = None,
 ) -> None:
-    """Have a study try one arm next, all its seeds, while it runs or afterwards."""
+    """Have a study try one arm next, with all seeds, while it is running or later."""
     from study.commands.ask import ask_for_arm
 
     ask_for_arm(name, settings or [], file, storage)
@@ -182,10 +190,12 @@ def enqueue(
 @app.command()
 def logs(
     name: Name,
-    address: Annotated[str, typer.Option(help="of the cluster's dashboard")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
+    address: Annotated[str, typer.Option(help="URL of the cluster's dashboard")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="keep printing until the job ends")
+    ] = False,
 ) -> None:
-    """Print the log of a study's newest job on a cluster."""
+    """Print the log of a study's latest job on a cluster."""
     from study.commands.jobs import print_log
 
     print_log(name, address, follow=follow)
@@ -196,9 +206,11 @@ def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
     address: Address = None,
     storage: Storage = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="refresh until it ends")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="keep refreshing until it ends")
+    ] = False,
 ) -> None:
-    """Show where a study stands, or every study of the storage or of the cluster at --address."""
+    """Show where a study stands; without a name, every study in the storage or on the cluster."""
     if address:
         from study.commands.jobs import show_jobs
 
@@ -212,10 +224,12 @@ def status(
 @app.command()
 def report(
     name: Name,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="the HTML file")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="HTML file to write")
+    ] = None,
     storage: Storage = None,
 ) -> None:
-    """Write the interactive report: one HTML file that needs nothing else."""
+    """Write the interactive report: one HTML file that works offline."""
     from analysis.report import build_report
     from study import mirror
     from study.commands.finding import find_study
@@ -228,13 +242,15 @@ def report(
 @app.command()
 def export(
     name: Name,
-    output: Annotated[Path, typer.Option("--output", "-o", help="a new folder")] = Path("encoder"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to create")] = Path(
+        "encoder"
+    ),
     arm: Annotated[
-        str | None, typer.Option(help="an arm's id; default: the best searched one")
+        str | None, typer.Option(help="id of the arm; default: the best searched arm")
     ] = None,
     storage: Storage = None,
 ) -> None:
-    """Hand over a pretrained encoder as safetensors + JSON that timm loads."""
+    """Copy a pretrained encoder out of a study, as safetensors and JSON that timm can load."""
     from study.commands.export import copy_encoder
 
     copy_encoder(name, output, arm, storage)
@@ -242,7 +258,7 @@ def export(
 
 @app.command()
 def doctor(address: Address = None, storage: Storage = None) -> None:
-    """Judge whether this machine, or the cluster at --address, is sound and safe for studies."""
+    """Check whether this machine, or the cluster at --address, is fit and safe for studies."""
     from study.commands.doctor import show_verdicts
 
     raise typer.Exit(show_verdicts(address, storage))
@@ -253,17 +269,19 @@ def console(
     storage: Storage = None,
     address: Address = None,
     host: Annotated[
-        str, typer.Option(help="that it listens at; others than this machine only in token mode")
+        str, typer.Option(help="address to listen on; anything but this machine needs token mode")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free port")
+    ] = 8000,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="let it resume, stop, extend and enqueue")
+        bool, typer.Option("--allow-changes", help="allow it to resume, stop, extend and enqueue")
     ] = False,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="a further name that it is reached by")
+        list[str] | None, typer.Option(help="another host name under which it may be reached")
     ] = None,
 ) -> None:
-    """Show all studies of a storage in the browser: on the cluster at --address, or from here."""
+    """Show all studies of a storage in the browser, served by the cluster at --address or here."""
     from study.commands.finding import storage_of
     from study.console.server import start
 
@@ -280,7 +298,7 @@ def console(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of study files, for editors."""
+    """Print the JSON Schema of study files, for use in editors."""
     from study.spec import schema as study_schema
 
     typer.echo(json.dumps(study_schema(), indent=2))
@@ -293,14 +311,14 @@ def _build_report(folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: errors that are the user's to mend become one message and an exit code."""
+    """Entry point: errors that users can fix become one message and an exit code."""
     try:
         app(args=arguments, standalone_mode=True)
     except (UserError, StorageError, ClusterError) as error:
         print(f"maskstudy: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; nothing is lost: the same command goes on", file=sys.stderr)
+        print("interrupted; nothing is lost: run the same command again to resume", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
