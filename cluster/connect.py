@@ -19,7 +19,7 @@ from ray.exceptions import AuthenticationError
 from cluster.errors import ClusterError, NotStarted
 from cluster.placement import Room
 
-BEGAN = "to go on if interrupted: "  # a driver says it once nothing refuses its study
+BEGAN = "to resume if interrupted: "  # a driver says it once nothing refuses its study
 STARTS = 3  # of a private cluster, until it is given up
 START_SECONDS = 300.0  # that the processes of one get, as long as they live
 REMIND_SECONDS = 10.0  # between two words that it is still starting

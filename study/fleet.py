@@ -153,10 +153,10 @@ class Fleet:
         if one.vitals["told"]:
             return str(one.vitals["told"])
         if one.absent_since is None:
-            return "its workers are about to begin"
+            return "its workers are about to start"
         if self._is_short and self._seen is not None:
             rooms = f"{in_words(self._seen.free)} of {in_words(self._seen.total)} are free"
-            return f"waits for room: its workers need {self.group}; {rooms}"
+            return f"waiting for room: its workers need {self.group}; {rooms}"
         return "Ray is starting its workers"
 
     def tick(self) -> None:
@@ -220,7 +220,7 @@ class Fleet:
                 patience = HANDOVER_SECONDS
             if not one.is_parked and now - one.absent_since > patience:
                 one.is_parked = True
-                self._say(f"no trial for {one.slot.name} for now: {self._reason(one)}")
+                self._say(f"{one.slot.name} gets no trial for now: {self._reason(one)}")
             if one.is_parked and one.serial is not None and heirs:
                 one.slot.desk.withdraw.remote(one.serial)
 
@@ -229,7 +229,7 @@ class Fleet:
         for one in watched:
             if leaving.intersection(one.vitals.get("nodes", ())):
                 one.slot.desk.leave.remote(one.vitals["ticket"])
-                self._say(f"{one.slot.name} leaves a node that is to be taken away")
+                self._say(f"{one.slot.name} is leaving a node that is about to be taken away")
 
     def _num_wanted(self) -> int:
         """Slots for all that is left to do, within what the user allows."""
@@ -328,7 +328,7 @@ class Fleet:
         elif count == 0:
             asked = ", asked of the autoscaler" if self._asked else ""
             self._say(
-                f"waits for room: a trial needs {self.group}{asked}; "
+                f"waiting for room: a trial needs {self.group}{asked}; "
                 f"{in_words(seen.free)} of {in_words(seen.total)} are free"
             )
 

@@ -107,7 +107,7 @@ class Progress:
 
     def suggested(self, suggestion: Suggestion, *, resumed: bool) -> None:
         self.lines[suggestion.trial] = Line(suggestion, time.monotonic())
-        verb = "goes on with" if resumed else "starts"
+        verb = "resumes" if resumed else "starts"
         self._event(f"{verb} {describe(suggestion)}")
 
     def waiting(self, trial: str, text: str) -> None:
@@ -152,7 +152,7 @@ class Progress:
 
     def handed_back(self, suggestion: Suggestion) -> None:
         self.lines[suggestion.trial].phase = "waiting"
-        self._event(f"handed back: {describe(suggestion)}, which goes on where there is room")
+        self._event(f"handed back: {describe(suggestion)}; it resumes where there is room")
 
     def first_step(self, seconds: float | None, *, is_warm: bool) -> None:
         """How long a trial waited for its first step; `is_warm`: not the first of its slot."""

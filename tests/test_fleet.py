@@ -91,7 +91,7 @@ def test_a_node_that_is_to_be_taken_away_costs_no_step(
             drain(cluster.address, by_raylet[min(busy)].node_id)
         assert driver.wait(400) == 0, path.with_suffix(".log").read_text()
     printed = path.with_suffix(".log").read_text()
-    assert "leaves a node that is to be taken away" in printed
+    assert "is leaving a node that is about to be taken away" in printed
     assert sorted(read_rows(folder).groupby("trial").attempt.nunique()) == [1, 1, 1, 2]
     steps = Counter((tmp_path / "steps").read_text().splitlines())
     by_phase: dict[str, set[int]] = {}
@@ -158,7 +158,7 @@ def test_studies_that_each_need_the_whole_cluster_take_turns(
         wait_until(is_begun, drivers[0])
         with held_still(f"{MARK}={tmp_path}"):  # until the third one has come and found no room
             drivers.append(join(paths[2]))
-            wait_until(lambda: "waits for room" in logs[2].read_text(), drivers[2])
+            wait_until(lambda: "waiting for room" in logs[2].read_text(), drivers[2])
         for driver, log in zip(drivers, logs, strict=True):
             assert driver.wait(400) == 0, log.read_text()
     assert "a trial needs 2 workers with 1 CPUs each; 0 CPUs of 2 CPUs are free" in (

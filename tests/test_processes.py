@@ -105,7 +105,7 @@ def says_what_it_waits_for(log: str) -> None:
     if (os.cpu_count() or 1) < 4:  # a worker group takes two cores to start
         assert "; starting 1 x 1 workers; the others follow" in until_it_trains
         assert "room for more; starting 1 x 1 workers" in log
-    assert "waits for room" not in log
+    assert "waiting for room" not in log
 
 
 def kind(title: str) -> str:

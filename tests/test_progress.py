@@ -105,7 +105,7 @@ def test_a_log_hears_what_a_trial_waits_for_when_that_changes() -> None:
 
 def test_nobody_is_told_to_wait_for_a_moment() -> None:
     progress = played()
-    progress.waiting(f"{2:012x}", "its workers are about to begin")
+    progress.waiting(f"{2:012x}", "its workers are about to start")
     assert "about to begin" not in progress.console.export_text()
 
 
@@ -113,7 +113,7 @@ def test_what_takes_long_is_shown_with_how_far_it_is(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("study.progress.MOMENT_SECONDS", 0.05)
     monkeypatch.setattr("study.progress.REMIND_SECONDS", 0.05)
     log = Console(width=160, record=True, file=io.StringIO())
-    with Patience(log, "looking at the data") as patience:
-        wait_until(lambda: "looking at the data (0 s)" in log.export_text(clear=False))
+    with Patience(log, "checking the data") as patience:
+        wait_until(lambda: "checking the data (0 s)" in log.export_text(clear=False))
         patience.say("decoding: 120 of 4,000 files")
         wait_until(lambda: "decoding: 120 of 4,000 files (0 s)" in log.export_text(clear=False))

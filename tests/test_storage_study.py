@@ -66,7 +66,7 @@ def test_a_killed_study_goes_on_on_another_machine_and_finds_the_same(
     path.unlink()
     code, printed = run(path, command=["resume", "tiny", "--storage", bucket.uri])
     assert code == 0, printed
-    assert "goes on with" in printed
+    assert "resumes trial" in printed
     assert store(folder.remote).exists("report.html")
     shutil.rmtree(tmp_path / "cache" / "mirrors")
     mirror.pull(folder)

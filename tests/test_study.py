@@ -75,7 +75,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(
     path.unlink()  # by its name, a study goes on without the file it was begun with
     code, printed = run(path, command=["resume", "tiny", "--storage", str(folder.root.parent)])
     assert code == 0, printed
-    assert "goes on with" in printed
+    assert "resumes trial" in printed
     assert folder.report.exists()
     kept = read_rows(folder).merge(rows, how="inner")
     assert len(kept) == len(rows), "rows of before the kill have changed"

@@ -15,10 +15,10 @@ from study.spec import load_spec
 def check_study(path: Path) -> None:
     """Validate, prepare the data, print the plan."""
     spec = load_spec(path)
-    say(f"{path}: its settings are sound; now its data")
+    say(f"{path}: the settings are valid; now checking the data")
     folder = begun(spec.study_folder())
     dataset = dataset_of(spec)
-    say(f"{path}: sound")
+    say(f"{path}: valid")
     _print_pairs("data", dataset.describe())
 
     # these import torch, which takes seconds: what can be said without it is said before

@@ -41,7 +41,7 @@ def dataset_of_begun(folder: StudyFolder, spec: StudySpec) -> Dataset:
 
 def _decoded(spec: StudySpec) -> Path:
     """What takes longer than a moment is shown."""
-    with Patience(console, "looking at the data") as patience:
+    with Patience(console, "checking the data") as patience:
         return prepare(
             spec.data,
             spec.folder_of_yaml,

@@ -117,7 +117,7 @@ def _needs_a_driver(folder: StudyFolder, address: str, spec: StudySpec | None = 
     if (spec is not None and changes(folder, spec)) or not outlook_of(folder).is_finished:
         return True
     say(
-        f"{folder.root.name} is finished: nothing is left to do. For more of it: maskstudy extend "
+        f"{folder.root.name} is finished: nothing is left to do. To add trials: maskstudy extend "
         f"{folder.in_commands} --trials N, then maskstudy resume {folder.in_commands} "
         f"--address {address}"
     )

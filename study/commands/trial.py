@@ -33,8 +33,8 @@ def try_trial(path: Path, num_images: int) -> None:
             heartbeat=lambda *_: None,
         )
         say(
-            f"one epoch of each phase on {num_images} images, in this process; its numbers are "
-            f"worth nothing"
+            f"one epoch of each phase on {num_images} images, in this process; its numbers "
+            f"mean nothing"
         )
         outcome = run_trial(_of_one_epoch(spec.trial), spec.seed, dataset, spec.probe, context)
     say(f"{outcome}: the study's trial runs")

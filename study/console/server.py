@@ -95,7 +95,7 @@ def _serve_here(
         ) from error
     with listening:
         _say_where(say, host, listening.getsockname()[1], token)
-        say("it serves until interrupted; studies that it resumes run on this machine")
+        say("serving until interrupted; studies resumed here run on this machine")
         config = uvicorn.Config(
             build_app(settings), log_level="warning", access_log=False, server_header=False
         )
@@ -194,6 +194,6 @@ def _say_where(say: Callable[[str], None], host: str, port: int, token: str | No
     shown = "127.0.0.1" if host in WILDCARDS else f"[{host}]" if ":" in host else host
     say(f"study console: http://{shown}:{port}/" + (f"#token={token}" if token else ""))
     if token is None:
-        say("it asks for the cluster's token")
+        say("it will ask for the cluster's token")
     if not is_loopback(host):
         say("others can reach it, and what they send is not encrypted: put TLS in front of it")
