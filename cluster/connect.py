@@ -19,7 +19,8 @@ from ray.exceptions import AuthenticationError
 from cluster.errors import ClusterError, NotStarted
 from cluster.placement import Room
 
-BEGAN = "to resume if interrupted: "  # a driver says it once nothing refuses its study
+# a driver says it once nothing refuses its study; clients look for it in logs, old ones too
+BEGAN = "to go on if interrupted: "
 STARTS = 3  # of a private cluster, until it is given up
 START_SECONDS = 300.0  # that the processes of one get, as long as they live
 REMIND_SECONDS = 10.0  # between two words that it is still starting

@@ -155,7 +155,7 @@ def test_a_study_begun_with_other_settings_is_refused_with_the_difference(
 def test_check_prints_the_plan(blood: Path, capsys: Capture) -> None:
     assert call("check", blood) == 0
     printed = capsys.readouterr().out
-    for word in ("sound", "platelet", "tokens", "FLOP", "hours"):
+    for word in ("valid", "platelet", "tokens", "FLOP", "hours"):
         assert word in printed
 
 
