@@ -20,15 +20,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
 from trainables.config import Strict, TrialConfig, arm_id
-
-if TYPE_CHECKING:
-    from study.spec import StudySpec
-
 
 Where = tuple[str | int, ...]
 
@@ -111,37 +107,49 @@ class Parameter(NamedTuple):
     where: Where  # of the item in the study file
 
 
+class Searched(Protocol):
+    """A study, as far as its space is concerned."""
+
+    @property
+    def trial(self) -> TrialConfig:
+        """What stands where nothing is searched."""
+
+    @property
+    def search(self) -> Mapping[str, SearchItem]:
+        """Dotted path into the trial -> what may stand there."""
+
+
 Found = dict[str, Parameter]
 
 
-def suggest(spec: StudySpec, ask: Ask) -> Point:
+def suggest(study: Searched, ask: Ask) -> Point:
     """A point of the study's space, as `ask` decides."""
-    return draw(spec.search, ask)
+    return draw(study.search, ask)
 
 
-def resolve(spec: StudySpec, overrides: Mapping[str, Any]) -> TrialConfig:
+def resolve(study: Searched, overrides: Mapping[str, Any]) -> TrialConfig:
     """The study's trial with other values at the searched paths."""
-    return override(spec.trial, overrides)
+    return override(study.trial, overrides)
 
 
-def enumerate_grid(spec: StudySpec) -> list[Point]:
+def enumerate_grid(study: Searched) -> list[Point]:
     """Every combination, the last parameter varying fastest; ranges need `num` or `step`."""
-    return list(combinations(spec.search, lambda parameter: grid_values(parameter.item) or []))
+    return list(combinations(study.search, lambda parameter: grid_values(parameter.item) or []))
 
 
-def params_of(spec: StudySpec, config: TrialConfig) -> dict[str, Any] | None:
+def params_of(study: Searched, config: TrialConfig) -> dict[str, Any] | None:
     """The parameters at which a configuration lies in the space; None if it lies outside."""
-    for point in combinations(spec.search, _possible(config)):
-        if arm_id(resolve(spec, point.overrides)) == arm_id(config):
+    for point in combinations(study.search, _possible(config)):
+        if arm_id(resolve(study, point.overrides)) == arm_id(config):
             return point.params
     return None
 
 
-def outside(spec: StudySpec, config: TrialConfig) -> dict[str, Any]:
+def outside(study: Searched, config: TrialConfig) -> dict[str, Any]:
     """Searched path -> what stands there, where that is nothing the search could put there."""
     settings = config.model_dump(mode="json")
     found = {}
-    for path, item in spec.search.items():
+    for path, item in study.search.items():
         value = get_at(settings, path.split("."))
         if not any(
             _reads_as(config, path, point.overrides[path]) == value
