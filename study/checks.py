@@ -19,7 +19,7 @@ from study.reader import Document
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
-from trainables.metrics import METRICS, PHASES, metric_of, objective_names, parse
+from trainables.metrics import METRICS, PHASES, PSNR, metric_of, objective_names, parse
 from trainables.named import Choice
 from trainables.scores import SIZE_BINS
 
@@ -73,7 +73,7 @@ def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
         return f"given {name!r}; expected one of {listed(of_phase)}{hint}"
     if not metric.is_objective:
         return (
-            f"given {name!r}; expected a metric that compares arms, such as pretrain/probe_psnr: "
+            f"given {name!r}; expected a metric that compares arms, such as {PSNR}: "
             f"{metric.explains}"
         )
     mark = {"class": "/", "size": "/", "ratio": "@", None: ""}[metric.parts]

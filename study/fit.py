@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from study.checks import geometry_problems
-from trainables.metrics import metric_of, parse
+from trainables.metrics import MIOU, PSNR, metric_of, parse
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -43,13 +43,13 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
         if name.phase == "segment" and not data.classes:
             problems.append(
                 f"objectives: given {objective.metric!r}, but the data have no labels; expected a "
-                f"pretrain metric such as pretrain/probe_psnr, or data with masks"
+                f"pretrain metric such as {PSNR}, or data with masks"
             )
             continue
         if metric.of_volumes and len(data.size) == 2:
             problems.append(
                 f"objectives: given {objective.metric!r}, which is measured of volumes, but the "
-                f"images have 2 axes; expected another metric such as segment/miou"
+                f"images have 2 axes; expected another metric such as {MIOU}"
             )
         scored = data.classes[1:] if metric.of_volumes else data.classes
         if metric.parts == "class" and name.of and name.of not in scored:

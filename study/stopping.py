@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from study.ledger import Suggestion
-from trainables.metrics import metric_of, sign
+from trainables.metrics import PSNR, metric_of, sign
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -39,7 +39,7 @@ def none(rung: Rung) -> bool:
 def halving(
     rung: Rung,
     *,
-    metric: str = "pretrain/probe_psnr",
+    metric: str = PSNR,
     reduction: Annotated[int, Field(ge=2)] = 3,
     min_trials: Annotated[int, Field(ge=2)] = 6,
 ) -> bool:

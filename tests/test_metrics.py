@@ -8,7 +8,18 @@ import pytest
 import scipy
 import torch
 
-from trainables.metrics import METRICS, PHASES, metric_of, rows, split_scores
+from trainables.metrics import (
+    METRICS,
+    PHASES,
+    known,
+    metric_of,
+    on_test,
+    parse,
+    place_of,
+    rows,
+    split_scores,
+    title_of,
+)
 from trainables.scores import Counted, confusion, object_counts, psnr
 
 CLASSES = ["background", "cell", "platelet"]
@@ -225,3 +236,30 @@ def test_names_with_a_class_or_a_ratio_belong_to_their_metric():
     assert (hd95.goal, hd95.unit) == ("minimize", "mm")
     for name in ("segment/case_dice/organ", "segment/nsd/organ"):
         assert (metric_of(name).goal, metric_of(name).unit) == ("maximize", "")
+
+
+def test_names_are_taken_apart_and_told_in_words():
+    assert parse("segment/iou/red/cell") == ("segment", "iou", "/red/cell")
+    assert parse("pretrain/probe_psnr@0.25") == ("pretrain", "probe_psnr", "@0.25")
+    assert parse("planned_flops") == ("", "planned_flops", "")
+    titles = {
+        "segment/iou/red cell": "IoU, red cell",
+        "pretrain/probe_psnr@0.25": "probe PSNR@0.25",
+        "segment/test_miou": "test mIoU",
+        "planned_flops": "planned FLOPs",
+        "segment/glow_worm/red cell": "glow worm, red cell",
+    }
+    assert {name: title_of(name) for name in titles} == titles
+    assert known("segment/glow_worm") is None
+
+
+def test_every_score_of_the_validation_split_has_a_twin_on_the_test_split():
+    for key, metric in METRICS.items():
+        has_twin = metric.of_split is not None and not metric.is_held_out
+        twin = known(on_test(f"segment/{key}"))
+        assert (twin is not None and twin.is_held_out) == has_twin, key
+    assert on_test("segment/iou/red/cell") == "segment/test_iou/red/cell"
+
+
+def test_a_phase_of_a_newer_version_comes_last():
+    assert sorted(["later", *reversed(PHASES)], key=place_of) == [*PHASES, "later"]

@@ -2,9 +2,10 @@
 
 To add a metric, add a line to METRICS. One that is scored of a segmented split, or of the pixels
 that the probe hides, names its function there (`of_split`, `of_probe`): nothing else has to know.
+One that is measured of each class or size gets a figure in the report.
 
 A metric is named `<phase>/<key>`; its value of one class or size `<phase>/<key>/<class or size>`,
-of one ratio `<phase>/<key>@<ratio>`.
+of one ratio `<phase>/<key>@<ratio>`. What a whole trial has of a cost is named `<key>`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ PHASES: tuple[Phase, ...] = ("pretrain", "segment")  # in the order of a trial
 Goal = Literal["minimize", "maximize", "none"]
 Part = Literal["class", "size", "ratio"]
 
+PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"  # by which arms are compared unless asked
+SPEED = "images_per_second"  # key of what is shown of a trial that runs
 TEST = "test_"  # before the key of a score of the test split, by which nothing may be chosen
 
 
@@ -37,8 +40,11 @@ class Metric(NamedTuple):
     unit: str
     title: str  # in figures and tables
     explains: str
+    heading: str = ""  # of the figure of its parts, if that is not the title
     parts: Part | None = None  # it is also measured of each of these
     has_whole: bool = True  # it is measured of all of them together, too
+    is_drawn: bool = True  # the report has a figure of its classes or sizes
+    over_phases: Literal["sum", "max"] | None = None  # what a whole trial has of a cost
     is_objective: bool = True  # arms may be chosen by it
     is_held_out: bool = False  # scored on the test split
     of_volumes: bool = False  # measured of whole volumes only, without background
@@ -52,7 +58,7 @@ class Metric(NamedTuple):
 class Name(NamedTuple):
     """A metric's name, taken apart."""
 
-    phase: str
+    phase: str  # "" of the whole trial
     key: str  # of METRICS, if there is such a metric
     part: str  # "" of the whole; else "/" or "@" and the class, size or ratio
 
@@ -64,7 +70,7 @@ class Name(NamedTuple):
 
 def parse(name: str) -> Name:
     """`segment/iou/platelet` -> segment, iou, /platelet."""
-    phase, _, metric = name.partition("/")
+    phase, _, metric = name.partition("/") if "/" in name else ("", "", name)
     key = re.split("[@/]", metric, maxsplit=1)[0]
     return Name(phase, key, metric[len(key) :])
 
@@ -74,11 +80,27 @@ def metric_of(name: str) -> Metric:
     return METRICS[parse(name).key]
 
 
+def known(name: str) -> Metric | None:
+    """The same; None if only another version has such a metric."""
+    return METRICS.get(parse(name).key)
+
+
 def title_of(name: str) -> str:
     """`<phase>/<key>...` in words, also where a newer version has measured it."""
     _, key, part = parse(name)
     title = METRICS[key].title if key in METRICS else key.replace("_", " ")
     return title + (f", {part[1:]}" if part.startswith("/") else part)
+
+
+def on_test(name: str) -> str:
+    """The name of the same score on the test split."""
+    phase, key, part = parse(name)
+    return f"{phase}/{TEST}{key}{part}"
+
+
+def place_of(phase: str) -> int:
+    """Where a phase comes in a trial; one of a newer version comes last."""
+    return next((place for place, ours in enumerate(PHASES) if ours == phase), len(PHASES))
 
 
 def sign(goal: str) -> float:
@@ -87,7 +109,7 @@ def sign(goal: str) -> float:
 
 
 def objective_names() -> list[str]:
-    """Names of the metrics by which arms can be compared, without their parts."""
+    """Names of the metrics by which arms may be chosen, without their parts."""
     return sorted(
         f"{phase}/{key}"
         for key, metric in METRICS.items()
@@ -220,6 +242,7 @@ _ON_VAL: dict[str, Metric] = {
         "Dice",
         "Dice, mean of the classes without background, or of one class",
         parts="class",
+        is_drawn=False,  # of one class it is 2 IoU / (1 + IoU)
         of_split=scores.dice,
     ),
     "object_f1": _segment(
@@ -244,6 +267,7 @@ _ON_VAL: dict[str, Metric] = {
         "HD95",
         "95th percentile of the distances between true and predicted surface, means as of "
         "case_dice; the volume's diagonal where only one of them has the class",
+        heading="surface distance",
         of_split=_case("hd95"),
     ),
     "nsd": _volumes(
@@ -255,16 +279,37 @@ _ON_VAL: dict[str, Metric] = {
         of_split=_case("nsd"),
     ),
     "images_per_second": _both(
-        "maximize", "images/s", "throughput", "training speed, all workers together"
+        "maximize", "images/s", "throughput", "images per second in training, all workers together"
     ),
     "device_seconds": _both(
-        "minimize", "s", "device time", "time spent training, without evaluation"
+        "minimize",
+        "s",
+        "device time",
+        "measured time in training steps, without evaluation; comparable only on one kind of "
+        "hardware",
+        over_phases="sum",
     ),
-    "flops": _both("minimize", "FLOP", "FLOPs", "operations of the training done so far, computed"),
+    "flops": _both(
+        "minimize",
+        "FLOP",
+        "FLOPs",
+        "operations of the training done so far, computed",
+        over_phases="sum",
+    ),
     "planned_flops": _both(
-        "minimize", "FLOP", "planned FLOPs", "operations of the whole planned training"
+        "minimize",
+        "FLOP",
+        "planned FLOPs",
+        "a multiply-add counts as two; of the whole planned budget",
+        over_phases="sum",
     ),
-    "peak_memory": _both("minimize", "bytes", "peak memory", "most memory in use on one device"),
+    "peak_memory": _both(
+        "minimize",
+        "bytes",
+        "peak memory",
+        "largest memory held on the device",
+        over_phases="max",
+    ),
     "stopped_here": _both(
         "none", "", "stopped here", "the stopping rule ended the trial here", is_objective=False
     ),
