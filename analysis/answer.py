@@ -10,6 +10,7 @@ from analysis.figures.differences import differences_numbers, p_words, values_by
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.statistics import FEWEST_SEEDS, detectable_difference, difference
 from analysis.tables import OUTCOMES, Measure, StudyTables, arm_scores, by_size
+from trainables.metrics import on_test
 
 
 class Answer(NamedTuple):
@@ -177,8 +178,7 @@ def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Meas
 
 def _test_sentence(tables: StudyTables, best: str, goal: Measure) -> str | None:
     """The test split, on which nothing was chosen."""
-    phase, _, metric = goal.key.partition("/")
-    scores = arm_scores(tables, f"{phase}/test_{metric}").groupby("arm")["value"].mean()
+    scores = arm_scores(tables, on_test(goal.key)).groupby("arm")["value"].mean()
     if best not in scores.index:
         return None
     control = [arm for arm in scores.index if tables.arms.at[arm, "group"] == "control"]

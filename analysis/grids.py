@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.tables import OUTCOMES, StudyTables, lines_of
 from analysis.theme import plain
+from trainables.metrics import PHASES
 from trainables.nested import flatten
 
 MOST_LINES = 200  # of a table in the page; the CSV has all trials
@@ -58,15 +59,14 @@ def endings(tables: StudyTables) -> Grid:
     arms = dict(zip(tables.suggestions["trial"], tables.suggestions["arm"], strict=True))
     lines = []
     for line in lines_of(ended[:MOST_LINES]):
-        phase, reached = "segment", line.segment
-        if pd.isna(reached):
-            phase, reached = "pretrain", line.pretrain
+        shares = {phase: getattr(line, phase) for phase in reversed(PHASES)}
+        reached = [f"{phase} {share:.0%}" for phase, share in shares.items() if not pd.isna(share)]
         lines.append(
             [
                 Cell(line.Index),
                 Cell(tables.label(arms[line.Index])),
                 Cell(line.outcome),
-                Cell("–" if pd.isna(reached) else f"{phase} {reached:.0%}"),
+                Cell(reached[0] if reached else "–"),
                 _cell(float(line.seconds)),
                 Cell(error_text(line.error), code=True),
             ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from analysis.statistics import FEWEST_SEEDS
-from analysis.tables import StudyTables, reported
+from analysis.tables import StudyTables, parts_of
 from analysis.theme import plain
+from trainables.metrics import PSNR, known
 
 
 def methods(tables: StudyTables) -> list[str]:
     """What was measured, and why some numbers are not compared."""
     probe = tables.spec.get("probe")
     ratios = probe.get("ratios") if isinstance(probe, dict) else None
-    named = reported(tables, "pretrain/probe_psnr@") or ratios or []
+    named = parts_of(tables, PSNR) or ratios or []
     shares = " and ".join(plain(ratio, 8) for ratio in named) or "several"
+    metrics = [metric for name in tables.measured if (metric := known(name))]
+    has_volumes = any(metric.of_volumes for metric in metrics)
     of_volumes = [
         "Whole volumes. Dice per volume, HD95 and surface Dice are taken for each class in each "
         "volume and averaged over volumes, then over classes without background. HD95 is the 95th "
@@ -38,7 +41,7 @@ def methods(tables: StudyTables) -> list[str]:
         "mean over classes without background; objects are matched one to one at an IoU of 0.5, "
         "and their F1 is split by size. The controls are the study file's own trial (control), "
         "the same network from random weights (random-init), and with the encoder fixed (frozen).",
-        *(of_volumes if reported(tables, "segment/hd95") else []),
+        *(of_volumes if has_volumes else []),
         "Intervals are 95 % Student t intervals over seeds; differences are paired by seed where "
         "two or more seeds are common, else Welch's. p values are Holm-adjusted over all arms "
         f"compared with the control. A difference is called shown with {FEWEST_SEEDS} or more "

@@ -32,7 +32,7 @@ from analysis.page import (
     write_page,
 )
 from analysis.results import results_csv
-from analysis.tables import StudyTables, load, reported
+from analysis.tables import StudyTables, load
 from analysis.theme import plain
 from study.folder import StudyFolder
 
@@ -78,9 +78,7 @@ def render(tables: StudyTables) -> str:
         heat=Markup(theme.heat()),
         classes=[
             {"name": plain(name), "colour": colour}
-            for name, colour in zip(
-                reported(tables, "segment/iou/")[1:], theme.CLASSES, strict=False
-            )
+            for name, colour in zip(tables.classes[1:], theme.CLASSES, strict=False)
         ],
         outcomes=outcome_counts(tables),
         endings=endings(tables),

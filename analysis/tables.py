@@ -29,12 +29,15 @@ from study.ledger import (
 )
 from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
+from trainables.metrics import MIOU, PHASES, PSNR, known, parse, title_of
 from trainables.nested import flatten
 from trainables.schedules import MIDPOINTS, SCHEDULES
 
-PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"
 LARGEST_TEXT = 256 * 1024
 LONGEST_WORD = 60
+MOST_WRITTEN_OUT = 1e5  # from here on values are told in powers of ten
+ABSENT = "–"
+NO_UNIT = ("", "1", "none", "None", "nan")
 
 OUTCOMES = {  # how a trial ended: what that means
     "complete": "spent the whole budget",
@@ -43,32 +46,6 @@ OUTCOMES = {  # how a trial ended: what that means
     "out-of-memory": "did not fit into memory",
     "failed": "ended by an error",
 }
-
-TITLES = {
-    "probe_psnr": "probe PSNR",
-    "probe_ssim": "probe SSIM",
-    "probe_gain": "gain over the mean fill",
-    "native_psnr_hidden": "native PSNR, hidden pixels",
-    "native_psnr_all": "native PSNR, all pixels",
-    "miou": "mIoU",
-    "miou_with_background": "mIoU with background",
-    "dice": "Dice",
-    "object_f1": "object F1",
-    "case_dice": "Dice per volume",
-    "hd95": "HD95",
-    "nsd": "surface Dice",
-    "test_miou": "test mIoU",
-    "planned_flops": "planned FLOPs",
-    "device_seconds": "device time",
-    "peak_memory": "peak memory",
-    "images_per_second": "throughput",
-}
-
-
-def title_of(key: str) -> str:
-    """A metric, given as phase/metric, in words."""
-    name, _, item = key.partition("/")[2].partition("/")
-    return TITLES.get(name, name.replace("_", " ")) + (f", {item}" if item else "")
 
 
 class Measure(NamedTuple):
@@ -85,14 +62,40 @@ class Measure(NamedTuple):
         about += [] if self.maximize else ["lower is better"]
         return f"{self.title} ({', '.join(about)})" if about else self.title
 
+    @property
+    def heading(self) -> str:
+        """What a figure about it is called."""
+        metric = known(self.key)
+        words = (metric.heading if metric else "") or self.title
+        return capitalised(words)
+
     def show(self, value: float | None, signed: bool = False) -> str:
+        """The value with its unit."""
+        number = self.number(value, signed)
+        return f"{number} {self.unit}" if self.unit and number != ABSENT else number
+
+    def number(self, value: float | None, signed: bool = False) -> str:
         """The value with as many digits as mean something."""
         if value is None or not np.isfinite(value):
-            return "–"
+            return ABSENT
         digits = 2 if self.unit in ("dB", "mm") else 3 if abs(value) < 10 else 1
-        number = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-        number = number.replace("-", "\N{MINUS SIGN}")
-        return f"{number} {self.unit}" if self.unit else number
+        form = ".4g" if abs(value) >= MOST_WRITTEN_OUT else f".{digits}f"
+        number = f"{value:+{form}}" if signed else f"{value:{form}}"
+        return number.replace("-", "\N{MINUS SIGN}")
+
+
+def measure_of(name: str, goal: object = None, unit: object = None) -> Measure:
+    """As METRICS has it; `goal` and `unit` count for a metric that only another version has."""
+    metric = known(name)
+    if metric is not None:
+        goal, unit = metric.goal, metric.unit
+    has_unit = unit is not None and str(unit) not in NO_UNIT
+    return Measure(name, title_of(name), str(unit) if has_unit else "", goal != "minimize")
+
+
+def capitalised(words: str) -> str:
+    """With a capital first; abbreviations stay as they are."""
+    return words[:1].upper() + words[1:]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +105,7 @@ class StudyTables:
     suggestions: number, trial, arm, seed, origin. arms (index arm): origin, group ("search",
     "control", "random-init", "frozen"), label, patch, unit (8, or "4x8x8" where axes differ),
     schedule, ratio (mean over training), settings (flattened). results (index trial): outcome,
-    seconds, error, pretrain, segment.
+    seconds, error, and how far each phase came.
     """
 
     folder: StudyFolder
@@ -118,29 +121,28 @@ class StudyTables:
     def label(self, arm: str) -> str:
         return str(self.arms.at[arm, "label"])
 
-    def measure(self, key: str) -> Measure:
-        """The metric's goal and unit, as its rows state them."""
-        phase, _, metric = key.partition("/")
-        named = self.rows[(self.rows["phase"] == phase) & (self.rows["metric"] == metric)]
-        unit, goal = ("", "maximize")
-        if len(named):
-            unit, goal = str(named["unit"].iloc[0] or ""), str(named["goal"].iloc[0])
-        unit = "" if unit in ("1", "none", "None", "nan") else unit
-        return Measure(key, title_of(key), unit, goal != "minimize")
+    def measure(self, name: str) -> Measure:
+        """As METRICS has it, or else as its rows state."""
+        return measure_of(name, *self.measured.get(name, ()))
+
+    @cached_property
+    def measured(self) -> dict[str, tuple[object, object]]:
+        """`phase/metric` of all rows, with the goal and the unit that they state."""
+        first = self.rows.drop_duplicates(["phase", "metric"])
+        return {f"{line.phase}/{line.metric}": (line.goal, line.unit) for line in lines_of(first)}
 
     @cached_property
     def objectives(self) -> list[Measure]:
         """What the study asked for, in its order, as far as there are rows of it."""
-        asked = self.spec.get("objectives")
-        found = []
-        for item in asked if isinstance(asked, list) else []:
-            if isinstance(item, dict) and isinstance(item.get("metric"), str):
-                measure = self.measure(item["metric"])
-                found.append(measure._replace(maximize=item.get("goal") != "minimize"))
-        pairs = self.rows[["phase", "metric"]].drop_duplicates()
-        known = {f"{phase}/{metric}" for phase, metric in pairs.to_numpy()}
-        found = [measure for measure in found if measure.key in known]
-        return found or [self.measure(key) for key in (MIOU, PSNR) if key in known]
+        asked = [one for one in objectives_of(self.spec) if one.key in self.measured]
+        found = [self.measure(one.key)._replace(maximize=one.maximize) for one in asked]
+        return found or [measure_of(name) for name in (MIOU, PSNR) if name in self.measured]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the data's classes, background first; empty where nothing is labelled."""
+        named = _child(self.environment, "data").get("classes")
+        return [str(name) for name in named] if isinstance(named, list) else []
 
     def standings(self, measure: Measure) -> list[Standing]:
         """The arms by a metric, best first."""
@@ -151,6 +153,16 @@ class StudyTables:
             for line in lines_of(self.suggestions.sort_values("number"))
         ]
         return of_file(trials, "maximize" if measure.maximize else "minimize", self.spec)
+
+
+def objectives_of(spec: Mapping[str, Any]) -> list[Measure]:
+    """What a study file asks for, in its order."""
+    asked = spec.get("objectives")
+    return [
+        measure_of(item["metric"], item.get("goal"))
+        for item in (asked if isinstance(asked, list) else [])
+        if isinstance(item, dict) and isinstance(item.get("metric"), str)
+    ]
 
 
 def load(folder: Path | StudyFolder) -> StudyTables:
@@ -241,11 +253,11 @@ def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None
     return found.loc[~picked, ["arm", "seed", "trial", "value", "fresh"]].reset_index(drop=True)
 
 
-def reported(tables: StudyTables, prefix: str) -> list[str]:
-    """What stands behind `prefix`, such as the classes behind "segment/iou/", in their order."""
-    phase, _, start = prefix.partition("/")
-    metrics = tables.rows.loc[tables.rows["phase"] == phase, "metric"].unique()
-    return [metric.removeprefix(start) for metric in metrics if metric.startswith(start)]
+def parts_of(tables: StudyTables, metric: str) -> list[str]:
+    """The classes, sizes or ratios that a metric was measured of, in the order of its rows."""
+    phase, key, _ = parse(metric)
+    names = map(parse, tables.measured)
+    return [name.of for name in names if name[:2] == (phase, key) and name.part]
 
 
 def mean_ratio(schedule: Mapping[str, Any]) -> float | None:
@@ -303,12 +315,11 @@ def _results(results: Mapping[str, Result]) -> pd.DataFrame:
             str(result.outcome),
             result.seconds,
             result.error,
-            result.progress.get("pretrain"),
-            result.progress.get("segment"),
+            *map(result.progress.get, PHASES),
         ]
         for trial, result in sorted(results.items())
     ]
-    columns = ["trial", "outcome", "seconds", "error", "pretrain", "segment"]
+    columns = ["trial", "outcome", "seconds", "error", *PHASES]
     return pd.DataFrame(lines, columns=columns).set_index("trial")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +20,12 @@ import torch
 import yaml
 from PIL import Image
 
-from analysis.tables import MIOU, StudyTables, assemble
+from analysis.tables import StudyTables, assemble
 from study.folder import StudyFolder
 from study.ledger import COLUMNS, Ledger, Outcome, Result, Suggestion
+from trainables.metrics import METRICS, MIOU, PHASES, metric_of
 from trainables.pictures import save_reconstruction_slices, save_segmentation_slices
+from trainables.scores import SIZE_BINS
 
 RUNGS = (0.25, 0.5, 1.0)
 CLASSES = ("background", "red cell", "white cell", "platelet")
@@ -172,7 +175,7 @@ def write_study(
     done = runs(**options)
     with Ledger.open(folder, {"command": "test"}) as ledger:
         spec = spec_text(name, question, len(done), options.get("label", "rising"))
-        ledger.freeze(spec, environment or ENVIRONMENT)
+        ledger.freeze(spec, _described(environment or ENVIRONMENT, options.get("classes", CLASSES)))
         for suggestion, rows, result in done:
             ledger.suggest(suggestion)
             ledger.commit(suggestion, rows, ledger.new_attempt())
@@ -196,11 +199,16 @@ def study_tables(root: Path, **options: Any) -> StudyTables:
         StudyFolder(root),
         yaml.safe_load(text),
         text,
-        ENVIRONMENT,
+        _described(ENVIRONMENT, options.get("classes", CLASSES)),
         [suggestion for suggestion, _, _ in done],
         {result.trial: result for _, _, result in done},
         pd.DataFrame(rows, columns=list(COLUMNS)),
     )
+
+
+def _described(environment: dict[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
+    """With the classes of the data."""
+    return environment | {"data": environment["data"] | {"classes": list(classes)}}
 
 
 def hand_made(*trials: dict[str, Any]) -> StudyTables:
@@ -226,8 +234,8 @@ def hand_made(*trials: dict[str, Any]) -> StudyTables:
         ):
             if value is not None:
                 about = ["study", name, trial["arm"], seed, phase, 10, 1.0, progress, metric]
-                goal = "minimize" if metric == "planned_flops" else "maximize"
-                rows.append([*about, value, goal, "dB" if metric == "probe_psnr" else "", 1.0, "a"])
+                known = metric_of(f"{phase}/{metric}")
+                rows.append([*about, value, known.goal, known.unit, 1.0, "a"])
     return assemble(
         StudyFolder(Path("study")),
         {"study": "study", "objectives": [{"metric": MIOU, "goal": "maximize"}]},
@@ -336,7 +344,7 @@ def _run(
     luck = float(rng.normal(0, noise))
     rows: list[dict[str, Any]] = []
     progress = {}
-    for phase in ("pretrain", "segment"):
+    for phase in PHASES:
         if phase == "pretrain" and suggestion.config["segment"]["encoder"] == "random-init":
             continue
         reached = [rung for rung in RUNGS if phase != phase_of_end or rung <= end]
@@ -433,19 +441,23 @@ def _segment_values(
     }
     if rung == 1 and test_split:
         values["test_miou"] = miou - 0.012
-    return values
+    return dict.fromkeys(_scores(classes), miou) | values
+
+
+def _scores(classes: tuple[str, ...]) -> Iterator[str]:
+    """Every score of the validation split that METRICS has."""
+    for key, metric in METRICS.items():
+        if metric.of_split is None or metric.is_held_out:
+            continue
+        if metric.has_whole:
+            yield key
+        of_classes = classes[1:] if metric.of_volumes else classes
+        parts = {"class": of_classes, "size": SIZE_BINS}.get(metric.parts or "", ())
+        yield from (f"{key}/{part}" for part in parts)
 
 
 def _row(phase: str, rung: float, metric: str, value: float) -> dict[str, Any]:
-    word = metric.partition("@")[0].partition("/")[0]
-    units = {
-        "device_seconds": "s",
-        "peak_memory": "bytes",
-        "images_per_second": "images/s",
-        "hd95": "mm",
-    }
-    unit = "dB" if "psnr" in word else "FLOP" if "flops" in word else units.get(word, "")
-    cheap = word in ("loss", "device_seconds", "flops", "planned_flops", "peak_memory", "hd95")
+    known = metric_of(f"{phase}/{metric}")
     return {
         "phase": phase,
         "step": round(400 * rung),
@@ -453,8 +465,8 @@ def _row(phase: str, rung: float, metric: str, value: float) -> dict[str, Any]:
         "progress": rung,
         "metric": metric,
         "value": value,
-        "goal": "none" if word == "ratio" else "minimize" if cheap else "maximize",
-        "unit": unit,
+        "goal": known.goal,
+        "unit": known.unit,
         "seconds": 300 * rung,
     }
 

@@ -16,15 +16,17 @@ import pytest
 from analysis import theme
 from analysis.figures import FIGURES, Figure
 from analysis.figures.classes import classes_numbers
-from analysis.figures.cost import cost_numbers
+from analysis.figures.cost import cost_numbers, scaled
+from analysis.figures.curves import curves
 from analysis.figures.differences import differences_numbers
 from analysis.figures.pareto import pareto_front, pareto_numbers
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.figures.ratio_patch import ratio_patch_numbers
 from analysis.figures.schedules import schedules_numbers
-from analysis.tables import MIOU, PSNR, StudyTables, complete_trials
+from analysis.tables import StudyTables, complete_trials, final, measure_of
 from study.ledger import Outcome
 from tests.synthetic import hand_made, study_tables
+from trainables.metrics import METRICS, MIOU, PSNR
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -252,7 +254,7 @@ def test_schedules_by_hand() -> None:
 
 
 def test_classes_compare_the_best_arm_with_the_controls(tables: StudyTables) -> None:
-    numbers = classes_numbers(tables, "segment/iou/")
+    numbers = classes_numbers(tables, "segment/iou")
     assert list(dict.fromkeys(numbers["item"])) == [
         "background",
         "red cell",
@@ -262,6 +264,24 @@ def test_classes_compare_the_best_arm_with_the_controls(tables: StudyTables) -> 
     assert set(numbers["group"]) == {"best", "control", "random-init", "frozen"}
     best = numbers[numbers["group"] == "best"]
     assert (best["n"] == 3).all() and best["low"].notna().all()
+
+
+def test_every_metric_of_classes_or_sizes_has_a_figure() -> None:
+    drawn = {
+        key
+        for key, metric in METRICS.items()
+        if metric.parts in ("class", "size") and metric.is_drawn and not metric.is_held_out
+    }
+    assert drawn >= {"iou", "object_f1", "case_dice", "hd95", "nsd"}
+    for key in drawn:
+        name = key if METRICS[key].parts == "size" else f"class_{key}"
+        assert FIGURES[name].needs_volumes == METRICS[key].of_volumes
+        empty = FIGURES[name].draw(hand_made())
+        by = "by size" if METRICS[key].parts == "size" else "per class"
+        assert empty.says == f"No complete trial recorded {METRICS[key].title} {by}."
+    titles = [FIGURES[name].draw(hand_made()).title for name in ("object_f1", "class_hd95")]
+    assert titles == ["Object F1 by size of the object", "Surface distance of each class"]
+    assert "class_dice" not in FIGURES and "class_test_iou" not in FIGURES
 
 
 def test_distances_between_surfaces_say_their_unit_and_that_lower_is_better(
@@ -279,6 +299,52 @@ def test_distances_between_surfaces_say_their_unit_and_that_lower_is_better(
     assert (measure.title, measure.unit, measure.maximize) == ("HD95, platelet", "mm", False)
     assert measure.axis == "HD95, platelet (mm, lower is better)"
     assert measure.show(3.14159) == "3.14 mm"
+
+
+def test_costs_of_a_whole_trial_add_up_or_are_the_larger_one(tables: StudyTables) -> None:
+    finals = final(tables)
+    for name, whole in [
+        ("device_seconds", finals.filter(regex="/device_seconds$").sum(axis=1)),
+        ("peak_memory", finals.filter(regex="/peak_memory$").max(axis=1)),
+    ]:
+        numbers = pareto_numbers(tables, name, MIOU).set_index("group")
+        arm = numbers.at["control", "arm"]
+        assert numbers.at["control", "x"] == pytest.approx(whole[finals["arm"] == arm].mean())
+        cheapest = numbers["x"].min()
+        assert numbers.loc[numbers["x"] == cheapest, "on_front"].any()
+
+
+def test_curves_of_pretraining_leave_out_the_frozen_twin(tables: StudyTables) -> None:
+    """It is pretrained as the control is."""
+
+    def names(metric: str) -> set[str]:
+        drawn = curves(tables, metric).figure
+        assert drawn is not None
+        return {trace.name for trace in drawn.data}
+
+    for metric in (PSNR, "pretrain/probe_ssim"):
+        assert "control" in names(metric) and "frozen" not in names(metric)
+    assert {"control", "frozen"} <= names(MIOU)
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "unit", "size"),
+    [
+        ("planned_flops", 5e12, "TFLOP", 1e12),
+        ("planned_flops", 5.0, "FLOP", 1.0),
+        ("device_seconds", 7200.0, "h", 3600.0),
+        ("device_seconds", 7199.0, "min", 60.0),
+        ("device_seconds", 119.0, "s", 1.0),
+        ("peak_memory", 2.0**30, "GiB", 2.0**30),
+        ("peak_memory", 5.0, "MiB", 2.0**20),
+        ("images_per_second", 1e9, "images/s", 1.0),
+        (PSNR, 1e9, "dB", 1.0),
+    ],
+)
+def test_a_unit_follows_the_largest_value(
+    name: str, largest: float, unit: str, size: float
+) -> None:
+    assert scaled(measure_of(name), pd.Series([1.0, largest, np.nan])) == (unit, size)
 
 
 def test_costs_are_means_over_complete_trials(tables: StudyTables) -> None:

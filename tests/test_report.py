@@ -19,7 +19,7 @@ import pytest
 from markupsafe import escape
 from PIL import Image, PngImagePlugin
 
-from analysis import gallery
+from analysis import gallery, theme
 from analysis.answer import answer
 from analysis.figures import FIGURES, Figure
 from analysis.figures.ranking import ranking
@@ -353,6 +353,19 @@ def test_scores_of_volumes_are_told_only_where_there_are_volumes() -> None:
             assert (f'id="{name}"' in page) == is_told
         assert any("length of the volume" in words for words in methods(study)) == is_told
         assert 'id="class_iou"' in page
+
+
+def test_the_legend_names_the_classes_of_the_data_in_the_colours_of_the_pictures() -> None:
+    """Also where the validation images lack one, which therefore has no score."""
+
+    def legend(page: str) -> list[tuple[str, str]]:
+        return re.findall(r'class="swatch" style="background: (#\w+)"></span>([^,.<]+)', page)
+
+    tables = study_tables(Path("s"))
+    lacks = replace(tables, rows=tables.rows[~tables.rows["metric"].str.endswith("/red cell")])
+    expected = list(zip(theme.CLASSES, ("red cell", "white cell", "platelet"), strict=False))
+    assert legend(render(tables)) == legend(render(lacks)) == expected
+    assert legend(render(replace(tables, environment={}))) == []
 
 
 def test_a_study_without_any_trial_has_a_report(tmp_path: Path) -> None:

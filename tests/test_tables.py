@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from analysis.tables import arm_label, arm_scores, by_size, final, load, mean_ratio
+from analysis.tables import (
+    Measure,
+    arm_label,
+    arm_scores,
+    by_size,
+    final,
+    load,
+    mean_ratio,
+    measure_of,
+    parts_of,
+)
 from study.folder import StudyFolder
 from study.ledger import LedgerError, Suggestion
 from tests.synthetic import hand_made, study_tables, write_study
@@ -245,6 +257,47 @@ def test_a_strategy_is_told_once_by_the_studys_own_word(labels: dict[str, str], 
         labels=labels,
     )
     assert arm_label(suggestion) == words
+
+
+def test_the_table_of_metrics_counts_and_rows_only_for_a_metric_it_does_not_have() -> None:
+    tables = study_tables(Path("x"))
+    miou = tables.rows[tables.rows["metric"] == "miou"]
+    new = miou.assign(metric="glow_worm/red cell", unit="cd", goal="minimize")
+    wrong = miou.assign(metric="hd95/spleen", unit="inch", goal="maximize")
+    tables = replace(tables, rows=pd.concat([tables.rows, new, wrong]))
+    assert tables.measure("segment/glow_worm/red cell") == (
+        "segment/glow_worm/red cell", "glow worm, red cell", "cd", False,
+    )  # fmt: skip
+    assert tables.measure("segment/hd95/spleen") == measure_of("segment/hd95/spleen")
+    assert tables.measure("segment/hd95/spleen")[2:] == ("mm", False)
+    assert tables.measure("segment/unheard_of") == ("segment/unheard_of", "unheard of", "", True)
+    assert measure_of("segment/new", unit="1").unit == measure_of("segment/new").unit == ""
+
+
+def test_an_objective_of_another_version_has_the_goal_of_the_study_file() -> None:
+    tables = study_tables(Path("x"))
+    miou = tables.rows[tables.rows["metric"] == "miou"]
+    tables = replace(tables, rows=miou.assign(metric="glow_worm", unit="cd", goal="maximize"))
+    tables.spec["objectives"] = [{"metric": "segment/glow_worm", "goal": "minimize"}]
+    assert tables.objectives == [("segment/glow_worm", "glow worm", "cd", False)]
+
+
+def test_parts_of_a_metric_stand_in_the_order_of_its_rows() -> None:
+    tables = study_tables(Path("x"), classes=("background", "red/cell", "a@b"))
+    assert parts_of(tables, "segment/iou") == ["background", "red/cell", "a@b"]
+    assert parts_of(tables, "segment/object_f1") == ["small", "medium", "large"]
+    assert parts_of(tables, "pretrain/probe_psnr") == ["0.25", "0.5", "0.75"]
+    assert parts_of(tables, "segment/miou") == parts_of(tables, "pretrain/iou") == []
+
+
+def test_values_have_as_many_digits_as_mean_something() -> None:
+    flops, decibels = measure_of("planned_flops"), measure_of("pretrain/probe_psnr")
+    assert flops.show(2.2528e15) == "2.253e+15 FLOP"
+    assert flops.show(-2.2528e15, signed=True) == "\N{MINUS SIGN}2.253e+15 FLOP"
+    assert (flops.number(99_999.0), flops.number(100_000.0)) == ("99999.0", "1e+05")
+    assert decibels.show(24.0) == "24.00 dB" and decibels.number(24.0) == "24.00"
+    assert decibels.show(None) == decibels.number(float("nan")) == "–"
+    assert Measure("segment/x", "x", "", True).show(0.5) == "0.500"
 
 
 def test_a_folder_without_a_study_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 To add one, write the pair, both with the same arguments, and a line in FIGURES; it stands in the
 section named there, behind the figures above it. A figure without data says in one sentence why.
+A metric of METRICS that is measured of each class or size has its figure by that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from analysis.figures import (
     schedules,
 )
 from analysis.figures.drawn import Drawn
-from analysis.tables import MIOU, PSNR, StudyTables
+from analysis.tables import StudyTables
+from trainables.metrics import METRICS, MIOU, PSNR
 
 
 class Section(NamedTuple):
@@ -68,15 +70,13 @@ FIGURES: dict[str, Figure] = {
     "cost_memory": Figure(partial(cost.cost, metric="peak_memory"), "cost"),
     "cost_speed": Figure(partial(cost.cost, metric="images_per_second"), "cost"),
     "differences": Figure(differences.differences, "control"),
-    "class_iou": Figure(partial(classes.classes, prefix="segment/iou/"), "segmentation"),
-    "object_f1": Figure(partial(classes.classes, prefix="segment/object_f1/"), "segmentation"),
-    "class_case_dice": Figure(
-        partial(classes.classes, prefix="segment/case_dice/"), "segmentation", needs_volumes=True
-    ),
-    "class_hd95": Figure(
-        partial(classes.classes, prefix="segment/hd95/"), "segmentation", needs_volumes=True
-    ),
-    "class_nsd": Figure(
-        partial(classes.classes, prefix="segment/nsd/"), "segmentation", needs_volumes=True
-    ),
+    **{
+        key if metric.parts == "size" else f"class_{key}": Figure(
+            partial(classes.classes, metric=f"segment/{key}"),
+            "segmentation",
+            needs_volumes=metric.of_volumes,
+        )
+        for key, metric in METRICS.items()
+        if metric.parts in classes.WORDS and metric.is_drawn and not metric.is_held_out
+    },
 }

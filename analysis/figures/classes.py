@@ -12,19 +12,17 @@ from analysis.figures.drawn import Drawn, mark_of, name_of
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.figures.rows import error_bars, row_figure
 from analysis.statistics import mean_and_interval
-from analysis.tables import StudyTables, arm_scores, final, lines_of, reported
+from analysis.tables import StudyTables, arm_scores, final, lines_of, parts_of
 from analysis.theme import colour, text
+from trainables.metrics import Part, metric_of
 
-PER_ITEM = {  # prefix of metrics: title of the figure, what its axis shows
-    "segment/iou/": ("IoU of each class", "IoU"),
-    "segment/object_f1/": ("Object F1 by size of the object", "object F1"),
-    "segment/case_dice/": ("Dice per volume of each class", "Dice per volume"),
-    "segment/hd95/": ("Surface distance of each class", "HD95"),
-    "segment/nsd/": ("Surface Dice of each class", "surface Dice"),
+WORDS: dict[Part | None, tuple[str, str]] = {  # in the title, and in "no trial recorded ..."
+    "class": ("of each class", "per class"),
+    "size": ("by size of the object", "by size"),
 }
 
 
-def classes_numbers(tables: StudyTables, prefix: str) -> pd.DataFrame:
+def classes_numbers(tables: StudyTables, metric: str) -> pd.DataFrame:
     """item (class or size), group, arm, label, n, mean, low, high for best arm and controls."""
     finals = final(tables)
     ranks = ranking_numbers(tables)
@@ -35,25 +33,26 @@ def classes_numbers(tables: StudyTables, prefix: str) -> pd.DataFrame:
             if arm != best:
                 chosen.setdefault(group, arm)
     lines = []
-    for key in [prefix + item for item in reported(tables, prefix)]:
-        scores = arm_scores(tables, key, finals)
+    for item in parts_of(tables, metric):
+        scores = arm_scores(tables, f"{metric}/{item}", finals)
         for group, arm in chosen.items():
             values = scores.loc[scores["arm"] == arm, "value"]
             if len(values):
-                about = [key.removeprefix(prefix), group, arm, tables.label(arm), len(values)]
+                about = [item, group, arm, tables.label(arm), len(values)]
                 lines.append([*about, *mean_and_interval(values)])
     columns = ["item", "group", "arm", "label", "n", "mean", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
 
 
-def classes(tables: StudyTables, prefix: str) -> Drawn:
-    numbers = classes_numbers(tables, prefix)
-    title, what = PER_ITEM[prefix]
+def classes(tables: StudyTables, metric: str) -> Drawn:
+    numbers = classes_numbers(tables, metric)
+    measure = tables.measure(metric)
+    of_each, by_each = WORDS[metric_of(metric).parts]
+    title = f"{measure.heading} {of_each}"
     if numbers.empty:
-        part = "by size" if prefix == "segment/object_f1/" else "per class"
-        return Drawn(numbers, None, title, f"No complete trial recorded {what} {part}.")
+        says = f"No complete trial recorded {measure.title} {by_each}."
+        return Drawn(numbers, None, title, says)
     items = list(dict.fromkeys(numbers["item"]))
-    measure = tables.measure(prefix + items[0])
     unit = f" {measure.unit}" if measure.unit else ""
     groups = list(dict.fromkeys(numbers["group"]))
     traces = []
@@ -88,7 +87,7 @@ def classes(tables: StudyTables, prefix: str) -> Drawn:
         ]
         heads.append(f"<b>{text(item)}</b>  ·  {' / '.join(shown)}")
     about = ", ".join(["validation", *filter(None, [measure.unit])])
-    drawn = row_figure(traces, heads, f"{what} ({about})", 74)
+    drawn = row_figure(traces, heads, f"{measure.title} ({about})", 74)
     drawn.update_layout(showlegend=True, margin_t=44)
     drawn.update_xaxes(rangemode="nonnegative")
     most = int(numbers["n"].max())

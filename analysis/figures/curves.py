@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 
 from analysis.figures.drawn import Drawn, no_metric
 from analysis.figures.ranking import best_arm, ranking_numbers
-from analysis.tables import PSNR, Measure, StudyTables, by_size, lines_of
+from analysis.tables import Measure, StudyTables, by_size, lines_of
 from analysis.theme import GROUPS, PATCHES, colour, figure, text
+from trainables.metrics import parse
 
 
 def curves_numbers(tables: StudyTables, metric: str) -> pd.DataFrame:
@@ -44,7 +45,8 @@ def curves(tables: StudyTables, metric: str) -> Drawn:
         traces.append(_curve(part, measure, f"patch {patch}", PATCHES[index % len(PATCHES)], *thin))
     for group in ("random-init", "frozen", "control"):
         part = numbers[numbers["arm"].map(arms["group"]) == group]
-        if len(part) and not (metric == PSNR and group == "frozen"):
+        # frozen is pretrained as the control is, whose curve would be hidden
+        if len(part) and not (group == "frozen" and parse(metric).phase == "pretrain"):
             traces.append(_curve(part, measure, group, GROUPS[group][0], 2.2, 1, "dash"))
     if best is not None and arms.at[best, "group"] == "search":
         traces.append(_curve(numbers[numbers["arm"] == best], measure, "best arm", "blue", 3, 1))

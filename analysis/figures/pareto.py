@@ -8,20 +8,20 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.cost import cost_measure, scaled
+from analysis.figures.cost import scaled
 from analysis.figures.drawn import Drawn, grouped, mark_of, name_of
 from analysis.figures.ranking import ranking_numbers
 from analysis.tables import StudyTables, arm_scores, final, lines_of
 from analysis.theme import colour, figure, text
+from trainables.metrics import PHASES, metric_of, parse
 
 
 def pareto_numbers(tables: StudyTables, x: str, y: str) -> pd.DataFrame:
     """arm, label, group, n, x, y, on_front: means over complete trials only.
 
-    A stopped trial is cheap and unfinished; it is no candidate. x may be "planned_flops", summed
-    over the phases.
+    A stopped trial is cheap and unfinished; it is no candidate. x may be a whole trial's cost.
     """
-    finals = _with_planned_flops(final(tables))
+    finals = _with_whole(final(tables), x)
     columns = ["arm", "label", "group", "rank", "n", "x", "y", "on_front"]
     if x not in finals or y not in finals:
         return pd.DataFrame(columns=columns)
@@ -33,10 +33,9 @@ def pareto_numbers(tables: StudyTables, x: str, y: str) -> pd.DataFrame:
     numbers.insert(2, "group", list(tables.arms["group"].reindex(numbers["arm"])))
     ranks = ranking_numbers(tables).set_index("arm")["rank"]
     numbers.insert(3, "rank", list(ranks.reindex(numbers["arm"])))
-    x_down, y_down = not _goal(tables, x), not _goal(tables, y)
     numbers["on_front"] = pareto_front(
-        list(-numbers["x"] if x_down else numbers["x"]),
-        list(-numbers["y"] if y_down else numbers["y"]),
+        list(numbers["x"] if tables.measure(x).maximize else -numbers["x"]),
+        list(numbers["y"] if tables.measure(y).maximize else -numbers["y"]),
     )
     return numbers.sort_values(["x", "arm"], ignore_index=True)
 
@@ -52,7 +51,7 @@ def pareto_front(x: list[float], y: list[float]) -> list[bool]:
 
 def pareto(tables: StudyTables, x: str, y: str) -> Drawn:
     numbers = pareto_numbers(tables, x, y)
-    across, upward = cost_measure(tables, x), cost_measure(tables, y)
+    across, upward = tables.measure(x), tables.measure(y)
     title = f"{upward.title} against {across.title}"
     if len(numbers) < 2:
         return Drawn(
@@ -64,7 +63,7 @@ def pareto(tables: StudyTables, x: str, y: str) -> Drawn:
     unit_x, scale = scaled(across, numbers["x"])
     traces: list[Any] = []
     front = numbers[numbers["on_front"]]
-    shape = "vh" if _goal(tables, x) else "hv"
+    shape = "vh" if across.maximize else "hv"
     spread = np.linspace(0, len(front) - 1, min(len(front), 7)).round().astype(int)
     named = set(front["arm"].iloc[spread])  # of a long front, as many as stay legible
     traces.append(
@@ -111,7 +110,7 @@ def pareto(tables: StudyTables, x: str, y: str) -> Drawn:
         y=upward.axis,
         legend=True,
     )
-    if x == "planned_flops" and numbers["x"].max() > 8 * numbers["x"].min() > 0:
+    if _is_whole(x) and numbers["x"].max() > 8 * numbers["x"].min() > 0:
         ticks = _log_ticks(numbers["x"] / scale)
         drawn.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     finished = len(numbers)
@@ -124,16 +123,21 @@ def pareto(tables: StudyTables, x: str, y: str) -> Drawn:
     )
 
 
-def _goal(tables: StudyTables, key: str) -> bool:
-    return False if key == "planned_flops" else tables.measure(key).maximize
+def _is_whole(name: str) -> bool:
+    """Whether it names a cost of the whole trial; such costs may differ by powers of ten."""
+    return not parse(name).phase
 
 
-def _with_planned_flops(finals: pd.DataFrame) -> pd.DataFrame:
-    parts = [f"{phase}/planned_flops" for phase in ("pretrain", "segment")]
-    known = finals.reindex(columns=parts)
-    if known.isna().to_numpy().all():
+def _with_whole(finals: pd.DataFrame, name: str) -> pd.DataFrame:
+    """With a column of that name, if it is a cost of the whole trial."""
+    if not _is_whole(name):
         return finals
-    return finals.assign(planned_flops=known.sum(axis=1, min_count=1))
+    by_phase = finals.reindex(columns=[f"{phase}/{name}" for phase in PHASES])
+    if by_phase.isna().to_numpy().all():
+        return finals
+    how = metric_of(name).over_phases
+    whole = by_phase.sum(axis=1, min_count=1) if how == "sum" else by_phase.max(axis=1)
+    return finals.assign(**{name: whole})
 
 
 def _log_ticks(values: pd.Series) -> list[float]:

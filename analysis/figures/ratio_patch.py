@@ -90,11 +90,11 @@ def ratio_patch(tables: StudyTables, metric: str) -> Drawn:
     for line in lines_of(numbers):
         place = 0.5 if high == low else (line.mean - low) / (high - low)
         is_light = (place > 0.55) == measure.maximize
-        spread = "" if np.isnan(line.sd) else f"<br>±{measure.show(line.sd).split()[0]}"
+        spread = "" if np.isnan(line.sd) else f"<br>±{measure.number(line.sd)}"
         drawn.add_annotation(
             x=columns[line.ratio],
             y=rows[line.patch],
-            text=f"<b>{measure.show(line.mean).split()[0]}</b><br><span style='font-size:10px'>"
+            text=f"<b>{measure.number(line.mean)}</b><br><span style='font-size:10px'>"
             f"{'□ ' if line.has_control else ''}n={line.n}{spread}</span>",
             font={
                 "size": 12.5 if len(ratios) <= 6 else 11,

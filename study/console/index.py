@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.tables import StudyTables, arm_label, assemble, spec_of
+from analysis.tables import Measure, StudyTables, arm_label, assemble, objectives_of, spec_of
 from study import mirror
 from study.folder import Storage, StudyFolder
 from study.ledger import (
@@ -39,6 +39,7 @@ from study.ledger import (
     read_suggestion,
 )
 from trainables.errors import StorageError, UserError
+from trainables.metrics import SPEED, place_of
 from trainables.storage import store
 
 FRESH_SECONDS = 1.0  # for which a look counts as new
@@ -96,8 +97,8 @@ class Snapshot:
         return self.num_read == self.num_trials
 
     @property
-    def objectives(self) -> list[tuple[str, bool]]:
-        """Metric, and whether more of it is better."""
+    def objectives(self) -> list[Measure]:
+        """What the study file asks for."""
         return objectives_of(self.spec)
 
     def tables(self) -> StudyTables:
@@ -334,7 +335,7 @@ class _Watched:
             for path in (folder.rows(trial), *(folder.rows(trial) / name for name in names)):
                 _refuse_links(folder, path)
         rows = read_rows(folder, *new)
-        metrics = [metric for metric, _ in objectives_of(self._spec)]
+        metrics = [objective.key for objective in objectives_of(self._spec)]
         reached = _reached(rows, metrics)
         is_shown = (rows["phase"] + "/" + rows["metric"]).isin(metrics)
         shown = dict(list(rows[is_shown].groupby("trial", sort=False)))
@@ -361,16 +362,6 @@ class _Watched:
         return read_result(self.folder, trial)
 
 
-def objectives_of(spec: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Metric, and whether more of it is better, as a study file asks for them."""
-    asked = spec.get("objectives")
-    return [
-        (item["metric"], item.get("goal") != "minimize")
-        for item in (asked if isinstance(asked, list) else [])
-        if isinstance(item, dict) and isinstance(item.get("metric"), str)
-    ]
-
-
 def refuse_links_out(folder: StudyFolder, path: Path) -> None:
     """Raise NotFound for a path that leads out of the study."""
     try:
@@ -381,7 +372,9 @@ def refuse_links_out(folder: StudyFolder, path: Path) -> None:
 
 def _reached(rows: pd.DataFrame, metrics: list[str]) -> dict[str, Reached]:
     """By trial; trials without rows are absent."""
-    ordered = rows.sort_values(["phase", "progress"], kind="stable")  # pretrain, then segment
+    ordered = rows.assign(place=rows["phase"].map(place_of)).sort_values(
+        ["place", "progress"], kind="stable"
+    )
     newest: dict[str, dict[str, float]] = {}
     last: dict[str, tuple[str, float]] = {}
     columns = [ordered[name] for name in ("trial", "phase", "metric", "progress", "value")]
@@ -393,7 +386,7 @@ def _reached(rows: pd.DataFrame, metrics: list[str]) -> dict[str, Reached]:
             phase,
             progress,
             {metric: newest[trial][metric] for metric in metrics if metric in newest[trial]},
-            newest[trial].get(f"{phase}/images_per_second"),
+            newest[trial].get(f"{phase}/{SPEED}"),
         )
         for trial, (phase, progress) in last.items()
     }

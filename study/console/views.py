@@ -20,13 +20,14 @@ from analysis.figures.ratio_patch import ratio_patch
 from analysis.gallery import CHANGING, KINDS, UNREADABLE, data_uri, shots, slices, unreadable
 from analysis.grids import error_text
 from analysis.page import plain_figure
-from analysis.tables import OUTCOMES, Measure, StudyTables, title_of
+from analysis.tables import OUTCOMES, StudyTables, measure_of
 from analysis.theme import GROUPS, colour, figure, plain, text
 from study.best import IN_WORDS, Final, Standing, ahead, best, of_file
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
 from study.ledger import Outcome, Suggestion, read_rows
 from study.state import State
 from trainables.errors import StorageError
+from trainables.metrics import place_of
 from trainables.nested import flatten
 
 PAGE = 50  # trials
@@ -105,7 +106,7 @@ def study(
     trial = flatten(found.spec["trial"]) if isinstance(found.spec.get("trial"), dict) else {}
     return {
         **said,
-        "objectives": [{"metric": key, "title": title_of(key)} for key, _ in found.objectives],
+        "objectives": _objectives(found),
         "meanings": dict(OUTCOMES),
         "running": [_running(found, s) for s in open_trials[-MOST_RUNNING:]] if is_driven else [],
         "waiting": 0 if is_driven else len(open_trials),
@@ -124,7 +125,7 @@ def trials(
 ) -> dict[str, Any]:
     """A page of the table of trials. `order`: a column's key; `words` must all occur in a line."""
     limit = max(1, min(limit, MOST_PER_PAGE))
-    keys = [key for key, _ in found.objectives]
+    keys = [objective.key for objective in found.objectives]
     lines = [
         suggestion
         for suggestion in found.suggestions
@@ -147,7 +148,7 @@ def trials(
         "offset": offset,
         "limit": limit,
         "revision": found.revision,
-        "objectives": [{"metric": key, "title": title_of(key)} for key in keys],
+        "objectives": _objectives(found),
         "trials": [_line(found, suggestion) for suggestion in lines[offset : offset + limit]],
     }
 
@@ -166,20 +167,21 @@ def trial(found: Snapshot, name: str) -> dict[str, Any]:
     if rows is not None and len(rows):
         attempts = list(dict.fromkeys(rows["attempt"]))
         ordered = rows.sort_values("progress", kind="stable")
-        for (phase, metric), part in ordered.groupby(["phase", "metric"], sort=True):
-            measure = Measure(
-                f"{phase}/{metric}",
-                title_of(f"{phase}/{metric}"),
-                _unit(part["unit"].iloc[-1]),
-                part["goal"].iloc[-1] != "minimize",
-            )
+        parts = {
+            (str(phase), str(metric)): part
+            for (phase, metric), part in ordered.groupby(["phase", "metric"])
+        }
+        for phase, metric in sorted(parts, key=lambda name: (place_of(name[0]), name)):
+            part = parts[phase, metric]
+            last = part.iloc[-1]
+            measure = measure_of(f"{phase}/{metric}", last["goal"], last["unit"])
             metrics.append(
                 {
-                    "phase": str(phase),
+                    "phase": phase,
                     "metric": plain(metric),
                     "title": plain(measure.title),
                     "unit": plain(measure.unit, 20),
-                    "shown": _shown(measure, float(part["value"].iloc[-1])),
+                    "shown": measure.show(float(last["value"])),
                     "progress": [float(value) for value in part["progress"]],
                     "values": [_number(value) for value in part["value"]],
                 }
@@ -228,10 +230,10 @@ def figures(found: Snapshot) -> list[dict[str, Any]]:
     if not len(tables.suggestions):
         return []
     drawn = [("best", best_so_far(found))]
-    for metric, _ in found.objectives[:1]:
+    for objective in found.objectives[:1]:
         if len(tables.rows):
-            drawn += [("curves", _curves(found, tables, metric))]
-            drawn += [("ratio_patch", ratio_patch(tables, metric))]
+            drawn += [("curves", _curves(found, tables, objective.key))]
+            drawn += [("ratio_patch", ratio_patch(tables, objective.key))]
     return [
         {
             "name": name,
@@ -270,12 +272,11 @@ def picture(found: Snapshot, trial: str, name: str) -> bytes:
 
 def best_so_far(found: Snapshot) -> Drawn:
     """The first objective of every complete trial, in the order of the trials, and its best."""
-    metric, is_more_better = found.objectives[0] if found.objectives else ("", True)
-    measure = Measure(metric, title_of(metric), "", is_more_better)
+    measure = found.objectives[0] if found.objectives else measure_of("")
     numbers = [
         (suggestion.number + 1, value, suggestion.origin, found.labels[suggestion.trial])
         for suggestion in found.suggestions
-        if (value := _final(found, suggestion, metric)) is not None
+        if (value := _final(found, suggestion, measure.key)) is not None
     ]
     frame = pd.DataFrame(numbers, columns=["trial", "value", "origin", "label"])
     title = f"Best so far: {measure.title}"
@@ -308,7 +309,7 @@ def best_so_far(found: Snapshot) -> Drawn:
                 )
             )
     if len(searched):
-        so_far = searched["value"].cummax() if is_more_better else searched["value"].cummin()
+        so_far = searched["value"].cummax() if measure.maximize else searched["value"].cummin()
         traces.append(
             go.Scatter(
                 x=list(searched["trial"]),
@@ -350,7 +351,7 @@ def _standings(found: Snapshot) -> list[Standing]:
     """The arms by the first objective, best first, as the report and the log rank them."""
     if not found.objectives:
         return []
-    metric = found.objectives[0][0]
+    metric = found.objectives[0].key
     trials = [
         Final(each.arm, each.origin, each.seed, _final(found, each, metric))
         for each in found.suggestions
@@ -359,26 +360,30 @@ def _standings(found: Snapshot) -> list[Standing]:
 
 
 def _goal(found: Snapshot) -> str:
-    return "maximize" if not found.objectives or found.objectives[0][1] else "minimize"
+    return "maximize" if not found.objectives or found.objectives[0].maximize else "minimize"
 
 
 def _tile(found: Snapshot, one: Standing | None) -> dict[str, Any] | None:
     """An arm as the console shows it: its mean, and its newest complete trial."""
     if one is None:
         return None
-    metric = found.objectives[0][0]
+    measure = found.objectives[0]
     trial = next(
         each.trial
         for each in reversed(found.suggestions)
-        if each.arm == one.arm and _final(found, each, metric) is not None
+        if each.arm == one.arm and _final(found, each, measure.key) is not None
     )
     return {
         "trial": trial,
         "label": plain(found.labels[trial], 200),
         "value": one.mean,
         "seeds": len(one.values),
-        "title": title_of(metric),
+        "title": measure.title,
     }
+
+
+def _objectives(found: Snapshot) -> list[dict[str, str]]:
+    return [{"metric": one.key, "title": one.title} for one in found.objectives]
 
 
 def _final(found: Snapshot, suggestion: Suggestion, metric: str) -> float | None:
@@ -469,14 +474,6 @@ def _words(item: Any) -> str:
     if isinstance(item, list | tuple):
         return "[" + ", ".join(map(_words, item)) + "]"
     return str(item)
-
-
-def _shown(measure: Measure, value: float) -> str:
-    return f"{value:.4g} {measure.unit}".strip() if abs(value) >= 1e5 else measure.show(value)
-
-
-def _unit(unit: Any) -> str:
-    return "" if unit in (None, "", "1", "none", "None") else str(unit)
 
 
 def _number(value: float | None) -> float | None:
