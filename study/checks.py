@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from study import space
-from study.mistakes import Problems, Where, explain, listed, message, near
-from study.reader import Document
+from study.mistakes import Problems, explain, listed, message, near
+from study.reader import Document, Where
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest

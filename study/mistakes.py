@@ -12,9 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from study.reader import Document, describe, show
-
-Where = tuple[str | int, ...]
+from study.reader import Document, Where, describe, show
 
 MOST_PER_PLACE = 5  # mistakes of one place that are listed
 
@@ -26,14 +24,11 @@ class Problems:
         self.where = where
         self.document = document
         self.found = list(document.problems)
-        self._unread = [
-            path for _, path, _ in document.problems if path and _value(document.data, path) is None
-        ]
 
     def add(self, path: Where, problem: str) -> None:
         """One more, unless the place could not even be read."""
         entry = (self.document.lines.of(path), path, problem)
-        is_unread = any(path[: len(unread)] == unread for unread in self._unread)
+        is_unread = any(path[:length] in self.document.unread for length in range(len(path) + 1))
         if entry not in self.found and not is_unread:
             self.found.append(entry)
 
@@ -153,12 +148,6 @@ def _models(kind: Any, data: Any) -> list[type[BaseModel]]:
 
 def _name_in(data: Any) -> Any:
     return data.get("name", data.get("source")) if isinstance(data, dict) else data
-
-
-def _value(data: Any, path: Where) -> Any:
-    for part in path:
-        data = data[part]
-    return data
 
 
 def near(given: str, known: Sequence[str]) -> str:

@@ -37,9 +37,9 @@ from study.ledger import (
     unsealed,
 )
 from study.mistakes import Problems, explain, listed, near
-from study.reader import Document, read_document, show
+from study.reader import Document, read_document, read_text, show
 from study.resume import Enqueued, twin
-from study.spec import Budget, StudySpec, read_text, spec_of
+from study.spec import Budget, StudySpec, spec_of
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import StorageError, UserError
 from trainables.storage import store

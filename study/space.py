@@ -24,9 +24,8 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
 
+from study.reader import Where
 from trainables.config import Strict, TrialConfig, arm_id
-
-Where = tuple[str | int, ...]
 
 MOST_VALUES = 1_000  # of one item that are ever counted
 

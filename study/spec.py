@@ -16,7 +16,7 @@ from study.folder import Storage, StudyFolder
 from study.ledger import read_spec
 from study.loggers import LOGGERS
 from study.mistakes import Problems, explain, place
-from study.reader import MAX_BYTES, read_document, show
+from study.reader import read_document, read_text, show
 from study.samplers import SAMPLERS
 from study.space import SearchItem
 from study.stopping import STOPPERS
@@ -206,21 +206,6 @@ class Difference(NamedTuple):
 def load_spec(path: Path) -> StudySpec:
     """The study that a file describes; a UserError lists every mistake in it."""
     return parse_spec(read_text(path, "a study file"), path.parent, where=str(path))
-
-
-def read_text(path: Path, expected: str) -> str:
-    """What a user's YAML file holds."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise UserError(
-                f"{path}:1: the file has {size:,} bytes; expected at most {MAX_BYTES:,}"
-            )
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:1: not text in UTF-8 ({error.reason})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
 
 
 def parse_spec(text: str, folder: Path, *, where: str) -> StudySpec:

@@ -72,6 +72,7 @@ def test_every_path_has_its_line():
         ("a: &x 1\nb: 2", 1, "an anchor (&x)"),
         ("a: &x [1]\nb: *x", 2, "an alias (*x)"),
         ("a: &x [*x]", 1, "an alias (*x)"),
+        ("a: [1, *x]", 1, "a.1: an alias (*x)"),
         ("a: 1\n<<: {b: 2}", 2, "a merge key (<<)"),
         ("a: !!python/object:os.system 1", 1, "a tag (tag:yaml.org,2002:python/object:os.system)"),
         ("a: !!str 1", 1, "a tag"),

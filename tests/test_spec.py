@@ -135,6 +135,23 @@ def test_mistakes_of_reading_and_of_meaning_are_told_together():
 
 
 @pytest.mark.parametrize(
+    "value, line",
+    [
+        ("*x", "s.yaml:23: seed: an alias (*x); write its content out"),
+        ("9" * 30, f"s.yaml:23: seed: given '{'9' * 30}'; expected a number of at most 64 bits"),
+        (".nan", "s.yaml:23: seed: given '.nan'; expected a finite number"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_told_once(value, line):
+    assert mistakes(GOOD + f"seed: {value}\n") == [line]
+
+
+def test_what_came_before_bad_syntax_is_told_too():
+    lines = mistakes(GOOD + "seed: &x 1\nseeds: [1,")
+    assert "seed: an anchor (&x)" in lines[0] and "not YAML" in lines[1]
+
+
+@pytest.mark.parametrize(
     "old, new, line, words",
     [
         ("budget: {trials: 40}", "", 1, "budget: given nothing; expected this key"),
