@@ -22,8 +22,9 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from analysis.figures.ranking import best_arm, ranking_numbers
-from analysis.tables import LARGEST_TEXT, StudyTables, final, lines_of
+from analysis.tables import StudyTables, final, lines_of
 from analysis.theme import plain
+from study.reader import MAX_BYTES
 
 BEST_ARMS = 3
 MOST_PIXELS = 25_000_000  # checked in the header, before anything is decoded
@@ -289,7 +290,7 @@ def _masks(folder: Path, group: str) -> list[Picture]:
 def _numbers(path: Path) -> dict[str, Any]:
     """What is in a file of numbers; nothing if it is missing, damaged or too large."""
     try:
-        if path.stat().st_size > LARGEST_TEXT:
+        if path.stat().st_size > MAX_BYTES:
             return {}
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

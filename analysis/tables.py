@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from analysis.theme import plain
 from study.best import Final, Standing, group_of, of_file
@@ -27,13 +26,13 @@ from study.ledger import (
     read_spec,
     read_suggestions,
 )
+from study.reader import describe, read_document
 from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
 from trainables.metrics import MIOU, PHASES, PSNR, known, parse, title_of
 from trainables.nested import flatten
 from trainables.schedules import MIDPOINTS, SCHEDULES
 
-LARGEST_TEXT = 256 * 1024
 LONGEST_WORD = 60
 MOST_WRITTEN_OUT = 1e5  # from here on values are told in powers of ten
 ABSENT = "–"
@@ -181,9 +180,21 @@ def load(folder: Path | StudyFolder) -> StudyTables:
 
 
 def spec_of(folder: StudyFolder) -> tuple[dict[str, Any], str]:
-    """The frozen study file, as settings and as text."""
-    text = _spec_text(folder)
-    return _spec(folder.spec, text), text
+    """The frozen study file, as settings and as text, whichever version wrote it."""
+    text = read_spec(folder)
+    if text is None:
+        raise UserError(
+            f"{folder.root}: no study lies here ({folder.spec.name} is missing); give the folder "
+            f"of a study, <storage>/<study>"
+        )
+    document = read_document(text)
+    if document.problems:
+        first = describe(str(folder.spec), *document.problems[0])
+        raise StorageError(
+            f"{first}. This was not frozen by a version of maskstudy that is known here; bring it "
+            f"back from a copy, or take the version that wrote it"
+        )
+    return document.data, text
 
 
 def assemble(
@@ -284,28 +295,6 @@ def by_size(patches: pd.Series[Any]) -> pd.Series[Any]:
 
     known = sorted(patches.dropna().unique(), key=size)
     return patches.astype(pd.CategoricalDtype(known, ordered=True))
-
-
-def _spec_text(folder: StudyFolder) -> str:
-    if folder.spec.is_file() and folder.spec.stat().st_size > LARGEST_TEXT:
-        raise StorageError(f"{folder.spec}: a study file has at most {LARGEST_TEXT} bytes")
-    text = read_spec(folder)
-    if text is None:
-        raise UserError(
-            f"{folder.root}: no study lies here ({folder.spec.name} is missing); give the folder "
-            f"of a study, <storage>/<study>"
-        )
-    return text
-
-
-def _spec(path: Path, text: str) -> dict[str, Any]:
-    try:
-        spec = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise StorageError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(spec, dict):
-        raise StorageError(f"{path}: a study's settings are expected, got {type(spec).__name__}")
-    return spec
 
 
 def _results(results: Mapping[str, Result]) -> pd.DataFrame:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from PIL import Image
 
 from analysis.tables import StudyTables, assemble
 from study.folder import StudyFolder
 from study.ledger import COLUMNS, Ledger, Outcome, Result, Suggestion
+from study.reader import read_yaml
 from trainables.metrics import METRICS, MIOU, PHASES, metric_of
 from trainables.pictures import save_reconstruction_slices, save_segmentation_slices
 from trainables.scores import SIZE_BINS
@@ -186,6 +186,15 @@ def write_study(
     return folder
 
 
+def refreeze(folder: StudyFolder, old: str, new: str) -> str:
+    """As if a study had been begun with another study file; returns what that says."""
+    text = folder.spec.read_text()
+    assert old in text
+    with Ledger.open(folder, {"command": "test"}) as ledger:
+        ledger.freeze(text.replace(old, new), ENVIRONMENT, extends=True)
+    return folder.spec.read_text()
+
+
 def study_tables(root: Path, **options: Any) -> StudyTables:
     """The tables of the same study, without a disk."""
     done = runs(**options)
@@ -197,7 +206,7 @@ def study_tables(root: Path, **options: Any) -> StudyTables:
     text = spec_text("platelets", "?", len(done), "rising")
     return assemble(
         StudyFolder(root),
-        yaml.safe_load(text),
+        read_yaml(text, "study.yaml")[0],
         text,
         _described(ENVIRONMENT, options.get("classes", CLASSES)),
         [suggestion for suggestion, _, _ in done],

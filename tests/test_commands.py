@@ -18,7 +18,7 @@ from PIL import Image
 from study.__main__ import main
 from study.ledger import read_suggestions
 from tests.conftest import TINY_STUDY
-from tests.synthetic import write_study
+from tests.synthetic import refreeze, write_study
 
 Capture = pytest.CaptureFixture[str]
 
@@ -240,6 +240,19 @@ def test_a_defect_is_not_told_as_a_mistake_of_the_user(
     monkeypatch.setattr("cluster.jobs.logs", logs)
     with pytest.raises(type(defect), match="ours"):
         call("logs", "platelets", "--address", "http://127.0.0.1:9")
+
+
+def test_a_study_file_of_another_kind_is_named_and_does_not_hide_the_others(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    write_study(tmp_path / "sound", trials=3)
+    strange = write_study(tmp_path / "strange", trials=3)
+    refreeze(strange, strange.spec.read_text(), "study: &x strange\nseeds: *x\n")
+    assert call("status", "--storage", tmp_path) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "3 of 18" in words and "damaged" in words and "an alias (*x)" in words
+    assert call("report", "strange", "--storage", tmp_path) == 74
+    assert "study.yaml:1: study: an anchor (&x)" in capsys.readouterr().err
 
 
 def test_the_schema_describes_the_study_file(capsys: Capture) -> None:

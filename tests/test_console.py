@@ -30,7 +30,7 @@ from study.console.server import host_names
 from study.folder import Storage, StudyFolder
 from study.ledger import Ledger, Outcome, Result, Suggestion, read_suggestions
 from tests.machine import wait_until
-from tests.synthetic import ENVIRONMENT, HOSTILE, hostile_study, write_study
+from tests.synthetic import ENVIRONMENT, HOSTILE, hostile_study, refreeze, write_study
 from trainables.errors import UserError
 
 TOKEN = "the-token-of-this-test"
@@ -232,6 +232,19 @@ def test_a_damaged_study_says_what_is_damaged_and_the_others_are_shown(tmp_path:
         report = ask("/report/damaged")
         assert report.status == 503 and report.body.startswith(b"There is no report of damaged: ")
         assert b"checksum" in report.body and str(tmp_path).encode() not in report.body
+
+
+def test_a_study_file_of_another_kind_hides_neither_itself_nor_the_others(tmp_path: Path) -> None:
+    write_study(tmp_path / "sound", trials=4)
+    folder = write_study(tmp_path / "strange", trials=4)
+    refreeze(folder, folder.spec.read_text(), "study: [strange\n")
+    with served(tmp_path) as ask:
+        wait_until(lambda: ask("/api/studies/strange").json["problem"] is not None)
+        sound, strange = ask("/api/studies").json["studies"]
+        assert strange["problem"].startswith("strange/study.yaml:2: not YAML")
+        assert sound["problem"] is None and sound["suggested"] == 4
+        report = ask("/report/strange")
+        assert report.status == 503 and b"study.yaml:2: not YAML" in report.body
 
 
 def test_the_report_is_built_on_demand_and_again_when_the_ledger_has_grown(

@@ -71,6 +71,12 @@ def test_commands_put_off_only_imports_that_their_first_line_would_wait_for() ->
     assert {path.name for path in files if puts_off(path)} == {"check.py", "run.py"}
 
 
+def test_one_file_reads_yaml() -> None:
+    """Two would sooner or later differ in what `on` or `010` means."""
+    users = {path.relative_to(ROOT).as_posix() for path in FILES if "yaml" in imported(path)}
+    assert users == {"study/reader.py"}
+
+
 @pytest.mark.parametrize("library", ["timm", "torchvision", "monai"])
 def test_no_package_imports_what_only_tests_compare_with(library: str) -> None:
     users = [path for path in FILES if library in {name.split(".")[0] for name in imported(path)}]

@@ -36,6 +36,7 @@ from tests.synthetic import (
     draw_slices,
     hand_made,
     hostile_study,
+    refreeze,
     study_tables,
     write_study,
 )
@@ -88,6 +89,25 @@ def test_the_report_lies_in_the_study_or_where_asked_with_the_same_bytes(
     assert build_report(folder, other) == other
     assert [path.name for path in other.parent.iterdir()] == ["r.html"]
     assert other.read_bytes() == report.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "title", "words"),
+    [
+        ('study: "platelets"', "study: on", "on · maskstudy report", "Do small masks"),
+        ('study: "platelets"', "study: 2026-02-30", "2026-02-30 · maskstudy", "Do small masks"),
+        ('question: "Do', "question: off #", "platelets · maskstudy report", "\noff\n"),
+        ("seeds: 1\n", "seeds: 1\nseed: 010\n", "platelets", "\nseed\n10\n"),
+    ],
+)
+def test_the_page_tells_the_study_file_as_it_was_run(
+    old: str, new: str, title: str, words: str, tmp_path: Path
+) -> None:
+    folder = write_study(tmp_path / "s", trials=3, pictures=False)
+    refreeze(folder, old, new)
+    page = build_report(folder).read_text()
+    assert f"<title>{title}" in page
+    assert words in re.sub(r"(\s*<[^>]*>\s*)+", "\n", page)
 
 
 def test_the_parts_stand_in_order(page: Page) -> None:

@@ -22,8 +22,10 @@ from analysis.tables import (
     parts_of,
 )
 from study.folder import StudyFolder
-from study.ledger import LedgerError, Suggestion
-from tests.synthetic import hand_made, study_tables, write_study
+from study.ledger import LedgerError, Suggestion, sealed
+from study.ledger.files import sha256
+from study.spec import parse_spec
+from tests.synthetic import hand_made, refreeze, study_tables, write_study
 from trainables.errors import StorageError, UserError
 from trainables.schedules import SCHEDULES
 
@@ -310,6 +312,45 @@ def test_a_changed_or_huge_study_file_is_refused(tmp_path: Path) -> None:
     folder.spec.write_text(folder.spec.read_text() + "# changed\n")
     with pytest.raises(LedgerError, match="changed after it was frozen"):
         load(folder)
+    (folder.root / "environment.json").write_bytes(sealed({"study_sha256": [sha256(b"\xff")]}))
+    folder.spec.write_bytes(b"\xff")
+    with pytest.raises(LedgerError, match="not text in UTF-8"):
+        load(folder)
     folder.spec.write_bytes(b"#" * (256 * 1024 + 1))
     with pytest.raises(StorageError, match="at most 262144 bytes"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "value"),
+    [
+        ('study: "platelets"', "study: on", "study", "on"),
+        ('study: "platelets"', "study: 2026-02-30", "study", "2026-02-30"),
+        ('study: "platelets"', "study: 1_000", "study", "1_000"),
+        ('question: "Do', "question: off #", "question", "off"),
+        ('question: "Do', "question: 12:30 #", "question", "12:30"),
+        ("seeds: 1\n", "seeds: 1\nseed: 010\n", "seed", 10),
+        ("seeds: 1\n", "seeds: 1\nseed: 0o10\n", "seed", 8),
+        ("rungs: [0.25", "rungs: [1e-5, 0.25", "rungs", [1e-5, 0.25, 0.5, 1.0]),
+    ],
+)
+def test_what_is_reported_of_the_study_file_is_what_was_run(
+    old: str, new: str, key: str, value: object, tmp_path: Path
+) -> None:
+    folder = write_study(tmp_path / "s", trials=3, pictures=False)
+    run = parse_spec(refreeze(folder, old, new), Path(), where="s.yaml")
+    reported = load(folder).spec[key]
+    assert reported == getattr(run, key) == value
+    assert type(reported) is type(value)
+
+
+@pytest.mark.parametrize(
+    "mistake", ["- a list", "a: [1,", "a: &x 1", "a: *x", "a: 1\na: 2", "a: \t"]
+)
+def test_a_study_file_that_cannot_be_read_is_named_with_a_way_out(
+    mistake: str, tmp_path: Path
+) -> None:
+    folder = write_study(tmp_path / "s", trials=1, pictures=False)
+    refreeze(folder, folder.spec.read_text(), mistake)
+    with pytest.raises(StorageError, match=r"s/study\.yaml:\d: .*; bring it back from a copy"):
         load(folder)

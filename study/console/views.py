@@ -115,7 +115,7 @@ def study(
             for path, item in (searched.items() if isinstance(searched, dict) else ())
         ],
         "control_settings": {
-            str(path): trial.get(path) for path in (searched if isinstance(searched, dict) else ())
+            path: trial.get(path) for path in (searched if isinstance(searched, dict) else ())
         },
     }
 

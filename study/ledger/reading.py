@@ -17,9 +17,10 @@ import pandas as pd
 import pyarrow as pa
 
 from study.folder import StudyFolder, is_trial_id
-from study.ledger.files import last_number, read_bytes, read_sealed, sha256
+from study.ledger.files import RESTORE, last_number, read_bytes, read_sealed, sha256
 from study.ledger.parts import KEY, RESTORE_PART, SCHEMA, gap, part_names, read_part
 from study.ledger.records import Answer, LedgerError, Outcome, Result, Suggestion
+from study.reader import MAX_BYTES
 from trainables.nested import flatten
 
 _RESTORE_OUTCOME = (
@@ -140,6 +141,11 @@ def read_spec(folder: StudyFolder) -> str | None:
     """The frozen text of the study file; None before it was frozen."""
     if not folder.spec.exists():
         return None
+    size = folder.spec.stat().st_size
+    if size > MAX_BYTES:
+        raise LedgerError(
+            f"{folder.spec}: {size} bytes; a study file has at most {MAX_BYTES} bytes. {RESTORE}"
+        )
     content = read_bytes(folder.spec)
     if sha256(content) not in read_environment(folder).get("study_sha256", []):
         raise LedgerError(
@@ -147,7 +153,10 @@ def read_spec(folder: StudyFolder) -> str | None:
             f"{folder.environment.name}). Bring it back from a copy, or start a study of another "
             f"name from the changed file"
         )
-    return content.decode()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"{folder.spec}: not text in UTF-8. {RESTORE}") from error
 
 
 def read_environment(folder: StudyFolder) -> dict[str, Any]:
