@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.tables import OUTCOMES, StudyTables, lines_of
 from analysis.theme import plain
 from trainables.metrics import PHASES
-from trainables.nested import flatten
+from trainables.settings import flatten
 
 MOST_LINES = 200  # of a table in the page; the CSV has all trials
 LONGEST_ERROR = 2000

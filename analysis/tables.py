@@ -30,8 +30,8 @@ from study.reader import describe, read_document
 from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
 from trainables.metrics import MIOU, PHASES, PSNR, known, parse, title_of
-from trainables.nested import flatten
 from trainables.schedules import MIDPOINTS, SCHEDULES
+from trainables.settings import flatten, short
 
 LONGEST_WORD = 60
 MOST_WRITTEN_OUT = 1e5  # from here on values are told in powers of ten
@@ -429,7 +429,7 @@ def _brief(value: Any) -> str:
     """Numbers with three digits, those of a list between slashes."""
     if isinstance(value, list | tuple):
         return "/".join(map(_brief, value))
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return short(value)
 
 
 def _short(value: Any) -> str:

@@ -31,6 +31,7 @@ from trainables.phase import batches
 from trainables.pretrain import make_learner, make_plan, num_pretrain, train_step
 from trainables.probe import probe_rows
 from trainables.schedules import parse, value_at
+from trainables.settings import short
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -143,15 +144,11 @@ def _candidates(spec: StudySpec, every: bool) -> Iterator[tuple[str, dict[str, A
     }
     if search:
         for point in islice(space.combinations(search, _some), MOST_WALKED):
-            labels = (f"{path}: {_short(value)}" for path, value in point.labels.items())
+            labels = (f"{path}: {short(value)}" for path, value in point.labels.items())
             yield ", ".join(labels), point.overrides
     if every:
         for name in MASKING:
             yield f"strategy {name}, not searched", {"masking.strategy": {"name": name}}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _some(parameter: space.Parameter) -> list[Any]:

@@ -30,7 +30,7 @@ from study.ledger import Outcome, Result, Suggestion, read_rows
 from trainables import durable
 from trainables.errors import UserError
 from trainables.named import Choice
-from trainables.nested import flatten
+from trainables.settings import flatten
 
 FAREWELL_SECONDS = 60  # that loggers get at a study's end
 GOOD = (Outcome.COMPLETE, Outcome.STOPPED)
@@ -58,7 +58,8 @@ class Page:
     @property
     def settings(self) -> dict[str, Any]:
         """All settings of the trial, by dotted path."""
-        return {**flatten(self.trial.config), "arm": self.trial.arm, "seed": self.trial.seed}
+        own = {"arm": self.trial.arm, "seed": self.trial.seed}
+        return {**flatten(self.trial.config), **own}
 
 
 def tensorboard(page: Page) -> str:

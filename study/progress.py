@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from study.ledger import Outcome, Suggestion
+from trainables.settings import short
 
 MOMENT_SECONDS = 0.5  # that nobody needs to be told what they wait for
 REMIND_SECONDS = 5.0  # between two lines of a log about the same
@@ -231,7 +231,7 @@ def arm_text(suggestion: Suggestion) -> str:
     if suggestion.origin.startswith("control"):
         return suggestion.origin
     settings = [
-        f"{path.split('.')[-1]} {_short(value)}" for path, value in suggestion.params.items()
+        f"{path.split('.')[-1]} {short(value)}" for path, value in suggestion.params.items()
     ]
     return ", ".join(settings) or suggestion.arm
 
@@ -242,10 +242,6 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _bar(share: float, width: int = 10) -> str:

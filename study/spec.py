@@ -24,7 +24,7 @@ from trainables.config import Positive, ProbeConfig, Strict, TrialConfig, digest
 from trainables.data import DataConfig
 from trainables.errors import UserError
 from trainables.named import Choice, named
-from trainables.nested import flatten
+from trainables.settings import flatten
 from trainables.storage import check_uri, is_uri
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from study.ledger import Outcome, Suggestion, read_rows
 from study.state import State
 from trainables.errors import StorageError
 from trainables.metrics import place_of
-from trainables.nested import flatten
+from trainables.settings import flatten
 
 PAGE = 50  # trials
 MOST_PER_PAGE = 200

@@ -21,7 +21,7 @@ from study.ledger.files import RESTORE, last_number, read_bytes, read_sealed, sh
 from study.ledger.parts import KEY, RESTORE_PART, SCHEMA, gap, part_names, read_part
 from study.ledger.records import Answer, LedgerError, Outcome, Result, Suggestion
 from study.reader import MAX_BYTES
-from trainables.nested import flatten
+from trainables.settings import flatten
 
 _RESTORE_OUTCOME = (
     "Bring it back from a copy, or remove it and run the study again: the trial then continues "
@@ -239,8 +239,9 @@ def _typed(kind: type[_Record], content: dict[str, Any], path: Path) -> _Record:
 
 
 def _cells(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted path; what is no plain value becomes JSON text."""
+    """Settings by dotted path as a table may hold them: lists as JSON text, no empty mappings."""
     return {
-        path: json.dumps(value) if isinstance(value, list | tuple | dict) else value
+        path: json.dumps(value) if isinstance(value, list | tuple) else value
         for path, value in flatten(settings, prefix).items()
+        if value != {}
     }

@@ -1,8 +1,8 @@
-"""Dotted paths of nested settings.  pytest tests/test_nested.py"""
+"""Settings as plain data.  pytest tests/test_settings.py"""
 
 from __future__ import annotations
 
-from trainables.nested import flatten
+from trainables.settings import flatten, short
 
 
 def test_every_setting_has_its_dotted_path_in_the_order_given() -> None:
@@ -15,3 +15,13 @@ def test_every_setting_has_its_dotted_path_in_the_order_given() -> None:
 def test_lists_and_empty_mappings_are_values() -> None:
     settings = {"betas": [0.9, {"a": 1}], "options": {"none": {}}}
     assert flatten(settings) == {"betas": [0.9, {"a": 1}], "options.none": {}}
+
+
+def test_fractions_are_told_with_three_digits() -> None:
+    assert [short(value) for value in (0.123456, 1e-5, 8, "tpe", None)] == [
+        "0.123",
+        "1e-05",
+        "8",
+        "tpe",
+        "None",
+    ]

@@ -1,4 +1,4 @@
-"""Settings within settings, and the dotted paths by which people name them."""
+"""Settings as plain data: by dotted path, and in few characters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"patch": 8}} -> {"model.patch": 8}; lists and empty mappings are values."""
+    """{"model": {"patch": 8}} -> {"model.patch": 8}; lists and empty mappings stay as they are."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -15,3 +15,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def short(value: Any) -> str:
+    """Fractions with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
