@@ -7,6 +7,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from tests.drawn import drawn
+from trainables.config import Loss
 from trainables.losses import (
     DIFFICULTY,
     LOSSES,
@@ -19,6 +21,11 @@ from trainables.named import named
 SIDE_TASKS = DIFFICULTY | {
     reading: partial(category_loss, reading=reading) for reading in ("median", "order", "margin")
 }
+EVERY_LOSS = [
+    pytest.param(partial(LOSSES[name], **setting.options()), id=f"{name} {setting.options()}")
+    for name in LOSSES
+    for setting in drawn(Loss, name)
+]
 
 
 def sigmoid(value):
@@ -35,36 +42,35 @@ def some_errors(batch=5, hidden=7):
     return errors_BX, torch.randn(batch, hidden, 12, generator=generator)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_judges_each_image_by_itself(name):
+@pytest.mark.parametrize("loss", EVERY_LOSS)
+def test_every_loss_judges_each_image_by_itself(loss):
     errors_BX, truth_BXQ = some_errors()
-    loss_B = LOSSES[name](errors_BX, truth_BXQ)
+    loss_B = loss(errors_BX, truth_BXQ)
     assert loss_B.shape == (5,) and loss_B.dtype == torch.float32
-    parts = [LOSSES[name](errors_BX[part], truth_BXQ[part]) for part in (slice(2), slice(2, 5))]
+    parts = [loss(errors_BX[part], truth_BXQ[part]) for part in (slice(2), slice(2, 5))]
     assert torch.equal(loss_B, torch.cat(parts))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_is_computed_in_float32(name):
+@pytest.mark.parametrize("loss", EVERY_LOSS)
+def test_every_loss_is_computed_in_float32(loss):
     errors_BX, truth_BXQ = some_errors()
-    rounded = LOSSES[name](errors_BX.bfloat16(), truth_BXQ.bfloat16())
-    assert torch.equal(
-        rounded, LOSSES[name](errors_BX.bfloat16().float(), truth_BXQ.bfloat16().float())
-    )
+    rounded = loss(errors_BX.bfloat16(), truth_BXQ.bfloat16())
+    exact = loss(errors_BX.bfloat16().float(), truth_BXQ.bfloat16().float())
+    assert torch.equal(rounded, exact)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_falls_with_every_error(name):
+@pytest.mark.parametrize("loss", EVERY_LOSS)
+def test_every_loss_falls_with_every_error(loss):
     errors_BX, truth_BXQ = some_errors()
     errors_BX.requires_grad_()
-    LOSSES[name](errors_BX, truth_BXQ).sum().backward()
+    loss(errors_BX, truth_BXQ).sum().backward()
     assert (errors_BX.grad > 0).all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_perfect_predictions_of_black_patches_cost_nothing(name):
+@pytest.mark.parametrize("loss", EVERY_LOSS)
+def test_perfect_predictions_of_black_patches_cost_nothing(loss):
     errors_BX = torch.zeros(2, 3, requires_grad=True)
-    loss_B = LOSSES[name](errors_BX, torch.zeros(2, 3, 4))
+    loss_B = loss(errors_BX, torch.zeros(2, 3, 4))
     loss_B.sum().backward()
     assert loss_B.tolist() == [0, 0]
     assert errors_BX.grad.isfinite().all()

@@ -43,13 +43,11 @@ HALF = {"name": "constant", "value": 0.5}
 
 # Settings of trials that between them compute every loss, on both decoders
 TRIALS = {
-    "mean": {},
+    **{name: {"pretrain": {"loss": name}} for name in LOSSES},
     "normalised": {"pretrain": {"target": "normalised"}},
     "visible": {"pretrain": {"visible_weight": 0.5}},
     "all patches": {"pretrain": {"visible_weight": 0.5, "visible_mean": "all_patches"}},
-    "arl": {"pretrain": {"loss": "arl"}},
     "arl, soft": {"pretrain": {"loss": {"name": "arl", "temperature": 0.3}}},
-    "rrl": {"pretrain": {"loss": "rrl"}},
     "rrl, normalised": {"pretrain": {"loss": "rrl", "target": "normalised"}},
     "cross": {"decoder": {"attention": "cross"}},
     "cross, normalised": {"decoder": {"attention": "cross"}, "pretrain": {"target": "normalised"}},

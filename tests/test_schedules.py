@@ -9,13 +9,14 @@ from statistics import NormalDist, fmean, pstdev
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from tests.drawn import drawn
 from trainables import schedules
 from trainables.schedules import MIDPOINTS, SCHEDULES, Schedule, parse, ratio_problem, value_at
 
 ASKED = (0, 0.25, 0.5, 0.75, 1)
 CHANCES = (0.0, 0.25, 0.5, 0.999)
 
-EXAMPLES = [
+BY_HAND = [
     {"name": "constant", "value": 0.6},
     {"name": "linear", "start": 0.2, "end": 0.8},
     {"name": "cosine", "start": 1, "end": 0},
@@ -30,6 +31,8 @@ EXAMPLES = [
     {"name": "truncated_normal"},
     {"name": "truncated_normal", "mean": 0, "deviation": 3, "low": 0, "high": 1},
 ]
+DRAWN = [each.model_dump(mode="json") for name in SCHEDULES for each in drawn(Schedule, name, 8)]
+EXAMPLES = BY_HAND + DRAWN
 
 
 def over_progress(name, chance=0.5, **options):
@@ -53,6 +56,13 @@ def test_every_schedule_stays_between_0_and_1(example):
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_every_schedule_gives_the_same_answer_to_the_same_question(example):
+    questions = [(progress, chance) for progress in ASKED for chance in CHANCES]
+    first = {asked: value_at(parse(example), *asked) for asked in questions}
+    assert {asked: value_at(parse(example), *asked) for asked in reversed(questions)} == first
+
+
+@pytest.mark.parametrize("example", BY_HAND, ids=str)
 def test_only_random_schedules_look_at_chance_and_only_they_ignore_progress(example):
     schedule = parse(example)
     varies = len({value_at(schedule, 0.3, chance) for chance in CHANCES}) > 1

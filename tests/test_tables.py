@@ -25,9 +25,10 @@ from study.folder import StudyFolder
 from study.ledger import LedgerError, Suggestion, sealed
 from study.ledger.files import sha256
 from study.spec import parse_spec
+from tests.drawn import drawn
 from tests.synthetic import hand_made, refreeze, study_tables, write_study
 from trainables.errors import StorageError, UserError
-from trainables.schedules import SCHEDULES
+from trainables.schedules import SCHEDULES, Schedule
 
 
 @pytest.fixture(scope="module")
@@ -193,25 +194,35 @@ def test_the_words_for_a_schedule_by_hand(
     assert (arm["label"], arm["schedule"]) == (f"patch 8, {words}", schedule)
 
 
-def test_every_schedule_has_words_of_its_own_and_a_mean() -> None:
-    options = {
+def test_schedules_between_the_same_values_have_words_of_their_own_and_a_mean() -> None:
+    rising = {"start": 0.4, "end": 0.6}
+    options: dict[str, dict[str, object]] = {
         "constant": {"value": 0.5},
+        "linear": {**rising},
+        "cosine": {**rising},
+        "power": {**rising},
         "step": {"values": [0.4, 0.6], "at": [0.5]},
+        "ramp": {**rising, "until": 1.0},
         "piecewise": {"values": [0.4, 0.6]},
+        "amr": {**rising},
         "uniform": {"low": 0.4, "high": 0.6},
         "truncated_normal": {"mean": 0.5, "deviation": 0.1, "low": 0.4, "high": 0.6},
-        "ramp": {"start": 0.4, "end": 0.6, "until": 1.0},
     }
-    given = [
-        {"arm": name, "ratio": {"name": name} | options.get(name, {"start": 0.4, "end": 0.6})}
-        for name in SCHEDULES
-    ]
+    given = [{"arm": name, "ratio": {"name": name} | options[name]} for name in options]
     arms = hand_made(*given).arms
     assert arms["label"].is_unique
     assert not arms["label"].str.contains("[", regex=False).any()
     assert list(arms["ratio"]) == pytest.approx(
-        [0.5 if name != "power" else 0.4 + 0.2 / 3 for name in SCHEDULES], abs=1e-5
+        [0.5 if name != "power" else 0.4 + 0.2 / 3 for name in options], abs=1e-5
     )
+
+
+def test_every_schedule_has_a_mean_and_words_for_each_of_its_settings() -> None:
+    ratios = [each.model_dump(mode="json") for name in SCHEDULES for each in drawn(Schedule, name)]
+    arms = hand_made(*({"arm": f"a{n}", "ratio": ratio} for n, ratio in enumerate(ratios))).arms
+    assert arms["label"].is_unique, sorted(arms["label"])
+    assert not arms["label"].str.contains("[", regex=False).any()
+    assert arms["ratio"].between(0, 1).all()
 
 
 def test_a_searched_option_of_the_ratio_is_told_once() -> None:
