@@ -398,30 +398,35 @@ def arm_label(suggestion: Suggestion) -> str:
 
 def _ratio_words(ratio: dict[str, Any], suggestion: Suggestion) -> str:
     name, known = str(ratio.get("name", "?")), set(ratio)
+    told = known
     if name == "constant":
         words = f"ratio {_short(ratio.get('value'))}"
     elif {"start", "end"} <= known:
         words = f"ratio {_short(ratio['start'])}→{_short(ratio['end'])} {_shape(ratio)}"
-        words += _options(ratio, "exponent", "levels", "until")
+        told = {"name", "start", "end", "shape"}
     elif {"low", "high"} <= known:
         words = f"ratio {_short(ratio['low'])}-{_short(ratio['high'])} "
         words += {"uniform": "random", "truncated_normal": "normal"}.get(name, name)
+        told = {"name", "low", "high"}
         if {"mean", "deviation"} <= known:
             words += f" {_short(ratio['mean'])}±{_short(ratio['deviation'])}"
+            told |= {"mean", "deviation"}
     elif "values" in known:
-        words = f"ratio {_brief(ratio['values'])} {name}" + _options(ratio, "at")
+        words = f"ratio {_brief(ratio['values'])} {name}"
+        told = {"name", "values"}
     else:
         options = " ".join(_short(value) for key, value in ratio.items() if key != "name")
         words = f"ratio {name} {options}".strip()
+    words += _options(ratio, known - told)
     label = suggestion.labels.get("masking.ratio")
     if isinstance(label, str) and label not in (name, "constant"):
         words += f" {label}"
     return words
 
 
-def _options(settings: Mapping[str, Any], *names: str) -> str:
+def _options(settings: Mapping[str, Any], names: set[str]) -> str:
     """Those of the named options that are set."""
-    given = [name for name in names if settings.get(name) is not None]
+    given = [name for name in settings if name in names and settings[name] is not None]
     return "".join(f" {name} {_brief(settings[name])}" for name in given)
 
 
