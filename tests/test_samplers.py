@@ -1,6 +1,7 @@
 """The brain: proposals depend on history and number only; bad news is never good news."""
 
 import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
@@ -14,8 +15,9 @@ from optuna.trial import TrialState
 from study.ledger import Outcome, Result, Suggestion
 from study.resume import Start, next_step
 from study.samplers import SAMPLERS, Brain
-from study.spec import parse_spec
+from study.spec import Sampler, parse_spec
 from study.stopping import collect
+from tests.drawn import drawn
 from trainables.config import arm_id, trial_id
 
 ONE = "[{metric: pretrain/probe_psnr, goal: maximize}]"
@@ -35,6 +37,14 @@ SMALL = """\
   model.patch: {choices: [4, 8, 16]}
   masking.ratio.value: {low: 0.25, high: 0.75, step: 0.25}
 """
+
+PROPOSING = [name for name in SAMPLERS if SAMPLERS[name](0, 1) is not None]  # not those that walk
+LEARNING = [name for name in SAMPLERS if "startup" in inspect.signature(SAMPLERS[name]).parameters]
+
+
+def soon(name, startup):
+    """The setting of a sampler that learns from so many arms on, if it ever does."""
+    return f"{{name: {name}, startup: {startup}}}" if name in LEARNING else name
 
 
 def study(search=WIDE, sampler="{name: tpe, startup: 4}", objectives=ONE, rest=""):
@@ -125,16 +135,24 @@ def test_every_sampler_proposes_arms_of_the_space_once(name):
     assert brain.ask(99) is None
 
 
+@pytest.mark.parametrize("name", PROPOSING)
+def test_whatever_its_options_a_sampler_proposes_arms_of_the_space(name):
+    for setting in drawn(Sampler, name):
+        suggestions, _ = run(study(sampler=setting.model_dump_json()), 6)
+        assert len({one.arm for one in suggestions}) == 6
+
+
 @pytest.mark.parametrize("objectives", [ONE, TWO])
-@pytest.mark.parametrize("name", ["tpe", "random"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_resumed_study_proposes_the_same_arms(name, objectives):
-    sampler = "{name: tpe, startup: 4}" if name == "tpe" else name
-    spec = study(sampler=sampler, objectives=objectives)
+    search = WIDE if name in PROPOSING else SMALL
+    spec = study(search, soon(name, 4), objectives)
     whole, _ = run(spec, 14, stop_below=26)
     broken, _ = run(spec, 14, restart_at=(1, 5, 6, 11), stop_below=26)
     assert whole == broken
-    other, _ = run(study(sampler=sampler, objectives=objectives, rest="seed: 1\n"), 3)
-    assert [one.arm for one in other] != [one.arm for one in whole[:3]]
+    if name in PROPOSING:
+        other, _ = run(study(search, soon(name, 4), objectives, rest="seed: 1\n"), 3)
+        assert [one.arm for one in other] != [one.arm for one in whole[:3]]
 
 
 @settings(max_examples=8, deadline=None)
@@ -145,15 +163,16 @@ def test_it_does_so_wherever_it_was_interrupted(restarts, stop_below):
     assert run(spec, 10, restart_at=restarts, stop_below=stop_below)[0] == expected
 
 
-def test_the_search_learns():
-    scores = {}
-    for name in ("{name: tpe, startup: 8}", "random"):
-        spec = study(sampler=name)
+@pytest.mark.parametrize("name", LEARNING)
+def test_the_search_learns(name):
+    scores = []
+    for sampler in (soon(name, 8), "random"):
+        spec = study(sampler=sampler)
         suggestions, _ = run(spec, 40)
         late = [score(spec.trial.model_validate(one.config)) for one in suggestions[20:]]
-        scores[name] = sum(late) / len(late)
-    tpe, chance = scores.values()
-    assert tpe > chance + 0.5
+        scores.append(sum(late) / len(late))
+    learnt, chance = scores
+    assert learnt > chance + 0.5
 
 
 def test_the_number_of_the_question_changes_the_answer():

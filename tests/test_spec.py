@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from study.mistakes import explain
 from study.reader import read_yaml
-from study.samplers import Brain
+from study.samplers import SAMPLERS, Brain
 from study.spec import Difference, difference, load_spec, parse_spec, schema
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import UserError
@@ -587,7 +587,7 @@ def test_the_schema_knows_names_and_options():
     for word in ("constant", "linear", "halving", "tpe", "reduction", "base_lr", "random-init"):
         assert f'"{word}"' in text
     sampler = found["properties"]["sampler"]
-    assert {"enum": ["tpe", "random", "grid"]} in sampler["anyOf"]
+    assert {"enum": list(SAMPLERS)} in sampler["anyOf"]
     strategy = found["$defs"]["MaskingConfig"]["properties"]["strategy"]
     assert any("random" in member.get("enum", []) for member in strategy["anyOf"])
     assert found["additionalProperties"] is False

@@ -1,13 +1,17 @@
 """Early stopping on hand-made rungs."""
 
 import math
+import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from study.ledger import Suggestion
-from study.spec import parse_spec
+from study.spec import Stopper, parse_spec
 from study.stopping import STOPPERS, Rung, collect, final_value, goes_on, halving, rung_of
+from tests.drawn import drawn
+from trainables.metrics import metric_of, sign
 
 PSNR, COST = "pretrain/probe_psnr", "pretrain/device_seconds"
 
@@ -16,9 +20,51 @@ def rung(own, others, metric=PSNR):
     return Rung({metric: own}, [{metric: other} for other in others])
 
 
-@pytest.mark.parametrize("name", STOPPERS)
-def test_a_trial_that_is_better_than_all_others_goes_on(name):
-    assert STOPPERS[name](rung(30.0, [10.0 + index for index in range(20)]))
+RULES = [
+    pytest.param(partial(STOPPERS[name], **setting.options()), id=f"{name} {setting.options()}")
+    for name in STOPPERS
+    for setting in drawn(Stopper, name)
+]
+
+
+def lets_go_on(rule, own, others):
+    """Whether the rule does, of values in its metric's unit, turned so that more is better."""
+    metric = rule.keywords.get("metric", PSNR)
+    turned = sign(metric_of(metric).goal)
+    return rule(rung(turned * own, [turned * other for other in others], metric))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_trial_that_is_better_than_all_others_goes_on(rule):
+    assert lets_go_on(rule, 30.0, [10.0 + index for index in range(20)])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_trial_with_nobody_or_nothing_to_be_compared_with_goes_on(rule):
+    assert lets_go_on(rule, 1.0, [])
+    assert rule(Rung({}, [{}] * 20))
+    assert rule(Rung({"pretrain/other": 1.0}, [{PSNR: 2.0, COST: 1.0}] * 20))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_whoever_is_better_than_one_that_goes_on_goes_on(rule):
+    chance = random.Random(0)
+    for count in range(1, 20):
+        others = [chance.uniform(10, 20) for _ in range(count)]
+        decisions = [lets_go_on(rule, own, others) for own in range(9, 22)]
+        assert decisions == sorted(decisions)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_decision_depends_on_the_values_alone(rule):
+    chance = random.Random(1)
+    for count in range(1, 20):
+        others = [chance.choice([chance.uniform(10, 20), math.nan]) for _ in range(count)]
+        own = chance.uniform(10, 20)
+        first = lets_go_on(rule, own, others)
+        assert isinstance(first, bool)
+        chance.shuffle(others)
+        assert lets_go_on(rule, own, others) == first
 
 
 def test_the_best_third_goes_on():
