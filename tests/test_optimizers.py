@@ -1,10 +1,14 @@
 """Optimisers, parameter groups and learning rate. Run: python -m pytest tests/test_optimizers.py"""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from trainables.config import TrialConfig
+from tests.drawn import drawn
+from trainables.checkpoint import pack, unpack
+from trainables.config import Optimizer, TrialConfig
 from trainables.mae import build_mae
 from trainables.optimizers import (
     OPTIMIZERS,
@@ -80,22 +84,79 @@ def test_frozen_parameters_are_left_out():
     assert sum(weight.numel() for group in groups for weight in group["params"]) == 6
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_honours_scales_and_takes_a_step(name):
+EVERY_OPTIMIZER = [
+    pytest.param(partial(OPTIMIZERS[name], **setting.options()), id=f"{name} {setting.options()}")
+    for name in OPTIMIZERS
+    for setting in drawn(Optimizer, name)
+]
+
+
+def small_model():
+    """A model with two groups, the second of which does not decay."""
+    torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    groups = [
+    return model, [
         {"params": [model.weight], "lr_scale": 0.5},
         {"params": [model.bias], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
-    optimizer = OPTIMIZERS[name](groups, 512)
+
+
+def step(model, optimizer, multiplier=1.0):
+    set_learning_rate(optimizer, multiplier)
+    optimizer.zero_grad()
+    model(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
+def test_an_optimizer_honours_scales_and_takes_a_step(make):
+    model, groups = small_model()
+    optimizer = make(groups, 512)
     scaled, full = (group["lr"] for group in optimizer.param_groups)
     assert scaled == pytest.approx(full / 2)
-    double = OPTIMIZERS[name](groups, 1024).param_groups[1]["lr"]
+    double = make(groups, 1024).param_groups[1]["lr"]
     assert double == pytest.approx(2 * full)
     before = model.weight.detach().clone()
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
+    step(model, optimizer)
     assert not torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
+def test_an_optimizer_follows_the_shape_of_the_rate(make):
+    model, groups = small_model()
+    optimizer = make(groups, 512)
+    full = [group["lr"] for group in optimizer.param_groups]
+    step(model, optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [rate / 4 for rate in full]
+    before = [weight.detach().clone() for weight in model.parameters()]
+    step(model, optimizer, 0.0)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
+def test_what_has_no_gradient_and_no_decay_stays_as_it_is(make):
+    model, groups = small_model()
+    optimizer, before = make(groups, 512), model.bias.detach().clone()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(before, model.bias)
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER)
+def test_an_optimizer_goes_on_from_a_checkpoint_bit_for_bit(make):
+    model, groups = small_model()
+    optimizer = make(groups, 512)
+    for _ in range(3):
+        step(model, optimizer)
+    kept = {name: value.detach().clone() for name, value in pack(model, optimizer).items()}
+    other, other_groups = small_model()
+    again = make(other_groups, 512)
+    unpack(other, again, kept)
+    for _ in range(3):
+        step(model, optimizer)
+        step(other, again)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 def test_adamw_by_hand():

@@ -1,7 +1,7 @@
 """Optimisers, their parameter groups, and the shape of the learning rate.
 
 To add an optimiser, write a function of (parameter groups, effective batch) with keyword-only
-options that honours each group's `lr_scale`, and add it to OPTIMIZERS.
+options that returns one of torch, and add it to OPTIMIZERS. It takes its groups from `with_rates`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,17 @@ def adamw(
     betas: tuple[Beta, Beta] = (0.9, 0.95),
 ) -> torch.optim.Optimizer:
     """AdamW as in MAE; `base_lr` is for a batch of 256 and grows with the batch."""
-    rate = base_lr * effective_batch / 256
-    groups = [{**group, "lr": rate * group.get("lr_scale", 1.0)} for group in parameter_groups]
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay, betas=betas, fused=True)
+    groups = with_rates(parameter_groups, base_lr * effective_batch / 256)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=betas, fused=True)
+
+
+def with_rates(parameter_groups: list[dict[str, Any]], rate: float) -> list[dict[str, Any]]:
+    """The groups, each with its share of the rate, from which schedules set out."""
+    rates = [rate * group.get("lr_scale", 1.0) for group in parameter_groups]
+    return [
+        {**group, "lr": own, "initial_lr": own}
+        for group, own in zip(parameter_groups, rates, strict=True)
+    ]
 
 
 def parameter_groups(model: nn.Module, layer_decay: float | None) -> list[dict[str, Any]]:
