@@ -1,10 +1,22 @@
 """Augmentations on the device. Run: python -m pytest tests/test_augment.py"""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 
+from tests.drawn import drawn
 from trainables import counter
 from trainables.augment import AUGMENTATIONS, flips
+from trainables.config import Augmentation
+
+EVERY_AUGMENTATION = [
+    pytest.param(partial(AUGMENTATIONS[name], **setting.options()), id=f"{name} {setting}")
+    for name in AUGMENTATIONS
+    for setting in drawn(Augmentation, name)
+]
+SIZES = [(3, 4), (2, 3, 4)]
 
 
 def batch(size=(3, 4), channels=2, count=8):
@@ -13,8 +25,34 @@ def batch(size=(3, 4), channels=2, count=8):
     return torch.stack([picture.float()] * channels, dim=1), picture
 
 
-@pytest.mark.parametrize("size", [(3, 4), (2, 3, 4)])
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("augment", EVERY_AUGMENTATION)
+def test_what_stands_out_of_an_image_stays_where_its_mask_says(augment, size):
+    """Each sample has one bright pixel, at a place of its own, in every channel."""
+    count = math.prod(size)
+    is_bright = torch.eye(count).reshape(count, *size)
+    images = torch.stack([1000 * is_bright, -1000 * is_bright], dim=1)
+    changed, masks = augment(images, is_bright.long(), 0, 0, torch.arange(count))
+    assert changed.shape == images.shape and masks.flatten(1).sum(1).tolist() == [1] * count
+    for channel in changed.flatten(2).unbind(1):
+        away = (channel - channel.median(dim=1, keepdim=True).values).abs()
+        assert torch.equal(away.argmax(1), masks.flatten(1).argmax(1))
+    alone, none = augment(images, None, 0, 0, torch.arange(count))
+    assert torch.equal(alone, changed) and none is None
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("augment", EVERY_AUGMENTATION)
+def test_padding_stays_padding(augment, size):
+    images, masks = batch(size)
+    images[..., -1], masks[..., -1] = torch.nan, 255
+    for step in range(4):
+        changed, labels = augment(images, masks, 0, step, torch.arange(8))
+        assert torch.equal(changed.isnan().all(1), labels == 255)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["none", "flips"])
 def test_images_and_masks_change_alike(name, size):
     images, masks = AUGMENTATIONS[name](*batch(size), 0, 0, torch.arange(8))
     for channel in images.unbind(1):
@@ -23,12 +61,12 @@ def test_images_and_masks_change_alike(name, size):
     assert torch.equal(alone, images) and none is None
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_two_ranks_change_what_one_would(name):
+@pytest.mark.parametrize("augment", EVERY_AUGMENTATION)
+def test_two_ranks_change_what_one_would(augment):
     images, masks = batch()
-    whole, _ = AUGMENTATIONS[name](images, masks, 3, 5, torch.arange(8))
+    whole, _ = augment(images, masks, 3, 5, torch.arange(8))
     ranks = [
-        AUGMENTATIONS[name](images[rows], masks[rows], 3, 5, torch.arange(8)[rows])[0]
+        augment(images[rows], masks[rows], 3, 5, torch.arange(8)[rows])[0]
         for rows in (slice(0, 4), slice(4, 8))
     ]
     assert torch.equal(whole, torch.cat(ranks))

@@ -1,7 +1,8 @@
 """Augmentations of a whole batch on its device, with counter-based randomness.
 
-To add one, write a function of (images, masks, seed, step, samples) with keyword-only options that
-changes images and masks alike, and add it to AUGMENTATIONS.
+To add one, write a function of (images, masks, seed, step, samples) with keyword-only options, and
+add it to AUGMENTATIONS. It moves images and masks alike, may change intensities besides, and draws
+from `counter`. Padding is NaN in images and 255 in masks, and stays so.
 """
 
 from __future__ import annotations
