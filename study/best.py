@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from study.ledger import Outcome, Result, Suggestion
-from study.stopping import Measured, final_value
+from study.measured import Measured, final_value
 from trainables.metrics import sign
 
 if TYPE_CHECKING:

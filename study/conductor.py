@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from study import requests
 from study.best import in_short, of_study
 from study.ledger import (
@@ -26,6 +24,8 @@ from study.ledger import (
     read_rows,
     read_suggestions,
 )
+from study.measured import Measured, measure
+from study.optuna_study import OptunaStudy
 from study.progress import Progress, arm_text, describe
 from study.resume import (
     AskSampler,
@@ -39,9 +39,8 @@ from study.resume import (
     next_step,
     num_planned,
 )
-from study.samplers import Brain
 from study.spec import StudySpec
-from study.stopping import Measured, collect, goes_on
+from study.stopping import goes_on
 from trainables.config import TrialConfig, arm_id, trial_id
 from trainables.endings import Ending
 from trainables.job import make_job
@@ -56,12 +55,6 @@ class DataView:
     root: Path  # the folder that relative paths count from
     fingerprint: str
     is_labelled: bool
-
-
-def measure(rows: pd.DataFrame) -> Measured:
-    """The ledger's rows as samplers and stopping rules want them."""
-    records = rows[["trial", "phase", "metric", "progress", "value"]].to_dict("records")
-    return collect({str(key): value for key, value in record.items()} for record in records)
 
 
 class Conductor:
@@ -79,8 +72,8 @@ class Conductor:
         self.on_durable: Callable[[Suggestion, Result | None], None] = lambda trial, result: None
         rows = read_rows(ledger.folder)
         self.measured: Measured = measure(rows)
-        self.brain = Brain(spec)
-        self.brain.replay(self.suggestions, self.results, self.measured)
+        self.optuna = OptunaStudy(spec)
+        self.optuna.replay(self.suggestions, self.results, self.measured)
         self.progress = Progress(
             study=spec.study,
             total=num_planned(self.spec),
@@ -96,7 +89,7 @@ class Conductor:
         self.heed_requests()
         step = self.next_step()
         if isinstance(step, AskSampler):
-            proposal = self.brain.ask(step.number)
+            proposal = self.optuna.ask(step.number)
             if proposal is None:
                 self.is_exhausted = True
                 self.progress.say("every arm of the search space has been tried")
@@ -154,7 +147,7 @@ class Conductor:
         trial = suggestion.trial
         phase, progress = rows[-1]["phase"], float(rows[-1]["progress"])
         values = {f"{row['phase']}/{row['metric']}": row["value"] for row in rows}
-        self.brain.report(trial, progress, values)  # and so into self.measured
+        self.optuna.report(trial, progress, values)  # and so into self.measured
         stop = not goes_on(self.spec, self.suggestions, self.measured, trial, phase, progress)
         if stop:
             decision = {"metric": STOPPED_HERE, "value": 1.0, "goal": "none", "unit": ""}
@@ -197,7 +190,7 @@ class Conductor:
         self.ledger.finish(result)
         self.on_durable(suggestion, result)
         self.results[trial] = result
-        self.brain.tell(result)
+        self.optuna.tell(result)
         self.progress.best = self._best()
         self.progress.finished(suggestion, result.outcome, error)
 
@@ -249,7 +242,7 @@ class Conductor:
         )
         self.ledger.suggest(suggestion)
         self.suggestions.append(suggestion)
-        self.brain.add(suggestion)
+        self.optuna.add(suggestion)
         self.running[suggestion.trial] = time.monotonic()
         self.progress.suggested(suggestion, resumed=False)
         return suggestion

@@ -71,7 +71,7 @@ def tensorboard(page: Page) -> str:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     now = time.time()
-    events = [Event(wall_time=now, file_version="brain.Event:2")]
+    events = [Event(wall_time=now, file_version="optuna_study.Event:2")]
     if page.handle is None:
         plain = {path: _plain(value) for path, value in page.settings.items()}
         events.append(Event(wall_time=now, summary=hparams_pb(plain, page.trial.trial)))

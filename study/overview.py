@@ -14,8 +14,8 @@ from study.ledger import (
     read_rows,
     read_suggestions,
 )
+from study.loading import spec_of
 from study.progress import arm_text
-from study.spec import spec_of
 from study.state import State, outlook_of, state_of
 from trainables.errors import StorageError, UserError
 from trainables.storage import store

@@ -36,10 +36,11 @@ from study.ledger import (
     sealed,
     unsealed,
 )
+from study.loading import spec_of
 from study.mistakes import Problems, explain, listed, near
 from study.reader import Document, read_document, read_text, show
 from study.resume import Enqueued, twin
-from study.spec import Budget, StudySpec, spec_of
+from study.spec import Budget, StudySpec
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import StorageError, UserError
 from trainables.storage import store

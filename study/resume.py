@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from study.best import CONFIRM, to_confirm
 from study.ledger import Outcome, Result, Suggestion
+from study.measured import Measured
 from study.space import params_of
-from study.stopping import Measured
 from trainables.config import TrialConfig, arm_id
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Enqueued:
 
 @dataclass(frozen=True)
 class AskSampler:
-    """Suggest and run a new arm with this seed. `number` is what the brain is to be asked with."""
+    """Suggest and run a new arm with this seed. `number` is what Optuna is to be asked with."""
 
     number: int
     seed: int
@@ -87,7 +87,7 @@ def next_step(
     """The next thing to do. `running` are trials that are being run now.
 
     `is_labelled`: without labels nothing is segmented, and the control's twins would measure
-    nothing. `is_exhausted`: the brain has no untried arm left.
+    nothing. `is_exhausted`: Optuna has no untried arm left.
     """
     for suggestion in suggestions:
         if suggestion.trial not in running and is_unfinished(results.get(suggestion.trial)):

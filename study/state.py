@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from study.conductor import measure
 from study.folder import StudyFolder
 from study.ledger import (
     Answer,
@@ -21,10 +20,12 @@ from study.ledger import (
     read_rows,
     read_suggestions,
 )
+from study.loading import spec_of
+from study.measured import Measured, measure
+from study.optuna_study import OptunaStudy
 from study.requests import expected, grown, queue
 from study.resume import AskSampler, Finished, Step, is_unfinished, next_step, num_planned
-from study.spec import StudySpec, spec_of
-from study.stopping import Measured
+from study.spec import StudySpec
 
 
 class State(StrEnum):
@@ -77,11 +78,9 @@ def outlook(
 
     step = following(is_exhausted=False)
     if isinstance(step, AskSampler):
-        from study.samplers import Brain  # Optuna takes a second to import
-
-        brain = Brain(spec)
-        brain.replay(suggestions, results, known)
-        if brain.ask(step.number) is None:
+        optuna_study = OptunaStudy(spec)
+        optuna_study.replay(suggestions, results, known)
+        if optuna_study.ask(step.number) is None:
             step = following(is_exhausted=True)
     is_finished = isinstance(step, Finished)
     return Outlook(len(suggestions) if is_finished else total, is_finished)

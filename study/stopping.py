@@ -7,20 +7,16 @@ and add it to STOPPERS. An option `metric` must be the name of a comparable metr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Protocol
 
 from pydantic import Field
 
 from study.ledger import Suggestion
+from study.measured import Measured, rung_of, values_at_rung
 from trainables.metrics import PSNR, metric_of, sign
-
-if TYPE_CHECKING:
-    from study.spec import StudySpec
-
-# trial -> "phase/metric" -> progress -> value
-Measured = dict[str, dict[str, dict[float, float]]]
+from trainables.named import Choice
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,20 @@ def halving(
     return num_better < max(1, seen // reduction)
 
 
+class Staged(Protocol):
+    """A study, as far as its rungs are concerned."""
+
+    @property
+    def rungs(self) -> Sequence[float]:
+        """Rising shares of a phase's budget; the last is 1."""
+
+    @property
+    def stopping(self) -> Choice:
+        """The rule and its options."""
+
+
 def goes_on(
-    spec: StudySpec,
+    study: Staged,
     suggestions: Sequence[Suggestion],
     measured: Measured,
     trial: str,
@@ -77,8 +85,8 @@ def goes_on(
     """
     by_trial = {suggestion.trial: suggestion for suggestion in suggestions}
     suggestion = by_trial[trial]
-    rung = rung_of(progress, spec.rungs)
-    if suggestion.origin != "search" or rung == len(spec.rungs) - 1:
+    rung = rung_of(progress, study.rungs)
+    if suggestion.origin != "search" or rung == len(study.rungs) - 1:
         return True
     rivals = [
         other.trial
@@ -88,47 +96,11 @@ def goes_on(
         and other.trial != trial
     ]
     at_rung = {
-        name: values_at_rung(measured, name, phase, rung, spec.rungs) for name in [trial, *rivals]
+        name: values_at_rung(measured, name, phase, rung, study.rungs) for name in [trial, *rivals]
     }
     others = [at_rung[name] for name in rivals if at_rung[name]]
-    rule = STOPPERS[spec.stopping.name]
-    return rule(Rung(at_rung[trial], others), **spec.stopping.options())
-
-
-def collect(rows: Iterable[Mapping[str, Any]], measured: Measured | None = None) -> Measured:
-    """Rows of the ledger (dicts with trial, phase, metric, progress, value) by trial and metric.
-
-    With `measured`, they are added to it. Of equal keys the first counts, as in the ledger.
-    """
-    measured = {} if measured is None else measured
-    for row in rows:
-        metric = measured.setdefault(row["trial"], {}).setdefault(
-            f"{row['phase']}/{row['metric']}", {}
-        )
-        metric.setdefault(float(row["progress"]), float(row["value"]))
-    return measured
-
-
-def rung_of(progress: float, rungs: Sequence[float]) -> int:
-    """Number of the rung nearest to `progress`; rungs lie on whole steps, so not exactly there."""
-    return min(range(len(rungs)), key=lambda index: abs(rungs[index] - progress))
-
-
-def values_at_rung(
-    measured: Measured, trial: str, phase: str, rung: int, rungs: Sequence[float]
-) -> dict[str, float]:
-    """Metric -> value of a trial at a rung of a phase; empty if it was not there."""
-    values = {}
-    for metric, curve in measured.get(trial, {}).items():
-        near = [progress for progress in curve if rung_of(progress, rungs) == rung]
-        if metric.startswith(f"{phase}/") and near:
-            values[metric] = curve[min(near, key=lambda progress: abs(progress - rungs[rung]))]
-    return values
-
-
-def final_value(measured: Measured, trial: str, metric: str) -> float | None:
-    """What a trial measured at the end of the metric's phase; None if it never got there."""
-    return measured.get(trial, {}).get(metric, {}).get(1.0)
+    rule = STOPPERS[study.stopping.name]
+    return rule(Rung(at_rung[trial], others), **study.stopping.options())
 
 
 STOPPERS = {"none": none, "halving": halving}

@@ -10,7 +10,7 @@ from cluster.metrics import Reading
 from study.best import of_study
 from study.conductor import Conductor
 from study.ledger import Outcome
-from study.stopping import Measured
+from study.measured import Measured
 from trainables.metrics import PHASES
 
 log = logging.getLogger(__name__)

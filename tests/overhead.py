@@ -204,7 +204,7 @@ def train(study: Path, suggestion: Suggestion, scratch: Path, on_step: Callable[
     import torch
 
     from study.ledger import read_environment
-    from study.spec import load_spec
+    from study.loading import load_spec
     from trainables.job import make_job, run_job
 
     spec = load_spec(study)

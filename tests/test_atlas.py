@@ -21,8 +21,8 @@ from analysis.atlas import build_atlas
 from analysis.report import build_report
 from study.__main__ import main
 from study.atlas import MOST_SECTIONS, middle, sections, shortened
+from study.loading import parse_spec
 from study.space import SearchItem
-from study.spec import parse_spec
 from tests.conftest import TINY_STUDY
 from tests.synthetic import HOSTILE, Page, write_study
 from tests.test_browser import CHROMIUM, open_in_browser

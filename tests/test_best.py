@@ -19,8 +19,9 @@ from study.best import (
     to_confirm,
 )
 from study.ledger import Outcome, Result, Suggestion
-from study.spec import StudySpec, parse_spec
-from study.stopping import collect
+from study.loading import parse_spec
+from study.measured import collect
+from study.spec import StudySpec
 
 
 def study(seeds: int = 2, goal: str = "maximize", metric: str = "segment/miou") -> StudySpec:

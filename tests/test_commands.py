@@ -142,7 +142,7 @@ def test_a_study_begun_with_other_settings_is_refused_with_the_difference(
     from study.commands.data import dataset_of
     from study.commands.run import freeze
     from study.ledger import Ledger
-    from study.spec import load_spec
+    from study.loading import load_spec
 
     spec = load_spec(blood)
     with Ledger.open(spec.study_folder(), {}) as ledger:

@@ -11,8 +11,9 @@ import pytest
 from study.conductor import STOPPED_HERE, Conductor, DataView
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, read_suggestions
+from study.loading import parse_spec
 from study.resume import RETRIES, Finished, Wait
-from study.spec import StudySpec, parse_spec
+from study.spec import StudySpec
 from tests.conftest import TINY_STUDY
 from trainables.endings import Ending
 

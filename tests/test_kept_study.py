@@ -29,8 +29,8 @@ from study.ledger import (
     read_spec,
     read_suggestions,
 )
+from study.loading import parse_spec
 from study.resume import Continue
-from study.spec import parse_spec
 from study.state import State, outlook_of, state_of
 from tests.studies import CLOCKED
 from trainables.config import TrialConfig

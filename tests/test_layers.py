@@ -39,6 +39,35 @@ def test_imports_point_one_way(path: Path) -> None:
     assert ours <= MAY_IMPORT[name.split("/")[0]]
 
 
+def test_no_file_is_part_of_a_circle_of_imports() -> None:
+    """Not even through what only type checkers import, or functions when they are called."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {name: named_in(path, set(files)) - {name} for name, path in files.items()}
+    # whoever imports nobody that is left, or is imported by nobody, is part of no circle
+    while free := [
+        name
+        for name, uses in graph.items()
+        if not uses & graph.keys() or not any(name in others for others in graph.values())
+    ]:
+        for name in free:
+            del graph[name]
+    assert {name: sorted(uses & graph.keys()) for name, uses in graph.items()} == {}
+
+
+def named_in(path: Path, modules: set[str]) -> set[str]:
+    """The files that a file imports; of `from package import file` the file, not the package."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found |= {whole if whole in modules else node.module} & modules
+    return found
+
+
 @pytest.mark.parametrize(
     ("module", "only"),
     [

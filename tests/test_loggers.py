@@ -15,8 +15,9 @@ from study.__main__ import main
 from study.conductor import Conductor, DataView
 from study.folder import StudyFolder
 from study.ledger import Ledger, Suggestion, read_rows
+from study.loading import difference, parse_spec
 from study.loggers import LOGGERS, PACKAGES, Journal, Page, check_packages
-from study.spec import StudySpec, difference, parse_spec
+from study.spec import StudySpec
 from tests.conftest import TINY_STUDY
 from trainables.endings import Ending
 from trainables.errors import UserError

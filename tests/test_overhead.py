@@ -7,7 +7,7 @@ from pathlib import Path
 from study.conductor import Conductor, DataView
 from study.folder import StudyFolder
 from study.ledger import Ledger
-from study.spec import load_spec
+from study.loading import load_spec
 from tests import overhead
 from trainables.data import default_cache, open_dataset, prepare
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from study.fit import DataSize, data_problems, data_size
+from study.loading import parse_spec
 from study.plan import arm_cost, count_parameters, plan
-from study.spec import parse_spec
 from trainables.config import TrialConfig
 from trainables.data import open_dataset, prepare
 from trainables.mae import build_mae

@@ -119,7 +119,7 @@ def warm_cache(study: Path) -> str:
     """A cache that holds the study's data: decoding them needs scipy, and comes once."""
     cache = study.parent / "cache"
     code = "import sys; from pathlib import Path; from study.commands.data import dataset_of;"
-    code += "from study.spec import load_spec; dataset_of(load_spec(Path(sys.argv[1])))"
+    code += "from study.loading import load_spec; dataset_of(load_spec(Path(sys.argv[1])))"
     subprocess.run(
         [sys.executable, "-c", code, str(study)],
         check=True,

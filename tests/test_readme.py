@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from study.__main__ import app
-from study.spec import load_spec
+from study.loading import load_spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

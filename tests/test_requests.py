@@ -24,9 +24,9 @@ from study.ledger import (
     read_suggestions,
     sealed,
 )
+from study.loading import parse_spec
 from study.overview import arms_table, studies_table
 from study.resume import Finished
-from study.spec import parse_spec
 from tests.conftest import TINY_STUDY
 from tests.test_conductor import DATA, play
 from trainables.errors import UserError

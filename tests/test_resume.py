@@ -6,6 +6,8 @@ import pytest
 
 from study.best import to_confirm
 from study.ledger import Outcome, Result, Suggestion
+from study.loading import parse_spec
+from study.measured import collect
 from study.resume import (
     AskSampler,
     Continue,
@@ -14,8 +16,6 @@ from study.resume import (
     Wait,
     next_step,
 )
-from study.spec import parse_spec
-from study.stopping import collect
 from trainables.config import TrialConfig, arm_id, trial_id
 
 

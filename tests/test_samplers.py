@@ -1,4 +1,4 @@
-"""The brain: proposals depend on history and number only; bad news is never good news."""
+"""Proposals depend on history and number only; bad news is never good news."""
 
 import dataclasses
 import inspect
@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from study.ledger import Outcome, Result, Suggestion
+from study.loading import parse_spec
+from study.measured import collect
+from study.optuna_study import OptunaStudy
 from study.resume import Start, next_step
-from study.samplers import SAMPLERS, Brain
-from study.spec import Sampler, parse_spec
-from study.stopping import collect
+from study.samplers import SAMPLERS
+from study.spec import Sampler
 from tests.drawn import drawn
 from trainables.config import arm_id, trial_id
 
@@ -98,20 +100,20 @@ def score(config):
 
 def run(spec, num_arms, restart_at=(), stop_below=None):
     """A study at concurrency 1, restarted from JSON before some of its arms."""
-    brain = Brain(spec)
+    optuna_study = OptunaStudy(spec)
     suggestions, results, rows = [], {}, []
     for number in range(num_arms):
         if number in restart_at:
             text = json.dumps([dataclasses.asdict(one) for one in suggestions])
             suggestions = [Suggestion(**fields) for fields in json.loads(text)]
-            brain = Brain(spec)
-            brain.replay(suggestions, dict(results), collect(json.loads(json.dumps(rows))))
-        proposal = brain.ask(number)
+            optuna_study = OptunaStudy(spec)
+            optuna_study.replay(suggestions, dict(results), collect(json.loads(json.dumps(rows))))
+        proposal = optuna_study.ask(number)
         if proposal is None:
             break
         one = suggestion(number, proposal.config, params=proposal.params)
         suggestions.append(one)
-        brain.add(one)
+        optuna_study.add(one)
         value = score(proposal.config)
         flops = float(proposal.config.model.patch)
         is_stopped = stop_below is not None and value < stop_below
@@ -119,20 +121,20 @@ def run(spec, num_arms, restart_at=(), stop_below=None):
             new = [row(one, value * progress, progress), row(one, flops, progress, "planned_flops")]
             rows += new
             values = {f"pretrain/{each['metric']}": each["value"] for each in new}
-            brain.report(one.trial, progress, values)
+            optuna_study.report(one.trial, progress, values)
         end = result(one, Outcome.STOPPED if is_stopped else Outcome.COMPLETE)
         results[one.trial] = end
-        brain.tell(end)
-    return suggestions, brain
+        optuna_study.tell(end)
+    return suggestions, optuna_study
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_proposes_arms_of_the_space_once(name):
     spec = study(SMALL, name)
-    suggestions, brain = run(spec, 20)
+    suggestions, optuna_study = run(spec, 20)
     arms = [one.arm for one in suggestions]
     assert len(arms) == len(set(arms)) == 9  # 3 patches x 3 ratios, then nothing is left
-    assert brain.ask(99) is None
+    assert optuna_study.ask(99) is None
 
 
 @pytest.mark.parametrize("name", PROPOSING)
@@ -176,62 +178,66 @@ def test_the_search_learns(name):
 
 
 def test_the_number_of_the_question_changes_the_answer():
-    brain = Brain(study())
-    assert brain.ask(0) == brain.ask(0)
-    assert brain.ask(0) != brain.ask(1)
+    optuna_study = OptunaStudy(study())
+    assert optuna_study.ask(0) == optuna_study.ask(0)
+    assert optuna_study.ask(0) != optuna_study.ask(1)
 
 
 def asked(spec, count):
-    brain = Brain(spec)
+    optuna_study = OptunaStudy(spec)
     trials = []
     for number in range(count):
-        proposal = brain.ask(number)
+        proposal = optuna_study.ask(number)
         trials.append(suggestion(number, proposal.config, params=proposal.params))
-        brain.add(trials[-1])
-    return brain, trials
+        optuna_study.add(trials[-1])
+    return optuna_study, trials
 
 
-def states(brain):
-    return [trial.state for trial in brain.study().trials]
+def states(optuna_study):
+    return [trial.state for trial in optuna_study.study().trials]
 
 
 def test_what_is_running_is_shown_as_running_with_its_rungs():
-    brain, (one,) = asked(study(), 1)
-    brain.report(one.trial, 0.25, {"pretrain/probe_psnr": 17.0, "pretrain/loss": 3.0})
-    (trial,) = brain.study().trials
+    optuna_study, (one,) = asked(study(), 1)
+    optuna_study.report(one.trial, 0.25, {"pretrain/probe_psnr": 17.0, "pretrain/loss": 3.0})
+    (trial,) = optuna_study.study().trials
     assert trial.state == TrialState.RUNNING
     assert trial.params == one.params
     assert trial.intermediate_values == {0: 17.0}
 
 
 def test_a_stopped_arm_is_pruned_and_its_value_is_never_final():
-    brain, (one,) = asked(study(), 1)
-    brain.report(one.trial, 0.25, {"pretrain/probe_psnr": 17.0})
-    brain.report(one.trial, 0.5, {"pretrain/probe_psnr": 18.0})
-    brain.tell(result(one, Outcome.STOPPED))
-    (trial,) = brain.study().trials
+    optuna_study, (one,) = asked(study(), 1)
+    optuna_study.report(one.trial, 0.25, {"pretrain/probe_psnr": 17.0})
+    optuna_study.report(one.trial, 0.5, {"pretrain/probe_psnr": 18.0})
+    optuna_study.tell(result(one, Outcome.STOPPED))
+    (trial,) = optuna_study.study().trials
     assert (trial.state, trial.values) == (TrialState.PRUNED, None)
     assert trial.intermediate_values == {0: 17.0, 1: 18.0}
-    assert brain.study().get_trials(states=[TrialState.COMPLETE]) == []
+    assert optuna_study.study().get_trials(states=[TrialState.COMPLETE]) == []
 
 
 def test_a_stopped_arm_is_not_on_the_pareto_front():
-    brain, (one, other) = asked(study(objectives=TWO), 2)
-    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 99.0, "pretrain/planned_flops": 1.0})
-    brain.tell(result(one, Outcome.STOPPED))
-    brain.report(other.trial, 1.0, {"pretrain/probe_psnr": 9.0, "pretrain/planned_flops": 9.0})
-    brain.tell(result(other))
-    assert [trial.params for trial in brain.study().best_trials] == [other.params]
+    optuna_study, (one, other) = asked(study(objectives=TWO), 2)
+    optuna_study.report(
+        one.trial, 1.0, {"pretrain/probe_psnr": 99.0, "pretrain/planned_flops": 1.0}
+    )
+    optuna_study.tell(result(one, Outcome.STOPPED))
+    optuna_study.report(
+        other.trial, 1.0, {"pretrain/probe_psnr": 9.0, "pretrain/planned_flops": 9.0}
+    )
+    optuna_study.tell(result(other))
+    assert [trial.params for trial in optuna_study.study().best_trials] == [other.params]
 
 
 @pytest.mark.parametrize(
     "outcome", [Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED]
 )  # fmt: skip
 def test_an_arm_that_ended_badly_is_failed(outcome):
-    brain, (one,) = asked(study(), 1)
-    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 99.0})
-    brain.tell(result(one, outcome, "bang"))
-    assert states(brain) == [TrialState.FAIL]
+    optuna_study, (one,) = asked(study(), 1)
+    optuna_study.report(one.trial, 1.0, {"pretrain/probe_psnr": 99.0})
+    optuna_study.tell(result(one, outcome, "bang"))
+    assert states(optuna_study) == [TrialState.FAIL]
 
 
 @pytest.mark.parametrize("objectives", [ONE, TWO])
@@ -241,44 +247,44 @@ def test_a_value_that_is_not_finite_is_never_complete_and_the_search_goes_on(
     name, value, objectives
 ):
     spec = study(SMALL, name, objectives)
-    brain, (one,) = asked(spec, 1)
+    optuna_study, (one,) = asked(spec, 1)
     values = {} if value is None else {"pretrain/probe_psnr": value, "pretrain/planned_flops": 1.0}
     for progress in (0.25, 1.0):
-        brain.report(one.trial, progress, values)
-    assert states(brain) == [TrialState.RUNNING]
-    brain.tell(result(one))
-    assert states(brain) == [TrialState.FAIL]
-    assert brain.ask(1) is not None
+        optuna_study.report(one.trial, progress, values)
+    assert states(optuna_study) == [TrialState.RUNNING]
+    optuna_study.tell(result(one))
+    assert states(optuna_study) == [TrialState.FAIL]
+    assert optuna_study.ask(1) is not None
 
 
 def test_failures_of_the_infrastructure_are_never_shown():
-    brain, (one, other) = asked(study(), 2)
-    brain.tell(result(one, Outcome.FAILED, "node lost", failures=1))
-    assert states(brain) == [TrialState.RUNNING]
-    assert brain.study().trials[0].params == other.params
-    assert arm_id(brain.ask(0).config) != one.arm  # but the arm is known
+    optuna_study, (one, other) = asked(study(), 2)
+    optuna_study.tell(result(one, Outcome.FAILED, "node lost", failures=1))
+    assert states(optuna_study) == [TrialState.RUNNING]
+    assert optuna_study.study().trials[0].params == other.params
+    assert arm_id(optuna_study.ask(0).config) != one.arm  # but the arm is known
 
 
 def test_an_arm_is_told_the_mean_of_its_seeds_when_all_are_in():
     spec = study(rest="seeds: 2\n")
-    brain, (one,) = asked(spec, 1)
+    optuna_study, (one,) = asked(spec, 1)
     config = spec.trial.model_validate(one.config)
     second = suggestion(1, config, seed=1, params=one.params)
-    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 20.0})
-    brain.tell(result(one))
-    assert states(brain) == [TrialState.RUNNING]
-    brain.add(second)
-    brain.report(second.trial, 1.0, {"pretrain/probe_psnr": 23.0})
-    brain.tell(result(second))
-    (trial,) = brain.study().trials
+    optuna_study.report(one.trial, 1.0, {"pretrain/probe_psnr": 20.0})
+    optuna_study.tell(result(one))
+    assert states(optuna_study) == [TrialState.RUNNING]
+    optuna_study.add(second)
+    optuna_study.report(second.trial, 1.0, {"pretrain/probe_psnr": 23.0})
+    optuna_study.tell(result(second))
+    (trial,) = optuna_study.study().trials
     assert (trial.state, trial.values) == (TrialState.COMPLETE, [21.5])
 
 
 def test_one_stopped_seed_stops_the_arm():
     spec = study(rest="seeds: 2\n")
-    brain, (one,) = asked(spec, 1)
-    brain.tell(result(one, Outcome.STOPPED))
-    assert states(brain) == [TrialState.PRUNED]
+    optuna_study, (one,) = asked(spec, 1)
+    optuna_study.tell(result(one, Outcome.STOPPED))
+    assert states(optuna_study) == [TrialState.PRUNED]
 
 
 def test_the_control_is_shown_if_it_lies_in_the_space():
@@ -287,41 +293,41 @@ def test_the_control_is_shown_if_it_lies_in_the_space():
         step = next_step(spec, [], {}, set(), {})
         assert isinstance(step, Start) and step.origin == "control"
         one = suggestion(0, step.config, origin="control", params=step.params)
-        brain = Brain(spec)
-        brain.replay([one], {one.trial: result(one)}, collect([row(one, 25.0)]))
-        assert states(brain) == [TrialState.COMPLETE] * expected
-        proposals = {arm_id(brain.ask(number).config) for number in range(5)}
+        optuna_study = OptunaStudy(spec)
+        optuna_study.replay([one], {one.trial: result(one)}, collect([row(one, 25.0)]))
+        assert states(optuna_study) == [TrialState.COMPLETE] * expected
+        proposals = {arm_id(optuna_study.ask(number).config) for number in range(5)}
         assert one.arm not in proposals
 
 
 def test_the_value_at_a_rung_is_turned_so_that_better_is_the_objectives_better():
     cost = "[{metric: pretrain/device_seconds, goal: minimize}]"
-    brain, (one,) = asked(study(objectives=cost), 1)
-    brain.report(one.trial, 0.5, {"pretrain/probe_psnr": 18.0})
-    assert brain.study().trials[0].intermediate_values == {1: -18.0}
+    optuna_study, (one,) = asked(study(objectives=cost), 1)
+    optuna_study.report(one.trial, 0.5, {"pretrain/probe_psnr": 18.0})
+    assert optuna_study.study().trials[0].intermediate_values == {1: -18.0}
 
 
 def test_confirmations_and_the_controls_twins_are_not_shown():
     spec = study()
-    brain, (one,) = asked(spec, 1)
+    optuna_study, (one,) = asked(spec, 1)
     config = spec.trial.model_validate(one.config)
-    brain.tell(result(one))
-    brain.report(one.trial, 1.0, {"pretrain/probe_psnr": 20.0})
-    brain.add(suggestion(1, config, seed=1, origin="confirm", params=one.params))
-    brain.add(suggestion(2, spec.trial, origin="control:frozen"))
-    (trial,) = brain.study().trials
+    optuna_study.tell(result(one))
+    optuna_study.report(one.trial, 1.0, {"pretrain/probe_psnr": 20.0})
+    optuna_study.add(suggestion(1, config, seed=1, origin="confirm", params=one.params))
+    optuna_study.add(suggestion(2, spec.trial, origin="control:frozen"))
+    (trial,) = optuna_study.study().trials
     assert trial.values == [20.0]
 
 
 def test_the_grid_is_walked_in_order_without_the_arms_that_are_known():
     spec = study(SMALL, "grid")
     control = suggestion(0, spec.trial, origin="control")
-    brain = Brain(spec)
-    brain.add(control)
+    optuna_study = OptunaStudy(spec)
+    optuna_study.add(control)
     seen = []
-    while (proposal := brain.ask(len(seen))) is not None:
+    while (proposal := optuna_study.ask(len(seen))) is not None:
         seen.append(tuple(proposal.params.values()))
-        brain.add(suggestion(len(seen), proposal.config, params=proposal.params))
+        optuna_study.add(suggestion(len(seen), proposal.config, params=proposal.params))
     full = [(patch, ratio) for patch in (4, 8, 16) for ratio in (0.25, 0.5, 0.75)]
     assert seen == [cell for cell in full if cell != (8, 0.75)]
 

@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from study import space
-from study.spec import parse_spec
+from study.loading import parse_spec
 from trainables.config import arm_id
 
 HEAD = """\

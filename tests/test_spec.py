@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
+from study.loading import Difference, difference, load_spec, parse_spec
 from study.mistakes import explain
+from study.optuna_study import OptunaStudy
 from study.reader import read_yaml
-from study.samplers import SAMPLERS, Brain
-from study.spec import Difference, difference, load_spec, parse_spec, schema
+from study.samplers import SAMPLERS
+from study.spec import schema
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import UserError
 from trainables.named import named
@@ -264,8 +266,8 @@ def test_the_knots_of_a_schedule_can_be_searched():
     spec = parse(with_rising("", ""))
     assert spec.search["masking.ratio"].choices["rising"]["values"][2] == 0.9
     assert parse(spec.text).digest == spec.digest
-    brain = Brain(spec)
-    assert "masking.ratio/rising.values.1" in brain._distributions
+    optuna_study = OptunaStudy(spec)
+    assert "masking.ratio/rising.values.1" in optuna_study._distributions
 
 
 @pytest.mark.parametrize(
@@ -653,4 +655,4 @@ def test_whatever_stands_in_the_file_only_a_user_error_is_raised(changes):
     except UserError as error:
         assert all(line.startswith("s.yaml:") for line in str(error).splitlines())
     else:
-        Brain(spec).ask(0)
+        OptunaStudy(spec).ask(0)

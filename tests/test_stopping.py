@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from study.ledger import Suggestion
-from study.spec import Stopper, parse_spec
-from study.stopping import STOPPERS, Rung, collect, final_value, goes_on, halving, rung_of
+from study.loading import parse_spec
+from study.measured import collect, final_value, rung_of
+from study.spec import Stopper
+from study.stopping import STOPPERS, Rung, goes_on, halving
 from tests.drawn import drawn
 from trainables.metrics import metric_of, sign
 

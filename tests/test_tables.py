@@ -24,7 +24,7 @@ from analysis.tables import (
 from study.folder import StudyFolder
 from study.ledger import LedgerError, Suggestion, sealed
 from study.ledger.files import sha256
-from study.spec import parse_spec
+from study.loading import parse_spec
 from tests.drawn import drawn
 from tests.synthetic import hand_made, refreeze, study_tables, write_study
 from trainables.errors import StorageError, UserError

@@ -17,7 +17,7 @@ from cluster.metrics import METRICS, Publisher, Reading, exported_name
 from study.conductor import Conductor, DataView
 from study.folder import StudyFolder
 from study.ledger import Ledger, Suggestion
-from study.spec import parse_spec
+from study.loading import parse_spec
 from study.telemetry import Telemetry
 from tests.conftest import TINY_STUDY
 from trainables import speed

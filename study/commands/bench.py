@@ -13,8 +13,8 @@ from rich.table import Table
 from study.commands.data import dataset_of
 from study.commands.terminal import console, say
 from study.environment import environment
+from study.loading import load_spec
 from study.mistakes import listed, near
-from study.spec import load_spec
 from trainables.config import TrialConfig
 from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
 from trainables.edges import in_words

@@ -9,7 +9,7 @@ from study import requests
 from study.commands.data import dataset_of
 from study.commands.finding import begun
 from study.commands.terminal import console, say
-from study.spec import load_spec
+from study.loading import load_spec
 
 
 def check_study(path: Path) -> None:

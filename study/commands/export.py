@@ -10,9 +10,9 @@ from study import mirror
 from study.best import IN_WORDS, NoEncoder, ahead, best_encoder, of_study
 from study.commands.finding import find_study
 from study.commands.terminal import say
-from study.conductor import measure
 from study.ledger import read_results, read_rows, read_suggestions
-from study.spec import spec_of
+from study.loading import spec_of
+from study.measured import measure
 from trainables.errors import UserError
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from study import mirror
 from study.folder import Storage, StudyFolder, is_trial_id
+from study.loading import load_spec
 from study.overview import studies
-from study.spec import load_spec
 from trainables.errors import UserError
 from trainables.storage import is_uri, join
 

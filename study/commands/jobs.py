@@ -13,8 +13,8 @@ from study.commands.finding import refuse_if_below, seen_here, storage_of
 from study.commands.terminal import console, say
 from study.folder import Storage
 from study.ledger import read_jobs, refuse_if_held
+from study.loading import changes, load_spec
 from study.overview import question_of
-from study.spec import changes, load_spec
 from study.state import outlook_of
 from trainables.errors import UserError
 

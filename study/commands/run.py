@@ -13,8 +13,8 @@ from study.commands.terminal import say
 from study.conductor import Conductor, DataView
 from study.environment import environment
 from study.ledger import Ledger, read_environment, read_spec
+from study.loading import changes, load_spec, spec_of
 from study.loggers import Journal, check_packages
-from study.spec import changes, load_spec, spec_of
 from trainables.errors import UserError
 
 if TYPE_CHECKING:

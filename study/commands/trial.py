@@ -11,7 +11,7 @@ import torch
 
 from study.commands.data import dataset_of
 from study.commands.terminal import say
-from study.spec import load_spec
+from study.loading import load_spec
 from trainables.config import TrialConfig
 from trainables.context import Context, Row
 from trainables.data.source import Array

@@ -13,12 +13,11 @@ from typing import Any
 import pandas as pd
 
 from study import requests
-from study.conductor import measure
 from study.console.index import Snapshot
 from study.ledger import COLUMNS
-from study.spec import parse_spec
+from study.loading import parse_spec
+from study.measured import Measured, measure
 from study.state import Outlook, outlook
-from study.stopping import Measured
 
 log = logging.getLogger(__name__)
 

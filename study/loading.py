@@ -1,0 +1,154 @@
+"""A study file becomes a study: every mistake in it at once, before anything starts.
+
+And what a file changes of a study that was begun with another.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError, create_model
+
+from study import checks
+from study.folder import StudyFolder
+from study.ledger import read_spec
+from study.mistakes import Problems, explain, place
+from study.reader import read_document, read_text, show
+from study.spec import StudySpec
+from trainables.config import Strict, TrialConfig
+from trainables.errors import UserError
+from trainables.settings import flatten
+
+
+class Difference(NamedTuple):
+    """One setting that two study files do not share."""
+
+    path: str
+    old: Any
+    new: Any
+    is_compatible: bool  # a study may go on with it
+
+    def __str__(self) -> str:
+        return f"{self.path}: {show(self.old)} -> {show(self.new)}"
+
+
+def load_spec(path: Path) -> StudySpec:
+    """The study that a file describes; a UserError lists every mistake in it."""
+    return parse_spec(read_text(path, "a study file"), path.parent, where=str(path))
+
+
+def parse_spec(text: str, folder: Path, *, where: str) -> StudySpec:
+    """The study that a text describes; relative paths in it count from `folder`."""
+    document = read_document(text)
+    problems = Problems(where, document)
+    spec = None
+    if isinstance(document.data, dict) and (document.data or not problems.found):
+        spec = _check(document.data, problems)
+    if problems.found or spec is None:
+        raise UserError("\n".join(problems.lines()))
+    spec._folder, spec._text = folder, text
+    return spec
+
+
+def spec_of(folder: StudyFolder) -> StudySpec:
+    """The study in a folder, as it was begun."""
+    text = read_spec(folder)
+    if text is None:
+        raise UserError(
+            f"{folder.where}: no study has been begun there; start it: maskstudy run STUDY.yaml"
+        )
+    return parse_spec(text, folder.root, where=str(folder.spec))
+
+
+def changes(folder: StudyFolder, spec: StudySpec) -> list[Difference]:
+    """What a study file changes of the study as it was begun; UserError if that cannot go on."""
+    begun = read_spec(folder)
+    found = [] if begun is None or begun == spec.text else difference(begun, spec.text)
+    refused = [str(change) for change in found if not change.is_compatible]
+    if refused:
+        raise UserError(
+            f"{folder.root.name} was begun with other settings:\n  "
+            + "\n  ".join(refused)
+            + "\ngive the changed study another name, or undo the change"
+        )
+    return found
+
+
+def difference(old_text: str, new_text: str) -> list[Difference]:
+    """What a study that was begun with `old_text` would find changed in `new_text`.
+
+    It can go on if every difference `is_compatible`: a larger `budget.trials`, or another
+    `confirm`, `resources`, `storage`, `question` or `log`.
+    """
+    old, new = (
+        flatten(parse_spec(text, Path(), where=where).model_dump(mode="json", by_alias=True))
+        for text, where in ((old_text, "the study as it was begun"), (new_text, "the study file"))
+    )
+    found = []
+    for path in sorted(old.keys() | new.keys()):
+        before: Any = old.get(path)
+        after: Any = new.get(path)
+        if before != after or (path in old) != (path in new):
+            is_free = path.split(".")[0] in ("confirm", "resources", "storage", "question", "log")
+            is_more = path == "budget.trials" and int(after) > int(before)
+            found.append(Difference(path, before, after, is_free or is_more))
+    return found
+
+
+def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
+    """The spec if it is sound; else as many problems as can be seen, whatever else is wrong."""
+    spec: Any = None  # a StudySpec, or its sound part: a model made for this file alone
+    try:
+        spec = StudySpec.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
+        for path, problem in explain(error, StudySpec, data):
+            problems.add(path, problem)
+        spec = _sound_part(data, wrong)
+        if "trial" in wrong:
+            spec = spec.model_copy(update={"trial": _sound_trial(data.get("trial"))})
+    checks.check_metrics(spec.objectives, spec.stopping, spec.probe, problems)
+    trial, search, probe = spec.trial, spec.search, spec.probe
+    if trial is not None and search is not None:
+        before = len(problems.found)
+        checks.check_search(trial, search, spec.sampler, problems)
+        if len(problems.found) == before:
+            unit = checks.check_together(trial, search, spec.data, spec.resources, probe, problems)
+            if probe is not None:
+                probe = probe.model_copy(update={"unit": unit})
+                spec = spec.model_copy(update={"probe": probe})
+    checks.check_budget(spec.budget, spec.controls, spec.seeds, problems)
+    return spec if isinstance(spec, StudySpec) else None
+
+
+def _sound_trial(data: Any) -> TrialConfig | None:
+    """The trial without the settings that are wrong, so that the search can be looked at."""
+    trial = json.loads(json.dumps(data))
+    while isinstance(trial, dict):
+        try:
+            return TrialConfig.model_validate_json(json.dumps(trial), strict=True)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            path = place(detail, trial)
+            if detail["type"] == "missing":
+                path = path[:-1]
+            around: Any = trial
+            for part in path[:-1]:
+                around = around[part]
+            if not path or not isinstance(around, dict):
+                return None
+            del around[path[-1]]
+    return None
+
+
+def _sound_part(data: dict[str, Any], wrong: set[str]) -> Any:
+    """The spec with None for the top-level settings that are wrong."""
+    fields: dict[str, Any] = {
+        name: (Any, None) if name in wrong else (field.rebuild_annotation(), field)
+        for name, field in StudySpec.model_fields.items()
+    }
+    part = {key: value for key, value in data.items() if key in fields and key not in wrong}
+    model = create_model("SoundPart", __base__=Strict, **fields)
+    return model.model_validate_json(json.dumps(part), strict=True)
