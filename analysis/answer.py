@@ -48,6 +48,7 @@ def answer(tables: StudyTables) -> Answer:
         is_shown = is_beyond_chance(verdict) and (verdict["mean"] > 0) == goal.maximize
         headline = _beside_the_control(line, control.iloc[0], verdict, goal, is_shown)
         sentences.append(_certainty(verdict, goal, tables))
+    sentences.append(_comparability_sentence(tables))
     sentences.append(_random_weights_sentence(tables, ranks, goal))
     sentences += [_pretraining_sentence(ranks, against, goal), _test_sentence(tables, best, goal)]
     sentences += [_by_patch_sentence(tables, goal), _other_objectives(tables, ranks)]
@@ -125,6 +126,17 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
         else ""
     )
     return f"The difference is {interval} ({how}): not told apart from none.{missed}"
+
+
+def _comparability_sentence(tables: StudyTables) -> str | None:
+    """Told only where the study asks for metrics that not all arms share."""
+    titles = [measure.title for measure in tables.objectives if not measure.is_comparable]
+    if not titles:
+        return None
+    return (
+        f"Arms that differ in ratio or patch cannot be compared by {' or '.join(titles)}: it "
+        f"depends on the trial's own ratio and patch."
+    )
 
 
 def _random_weights_sentence(tables: StudyTables, ranks: pd.DataFrame, goal: Measure) -> str | None:

@@ -16,6 +16,9 @@ def methods(tables: StudyTables) -> list[str]:
     shares = " and ".join(plain(ratio, 8) for ratio in named) or "several"
     metrics = [metric for name in tables.measured if (metric := known(name))]
     has_volumes = any(metric.of_volumes for metric in metrics)
+    native = "is not ranked"
+    if not all(measure.is_comparable for measure in tables.objectives):
+        native = "cannot compare arms that differ in ratio or patch"
     of_volumes = [
         "Whole volumes. Dice per volume, HD95 and surface Dice are taken for each class in each "
         "volume and averaged over volumes, then over classes without background. HD95 is the 95th "
@@ -31,10 +34,10 @@ def methods(tables: StudyTables) -> list[str]:
         f"patch size or schedule. The hidden shares are {shares}; the mean over them is reported. "
         f"Only hidden pixels count, intensities run from 0 to 1, and PSNR is taken per image and "
         f"then averaged. Higher is better.",
-        "Native PSNR uses each trial's own ratio and patch, as papers plot it. It is in the CSV "
-        "and is not ranked: a smaller ratio makes the task easier, and pasting the visible "
-        "patches into the picture adds −10·log10(ratio) dB, so that going from 0.75 to 0.25 "
-        "gains 4.77 dB with no better model.",
+        f"Native PSNR uses each trial's own ratio and patch, as papers plot it. It is in the CSV "
+        f"and {native}: a smaller ratio makes the task easier, and pasting the visible "
+        f"patches into the picture adds −10·log10(ratio) dB, so that going from 0.75 to 0.25 "
+        f"gains 4.77 dB with no better model.",
         "Training losses are not compared. The loss is averaged over a trial's own hidden pixels, "
         "so it changes with ratio, patch size and target even for the same model.",
         "Segmentation. The pretrained encoder is fine-tuned with a U-Net Transformer. mIoU is the "

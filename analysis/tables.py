@@ -68,6 +68,12 @@ class Measure(NamedTuple):
         words = (metric.heading if metric else "") or self.title
         return capitalised(words)
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether arms that differ in ratio or patch may be compared by it."""
+        metric = known(self.key)
+        return metric is None or metric.is_comparable
+
     def show(self, value: float | None, signed: bool = False) -> str:
         """The value with its unit."""
         number = self.number(value, signed)

@@ -22,6 +22,7 @@ from trainables.edges import Edges, grid_of, in_words
 from trainables.hiding import has_teacher
 from trainables.mae import MAE
 from trainables.masking import hidden_units
+from trainables.metrics import metric_of
 from trainables.schedules import MIDPOINTS, value_at
 
 if TYPE_CHECKING:
@@ -252,4 +253,14 @@ def _warnings(
             f"sampler: {spec.sampler.name} draws its first {startup} arms by chance, and there are "
             f"{num_searched}; a grid may tell more"
         )
+    chosen_by = [("objectives", objective.metric) for objective in spec.objectives]
+    chosen_by += [
+        ("stopping", name) for key, name in spec.stopping.options().items() if key == "metric"
+    ]
+    for setting, name in chosen_by:
+        if not metric_of(name).is_comparable:
+            warnings.append(
+                f"{setting}: {name} depends on the trial's own ratio and patch: arms that differ "
+                f"in them cannot be compared by it"
+            )
     return warnings

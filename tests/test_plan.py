@@ -118,6 +118,23 @@ def test_what_will_disappoint_is_said():
     assert "the last arm gets 1 of 2 seeds" in last
 
 
+def test_a_metric_by_which_arms_cannot_be_compared_is_told_and_not_refused():
+    native = "{metric: pretrain/native_psnr_all, goal: maximize}"
+    halving = "stopping: {name: halving, metric: pretrain/native_psnr_hidden}\n"
+    spec = parse_spec(
+        study(halving).text.replace("objectives: [", f"objectives: [{native}, "),
+        Path(),
+        where="s.yaml",
+    )
+    depends = "depends on the trial's own ratio and patch: arms that differ in them cannot be"
+    assert made(spec).warnings == [
+        f"objectives: pretrain/native_psnr_all {depends} compared by it",
+        f"stopping: pretrain/native_psnr_hidden {depends} compared by it",
+    ]
+    assert data_problems(spec, DATA) == []
+    assert made(study("stopping: halving\n")).warnings == []
+
+
 def test_labels_cost_a_second_phase():
     spec = study()
     without, labelled = arm_cost(spec.trial, DATA), arm_cost(spec.trial, LABELLED)

@@ -375,6 +375,22 @@ def test_scores_of_volumes_are_told_only_where_there_are_volumes() -> None:
         assert 'id="class_iou"' in page
 
 
+def test_objectives_by_which_arms_cannot_be_compared_are_named() -> None:
+    tables = study_tables(Path("s"))
+    told = [words for words in answer(tables).sentences if "cannot be compared" in words]
+    assert told == [] and any("and is not ranked: a smaller" in words for words in methods(tables))
+
+    goals = ("pretrain/probe_psnr", "pretrain/native_psnr_all", "pretrain/native_psnr_hidden")
+    tables = study_tables(Path("s"))
+    tables.spec["objectives"] = [{"metric": goal, "goal": "maximize"} for goal in goals]
+    told = [words for words in answer(tables).sentences if "cannot be compared" in words]
+    assert told == [
+        "Arms that differ in ratio or patch cannot be compared by native PSNR, all pixels or "
+        "native PSNR, hidden pixels: it depends on the trial's own ratio and patch."
+    ]
+    assert not any("is not ranked" in words for words in methods(tables))
+
+
 def test_the_legend_names_the_classes_of_the_data_in_the_colours_of_the_pictures() -> None:
     """Also where the validation images lack one, which therefore has no score."""
 

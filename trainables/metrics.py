@@ -46,6 +46,7 @@ class Metric(NamedTuple):
     is_drawn: bool = True  # the report has a figure of its classes or sizes
     over_phases: Literal["sum", "max"] | None = None  # what a whole trial has of a cost
     is_objective: bool = True  # arms may be chosen by it
+    is_comparable: bool = True  # it means the same for arms that differ in ratio or patch
     is_held_out: bool = False  # scored on the test split
     of_volumes: bool = False  # measured of whole volumes only, without background
     # counted over a split -> score of the whole (""), or of each class or size; NaN: there is none
@@ -175,6 +176,7 @@ _ON_VAL: dict[str, Metric] = {
         "loss",
         "training loss, mean since the rung before; losses differ with ratio, patch and target",
         is_objective=False,
+        is_comparable=False,
     ),
     "probe_psnr": _pretrain(
         "maximize",
@@ -203,12 +205,14 @@ _ON_VAL: dict[str, Metric] = {
         "dB",
         "native PSNR, hidden pixels",
         "PSNR of hidden pixels at the trial's own ratio",
+        is_comparable=False,
     ),
     "native_psnr_all": _pretrain(
         "maximize",
         "dB",
         "native PSNR, all pixels",
         "PSNR of all pixels at the trial's own ratio",
+        is_comparable=False,
     ),
     "ratio": _pretrain(
         "none", "", "ratio", "share of mask units that are hidden", is_objective=False
