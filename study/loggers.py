@@ -6,7 +6,8 @@ in the study folder, so that nothing is written twice; and as a driver may die b
 logger sees to it that a page written once more changes nothing.
 
 To add one, write a function of a `Page` with keyword-only options that returns a handle for the
-trial's later pages, and add it to LOGGERS and what it needs to PACKAGES.
+trial's later pages, and add it to LOGGERS. What it imports (inside the function) and is no
+dependency of ours goes into PACKAGES as well, and into an extra of its name in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -242,7 +243,8 @@ class Journal:
 
 def check_packages(log: Sequence[Choice]) -> None:
     """Refuse a logger that cannot be imported here."""
-    missing = [each.name for each in log if importlib.util.find_spec(PACKAGES[each.name]) is None]
+    needed = {each.name: PACKAGES[each.name] for each in log if each.name in PACKAGES}
+    missing = [name for name, package in needed.items() if not importlib.util.find_spec(package)]
     if missing:
         raise UserError(
             f"log: {' and '.join(missing)} not installed here; "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,61 @@ def test_every_row_is_a_scalar_once_though_the_driver_died_at_the_worst_moments(
     assert good.data.params["arm"] == done.arm
 
 
+# Not W&B: offline it begins a folder for every page, and online it wants an account
+LOCAL = [name for name in LOGGERS if name != "wandb"]
+
+
+def files_of(folder: StudyFolder) -> dict[str, int]:
+    """Every file of the study, with its size."""
+    found = (path for path in folder.root.rglob("*") if path.is_file())
+    return {path.relative_to(folder.root).as_posix(): path.stat().st_size for path in found}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_page_that_is_written_once_more_changes_nothing(name: str, folder: StudyFolder) -> None:
+    pytest.importorskip(PACKAGES.get(name, "json"))
+    driver = Driver(folder, TINY_STUDY)
+    trial = driver.begin()
+    driver.rung(trial, 0.5)
+    driver.rung(trial, 1.0)
+    driver.conductor.done(trial, Ending.COMPLETE, None)
+    driver.end()
+    rows = [{str(k): v for k, v in row.items()} for row in read_rows(folder).to_dict("records")]
+    first = Page("tiny", folder, trial, rows[:2], 0, None, None, is_again=False)
+    write, before = LOGGERS[name], files_of(folder)
+    handle = write(first)
+    written = files_of(folder)
+    assert written != before, "nothing of it stands in the study folder"
+    assert write(replace(first, is_again=True)) == handle
+    assert files_of(folder) == written
+    result = driver.conductor.results[trial.trial]
+    for more in (
+        Page("tiny", folder, trial, rows[2:], 2, None, handle, is_again=False),
+        Page("tiny", folder, trial, [], 4, result, handle, is_again=False),
+    ):
+        assert write(more) == handle
+        written = files_of(folder)
+        assert write(more) == handle
+        assert files_of(folder) == written
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", LOCAL)
+def test_every_logger_takes_good_ends_and_bad_ones(name: str, folder: StudyFolder) -> None:
+    pytest.importorskip(PACKAGES.get(name, "json"))
+    driver = Driver(folder, TINY_STUDY + f"log: [{name}]\n")
+    good, bad = driver.begin(), driver.begin()
+    driver.rung(good, 1.0)
+    driver.conductor.done(good, Ending.COMPLETE, None)
+    driver.conductor.done(bad, Ending.FAILED, "a traceback\nValueError: 'a', \"b\", ümlaut")
+    driver.end()
+    assert driver.said == []
+    for trial, rows, outcome in ((good, 2, "complete"), (bad, 0, "failed")):
+        note = json.loads(folder.logged(name, trial.trial).read_text())
+        assert (note["rows"], note["outcome"]) == (rows, outcome)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_tensorboard_has_settings_and_outcome(folder: StudyFolder) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -237,7 +294,7 @@ def released(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     event.set()
 
 
-@pytest.mark.parametrize("name", LOGGERS)
+@pytest.mark.parametrize("name", PACKAGES)
 def test_a_missing_package_is_told_before_anything_starts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +310,12 @@ def test_a_missing_package_is_told_before_anything_starts(
         main(["run", str(path)])
     assert f"pip install 'maskstudy[{name}]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_logger_needs_is_an_extra_of_its_name() -> None:
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert PACKAGES.keys() <= LOGGERS.keys()
+    assert PACKAGES.keys() <= pyproject["project"]["optional-dependencies"].keys()
 
 
 def test_options_stand_in_the_study_file_and_a_study_may_go_on_with_another_log() -> None:
