@@ -133,7 +133,7 @@ def _check_options(trial: TrialConfig, path: str, item: SearchItem, problems: Pr
     search = {path: item}
     known = space.parameters(search)
     parts = path.split(".")
-    for count, point in enumerate(space.combinations(search, _ends)):
+    for count, point in enumerate(space.combinations(search, space.ends)):
         if count == MOST_COMBINATIONS:
             problems.add(("search", path), "given too many ranges within labels; expected fewer")
             return
@@ -157,17 +157,12 @@ def _check_siblings(trial: TrialConfig, search: Search, problems: Problems) -> N
     for family in families.values():
         if len(family) == 1:
             continue
-        for point in islice(space.combinations(family, _ends), MOST_COMBINATIONS):
+        for point in islice(space.combinations(family, space.ends), MOST_COMBINATIONS):
             settings = trial.model_dump(mode="json")
             for path, value in point.overrides.items():
                 space.set_at(settings, path.split("."), value)
             for _, problem in _trial_problems(settings)[0]:
                 problems.add(("search", list(family)[-1]), problem)
-
-
-def _ends(parameter: space.Parameter) -> list[Any]:
-    item = parameter.item
-    return list(item.choices) if item.choices is not None else [item.low, item.high]
 
 
 def _check_whole(settings: dict[str, Any], parameter: space.Parameter, problems: Problems) -> None:

@@ -33,7 +33,12 @@ from pathlib import Path
 
 from trainables import storage
 
+_STUDY = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _TRIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def is_study_name(text: str) -> bool:
+    return bool(_STUDY.fullmatch(text))
 
 
 def is_trial_id(text: str) -> bool:

@@ -189,14 +189,9 @@ def _visible_share(config: TrialConfig, size: tuple[int, ...]) -> float:
 
 def _some_arms(spec: StudySpec) -> list[TrialConfig]:
     """Arms all over the space: every choice, ranges at both ends, thinned out evenly."""
-
-    def ends(parameter: space.Parameter) -> list[Any]:
-        item = parameter.item
-        return list(item.choices) if item.choices is not None else [item.low, item.high]
-
     if not spec.search:
         return []
-    points = list(islice(space.combinations(spec.search, ends), MOST_WALKED))
+    points = list(islice(space.combinations(spec.search, space.ends), MOST_WALKED))
     stride = math.ceil(len(points) / MOST_SAMPLED)
     return [space.resolve(spec, point.overrides) for point in points[::stride]]
 

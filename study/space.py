@@ -254,6 +254,12 @@ def finite_values(item: SearchItem) -> list[Any] | None:
     return values if item.is_integer else [_tidy(value) for value in values]
 
 
+def ends(parameter: Parameter) -> list[Any]:
+    """Every choice, and of a range both ends."""
+    item = parameter.item
+    return list(item.choices) if item.choices is not None else [item.low, item.high]
+
+
 def is_item(value: Any) -> bool:
     """Whether a value under a label is a distribution of its own."""
     if not isinstance(value, dict) or "name" in value:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, PrivateAttr
 
-from study.folder import Storage, StudyFolder
+from study.folder import Storage, StudyFolder, is_study_name
 from study.loggers import LOGGERS
 from study.reader import show
 from study.samplers import SAMPLERS
@@ -30,13 +30,12 @@ else:
     Stopper = named(STOPPERS)
     Logger = named(LOGGERS)
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 DEVICE_NAME = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # Windows makes no such folders
 RAY_COPY = re.compile(r"/session_[^/]+/runtime_resources/")
 
 
 def _name(value: str) -> str:
-    if not NAME.fullmatch(value) or DEVICE_NAME.fullmatch(value):
+    if not is_study_name(value) or DEVICE_NAME.fullmatch(value):
         raise ValueError(
             f"given {show(value)}; expected a word of a-z, 0-9, - and _ that starts with a letter "
             f"or digit and has at most 64 of them"

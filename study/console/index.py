@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ import pandas as pd
 
 from analysis.tables import Measure, StudyTables, arm_label, assemble, objectives_of, spec_of
 from study import mirror
-from study.folder import Storage, StudyFolder
+from study.folder import Storage, StudyFolder, is_study_name
 from study.ledger import (
     COLUMNS,
     RETRIABLE,
@@ -48,7 +47,6 @@ PATIENCE_SECONDS = 0.4  # that a request waits for a look
 MOST_STUDIES = 1000
 READ_AT_ONCE = 100  # trials; reading one by one takes several times as long
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _Look = tuple[tuple[int, int], tuple[str, ...]]  # of a trial: its outcome's stamp, its parts
 
 
@@ -138,7 +136,7 @@ class Index:
         for entry in entries:
             if not StudyFolder(Path(entry.path)).spec.is_file():
                 continue
-            if _NAME.fullmatch(entry.name) and not entry.is_symlink():
+            if is_study_name(entry.name) and not entry.is_symlink():
                 found.append(entry.name)
             else:
                 strange += 1
@@ -146,7 +144,7 @@ class Index:
 
     def folder(self, name: str) -> StudyFolder:
         """The folder of a study of the storage; raises NotFound."""
-        folder = self.storage.study(name) if _NAME.fullmatch(name) else None
+        folder = self.storage.study(name) if is_study_name(name) else None
         if folder is None or folder.root.is_symlink():
             raise NotFound("no such study in this storage")
         if folder.remote and not folder.spec.is_file() and mirror.exists(folder):
@@ -160,7 +158,7 @@ class Index:
         when, names = self._listed
         if time.monotonic() - when > FAR_FRESH_SECONDS:
             known = set(names)
-            there = [name for name in store(self.storage.remote).folders() if _NAME.fullmatch(name)]
+            there = [name for name in store(self.storage.remote).folders() if is_study_name(name)]
             names = [
                 name for name in there if name in known or mirror.exists(self.storage.study(name))
             ]
