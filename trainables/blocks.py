@@ -2,7 +2,7 @@
 
 They are our own because timm and MONAI cost every worker seconds of import for these few lines.
 Weights have the names, the order and the initial values that they have there, so that an encoder
-loads in timm and an older checkpoint here. tests/test_blocks.py compares them bit by bit.
+loads in timm and an older checkpoint here (tests/trainables/test_blocks.py, bit by bit).
 
 B batch · N tokens · D width · H heads · C channels · *S spatial axes
 """

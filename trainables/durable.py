@@ -5,7 +5,7 @@ one or the other, never half of it. A power cut might still leave the new name b
 so the content is synced before the rename; and it might undo the rename, so what is acknowledged is
 published: its folder, which holds the name, is synced as well.
 
-No other file of study, trainables and analysis syncs or renames (tests/test_layers.py).
+No other file of study, trainables and analysis syncs or renames (tests/whole/test_layers.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""Run: python -m pytest tests/analysis/test_statistics.py"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis.statistics import detectable_difference, difference, holm, t_interval
+
+
+def test_t_interval_by_hand() -> None:
+    mean, low, high, n = t_interval([1.0, 2.0, 3.0])  # sd 1, t(0.975; 2) = 4.302653
+    assert (mean, n) == (2.0, 3)
+    assert low == pytest.approx(2 - 4.302653 / 3**0.5, abs=1e-5)
+    assert high == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-5)
+
+
+def test_one_seed_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="at least 2 seeds, got 1"):
+        t_interval([0.5])
+    assert difference({0: 0.5}, {0: 0.4}) is None
+    assert difference({0: 0.5}, {0: 0.4, 1: 0.4}) is None
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_intervals_cover_the_truth_in_at_least_93_percent(n: int) -> None:
+    rng = np.random.default_rng(n)
+    draws = rng.normal(0.6, 0.02, size=(3000, n))
+    covered = [low <= 0.6 <= high for _, low, high, _ in map(t_interval, draws)]
+    assert np.mean(covered) >= 0.93
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_paired_intervals_cover_the_true_difference(n: int) -> None:
+    rng = np.random.default_rng(n)
+    covered = []
+    for _ in range(2000):
+        seed_effect = rng.normal(0, 0.1, n)
+        a = dict(enumerate(seed_effect + rng.normal(0.03, 0.01, n)))
+        b = dict(enumerate(seed_effect + rng.normal(0, 0.01, n)))
+        found = difference(a, b)
+        assert found is not None
+        covered.append(found.low <= 0.03 <= found.high)
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_common_seeds_are_paired() -> None:
+    """A seed that is hard for both arms does not blur their difference."""
+    a, b = {0: 0.50, 1: 0.71, 2: 0.90, 7: 0.1}, {2: 0.80, 0: 0.40, 1: 0.60}
+    found = difference(a, b)
+    assert found is not None
+    gaps = [0.10, 0.11, 0.10]
+    assert found.paired and found.n == 3
+    assert found.mean == pytest.approx(np.mean(gaps))
+    assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+    assert found.sd == pytest.approx(np.std(gaps, ddof=1))
+
+
+def test_without_common_seeds_welch_is_used() -> None:
+    a, b = {0: 0.50, 1: 0.52, 2: 0.57}, {3: 0.40, 4: 0.45}
+    found = difference(a, b)
+    expected = stats.ttest_ind(list(a.values()), list(b.values()), equal_var=False)
+    assert found is not None
+    assert not found.paired and found.n == 2
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+
+
+def test_equal_values_show_nothing() -> None:
+    """Copies of one run are no replicates: sure of everything, they must claim nothing."""
+    found = difference({0: 0.6, 1: 0.6, 2: 0.6}, {0: 0.5, 1: 0.5, 2: 0.5})
+    assert found is not None
+    assert found.p == 1.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("n", "effect"), [(3, 3.3), (5, 1.7), (6, 1.4), (8, 1.2), (10, 1.0), (15, 0.8)]
+)
+def test_detectable_difference_in_standard_deviations(n: int, effect: float) -> None:
+    assert detectable_difference(1.0, n) == pytest.approx(effect, abs=0.051)
+
+
+def test_detectable_difference_is_found_in_four_of_five_studies() -> None:
+    effect = detectable_difference(0.02, 5)
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(effect, 0.02, size=(4000, 5))
+    assert np.mean(stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)

@@ -1,0 +1,155 @@
+"""Cost before it is paid. Run: python -m pytest tests/trainables/test_cost.py"""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainables.config import TrialConfig
+from trainables.cost import activation_bytes, mae_flops, planned_flops, segment_flops
+from trainables.mae import MAE
+from trainables.masking import MASKING, MaskRequest
+from trainables.pretrain import choose_patches
+from trainables.unetr import build_unetr
+
+# model, image size, channels, hidden patches, weight of visible pixels
+CASES = [
+    ({"size": "pico", "patch": 4, "decoder": {"depth": 1, "width": 64}}, (16, 16), 1, 12, 0),
+    ({"size": "pico", "patch": 4, "decoder": {"depth": 3, "width": 128}}, (8, 20), 3, 5, 0),
+    ({"size": "nano", "patch": 8, "decoder": {"depth": 2, "width": 64}}, (32, 16), 2, 3, 0.5),
+    ({"size": "tiny", "patch": 16, "decoder": {"depth": 2, "width": 192}}, (64, 48), 3, 9, 0),
+    ({"size": "pico", "patch": 2, "decoder": {"depth": 1, "width": 64}}, (4, 6, 8), 1, 18, 1),
+    ({"size": "pico", "patch": [2, 4, 3], "decoder": {"depth": 1}}, (8, 12, 6), 2, 18, 0.5),
+    ({"size": "pico", "patch": [8, 2], "decoder": {"attention": "cross"}}, (16, 6), 1, 4, 0),
+]
+
+
+def trial(model, *, visible_weight=0.0, **masking):
+    pretrain = {"visible_weight": visible_weight, "epochs": 2, "batch": 4}
+    return TrialConfig.model_validate({"model": model, "pretrain": pretrain, "masking": masking})
+
+
+def counted(config, size, channels, hidden):
+    """Forward, and forward and backward, of one image as PyTorch counts them."""
+    with torch.device("meta"):
+        model = MAE(config, size, channels)
+        image = torch.empty(1, channels, *size)
+        numbers = torch.arange(model.encoder.positions.shape[0])[None]
+    visible_BV, hidden_BX = numbers[:, hidden:], numbers[:, :hidden]
+    # Fused attention on the CPU is not in the counter's table
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = model(image, visible_BV, hidden_BX)
+        forward = counter.get_total_flops()
+        loss.backward()
+    return {"forward": forward, "guide": 0, "step": counter.get_total_flops()}
+
+
+@pytest.mark.parametrize(("model", "size", "channels", "hidden", "visible_weight"), CASES)
+def test_the_formula_equals_the_counter_to_the_digit(model, size, channels, hidden, visible_weight):
+    config = trial(model, visible_weight=visible_weight)
+    assert mae_flops(config, size, channels, hidden) == counted(config, size, channels, hidden)
+
+
+ALWAYS = {"name": "constant", "value": 0.5}
+GUIDED = {name: {"name": name} for name in MASKING if MASKING[name].guide_flops} | {
+    "random": {"name": "random"},
+    "complementary": {"name": "anatomask", "complementary": True},
+    "amlp with a head": {"name": "amlp", "category_weight": 0.1},
+    "amlp that asks": {"name": "amlp", "features": "encoder", "lesion": "highest_loss"},
+}
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_whole_step_costs_what_the_counter_says(name, attention):
+    """Where to hide, the loss, and backward: 15 units of 2 x 2 patches, of which 9 are hidden."""
+    decoder = {"depth": 2, "width": 64, "attention": attention}
+    if attention == "cross":
+        decoder["predicted"] = 0.5
+    model = {"size": "pico", "patch": 4, "decoder": decoder}
+    config = trial(model, strategy=GUIDED[name], unit=8, ratio=ALWAYS)
+    with torch.device("meta"):
+        mae = MAE(config, (24, 40), 2)
+        image, place = torch.empty(1, 2, 24, 40), torch.zeros(1, dtype=torch.int64)
+        request = MaskRequest((3, 5), 9, 0.5, 0, 0, place, image, mae, (2, 2))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with torch.no_grad():
+                masks = choose_patches(config, request)
+            guide = counter.get_total_flops()
+            mae(image, *masks).backward()
+    found = mae_flops(config, (24, 40), 2, 36)
+    assert (found["guide"], found["step"]) == (guide, counter.get_total_flops())
+
+
+def test_a_whole_step_with_edges_of_each_axis_costs_what_the_counter_says():
+    """3 x 5 x 1 units of 2 x 1 x 3 patches of 2 x 8 x 1 pixels, of which 9 units are hidden."""
+    model = {"size": "pico", "patch": [2, 8, 1], "decoder": {"depth": 2, "width": 64}}
+    size = (12, 40, 3)
+    for strategy in GUIDED.values():
+        config = trial(model, strategy=strategy, unit=[4, 8, 3], ratio=ALWAYS)
+        with torch.device("meta"):
+            mae = MAE(config, size, 2)
+            image, place = torch.empty(1, 2, *size), torch.zeros(1, dtype=torch.int64)
+            request = MaskRequest(mae.unit_grid, 9, 0.5, 0, 0, place, image, mae, (2, 1, 3))
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                with torch.no_grad():
+                    masks = choose_patches(config, request)
+                mae(image, *masks).backward()
+        assert mae.patches_per_unit == (2, 1, 3)
+        assert mae_flops(config, size, 2, 54)["step"] == counter.get_total_flops()
+
+
+def test_one_block_by_hand():
+    # without hidden patches' share: 2 visible + class = 3 tokens, 4 + class = 5 in the decoder
+    config = trial({"size": "pico", "patch": 1, "decoder": {"depth": 1, "width": 64}})
+    encoder = 4 * (24 * 3 * 64**2 + 4 * 3**2 * 64)
+    decoder = 24 * 5 * 64**2 + 4 * 5**2 * 64
+    ends = 2 * 2 * 64 + 2 * 3 * 64 * 64 + 2 * 2 * 64
+    assert mae_flops(config, (2, 2), 1, 2)["forward"] == encoder + decoder + ends
+
+
+def test_the_planned_cost_follows_the_schedule():
+    model = {"size": "pico", "patch": 4, "decoder": {"depth": 1, "width": 64}}
+    ratio = {"name": "step", "values": [0.25, 0.75], "at": [0.5]}
+    config = trial(model, unit=8, ratio=ratio)
+    # 10 images, 2 epochs, batches of 4: 5 steps at progress 0 .2 .4 .6 .8; 4 units of 4 patches
+    early = mae_flops(config, (16, 16), 1, hidden_patches=4)["step"]
+    late = mae_flops(config, (16, 16), 1, hidden_patches=12)["step"]
+    assert planned_flops(config, (16, 16), 1, num_images=10) == 4 * (3 * early + 2 * late)
+
+
+def test_less_than_a_batch_is_still_one_step():
+    config = trial({"size": "pico", "patch": 8})
+    one = mae_flops(config, (16, 16), 1, hidden_patches=3)["step"]
+    assert planned_flops(config, (16, 16), 1, num_images=1) == 4 * one
+
+
+@pytest.mark.parametrize("patch", [4, [4, 2]])
+@pytest.mark.parametrize("encoder", ["finetune", "frozen"])
+def test_segmenting_costs_what_a_real_model_does(encoder, patch):
+    model = {"size": "pico", "patch": patch}
+    config = TrialConfig.model_validate({"model": model, "segment": {"encoder": encoder}})
+    images = torch.zeros(2, 3, 16, 8)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        build_unetr(config, (16, 8), 3, 4)(images).sum().backward()
+    assert segment_flops(config, (16, 8), 3, 4) == counter.get_total_flops() / 2
+
+
+def test_segmenting_is_counted_once(monkeypatch):
+    first = segment_flops(trial({"size": "pico", "patch": 4}, unit=8), (16, 8), 1, 4)
+    monkeypatch.setattr("trainables.unetr.build_unetr", None)
+    # masking has no part in it
+    assert segment_flops(trial({"size": "pico", "patch": 4}, unit=16), (16, 8), 1, 4) == first
+
+
+def test_memory_grows_with_batch_and_visible_share():
+    def needed(value=0.75, **pretrain):
+        ratio = {"name": "constant", "value": value}
+        settings = {"pretrain": {"batch": 8, **pretrain}, "masking": {"ratio": ratio}}
+        return activation_bytes(TrialConfig.model_validate(settings), (64, 64), 3)
+
+    assert needed(batch=16) == 2 * needed(batch=8)
+    assert needed(value=0.25) > needed(value=0.75)
+    assert needed(precision="fp32") > needed(precision="bf16") == needed(precision="auto")
+    # 64 patches, 17 tokens through 12 blocks of 192, 65 through 2 of 128, 12 288 values
+    assert needed() == 8 * (12 * 17 * 192 * 34 + 2 * 65 * 128 * 34 + 12_288 * 16)
