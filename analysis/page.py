@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Iterable
 from importlib import resources
@@ -15,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from trainables import durable
+from trainables.settings import canonical_json
 
 
 def write_page(path: Path, page: str) -> Path:
@@ -63,7 +63,7 @@ def plain_figure(figure: go.Figure) -> dict[str, Any]:
 
 def as_json(content: Any) -> str:
     """JSON for a script element: six digits, no NaN, and nothing that could end the element."""
-    written = json.dumps(_finite(content), separators=(",", ":"), sort_keys=True, allow_nan=False)
+    written = canonical_json(_finite(content))
     return written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from study import space
 from trainables.atlas import draw_masks, masks_name
-from trainables.config import TrialConfig, canonical_json, geometry_misfits
+from trainables.config import TrialConfig, geometry_misfits
 from trainables.context import Context
 from trainables.data import Dataset
 from trainables.data.batches import to_device
@@ -31,7 +31,7 @@ from trainables.phase import batches
 from trainables.pretrain import make_learner, make_plan, num_pretrain, train_step
 from trainables.probe import probe_rows
 from trainables.schedules import parse, value_at
-from trainables.settings import short
+from trainables.settings import canonical_json, short
 
 if TYPE_CHECKING:
     from study.spec import StudySpec

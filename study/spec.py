@@ -16,9 +16,10 @@ from study.reader import show
 from study.samplers import SAMPLERS
 from study.space import SearchItem
 from study.stopping import STOPPERS
-from trainables.config import Positive, ProbeConfig, Strict, TrialConfig, digest
+from trainables.config import Positive, ProbeConfig, Strict, TrialConfig
 from trainables.data import DataConfig
 from trainables.named import Choice, named
+from trainables.settings import digest
 from trainables.storage import check_uri, is_uri
 
 if TYPE_CHECKING:

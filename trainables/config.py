@@ -5,8 +5,6 @@ The identity of a trial is the hash of its content, so equal settings are the sa
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -20,6 +18,7 @@ from trainables.masking import MASKING
 from trainables.named import Choice, named
 from trainables.optimizers import OPTIMIZERS
 from trainables.schedules import Schedule, ratio_problem
+from trainables.settings import digest
 
 
 def _edges(value: Any) -> Edges:
@@ -201,16 +200,6 @@ class ProbeConfig(Strict):
         """Edges of a hidden region of images with so many axes."""
         assert self.unit is not None, "set once the patches of the study are known"
         return per_axis(self.unit, axes, "probe.unit")
-
-
-def canonical_json(value: Any) -> str:
-    """One text for equal content: sorted keys, no spaces, shortest floats that read back equal."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of the canonical JSON, in hexadecimal."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def arm_id(config: TrialConfig) -> str:

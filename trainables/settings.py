@@ -1,7 +1,9 @@
-"""Settings as plain data: by dotted path, and in few characters."""
+"""Settings as plain data: by dotted path, as one text for equal ones, in few characters."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,19 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal content: sorted keys, no spaces, shortest floats that read back equal.
+
+    Ids of arms and trials and the seals of the ledger rest on it.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def short(value: Any) -> str:

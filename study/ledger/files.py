@@ -15,6 +15,7 @@ from typing import Any
 
 from study.ledger.records import LedgerError
 from trainables.errors import StorageError
+from trainables.settings import digest
 
 RESTORE = "Bring it back from a copy"
 
@@ -22,7 +23,7 @@ RESTORE = "Bring it back from a copy"
 def sealed(content: dict[str, Any]) -> bytes:
     """Indented JSON for people, with the SHA-256 of its content in the last field."""
     assert "sha256" not in content
-    sealed = {**content, "sha256": sha256(_canonical(content))}
+    sealed = {**content, "sha256": digest(content)}
     return (json.dumps(sealed, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
@@ -31,7 +32,7 @@ def unsealed(raw: bytes) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(raw)
         stated = content.pop("sha256")
-        is_intact = stated == sha256(_canonical(content))
+        is_intact = stated == digest(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{len(raw)} bytes, not JSON of the ledger's: {error!r}") from error
     if not is_intact:
@@ -82,7 +83,3 @@ def write_error(path: Path, error: OSError, num_bytes: int) -> StorageError:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _canonical(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

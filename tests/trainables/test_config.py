@@ -14,13 +14,12 @@ from trainables.config import (
     ProbeConfig,
     TrialConfig,
     arm_id,
-    canonical_json,
     conflicts,
-    digest,
     geometry_misfits,
     trial_id,
 )
 from trainables.errors import UserError
+from trainables.settings import canonical_json, digest
 
 
 def trial(**sections):

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainables.config import digest
 from trainables.data import files
 from trainables.data.rows import times
 from trainables.errors import UserError
 from trainables.late import Late
+from trainables.settings import digest
 
 if TYPE_CHECKING:
     import nibabel

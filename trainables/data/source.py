@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainables.config import digest
 from trainables.errors import UserError
+from trainables.settings import digest
 
 Array = npt.NDArray[Any]
 Split = Literal["pretrain", "train", "val", "test"]

@@ -35,7 +35,6 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables import durable
-from trainables.config import canonical_json
 from trainables.data.measure import measure, spots_of
 from trainables.data.source import (
     SPLITS,
@@ -49,6 +48,7 @@ from trainables.data.source import (
     tile_names,
 )
 from trainables.errors import StorageError, UserError
+from trainables.settings import canonical_json
 
 Hears = Callable[[int, int], None]  # (parts that are decoded, of how many), from any thread
 DECODING_BYTES = 2**31  # that volumes decoded side by side may take
