@@ -6,8 +6,6 @@ hash. Every word that comes from the study is escaped by the template.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from markupsafe import Markup
 
 from analysis import theme
 from analysis.gallery import CHANGING, UNREADABLE, Hidden, Shot, data_uri, shots, size, unreadable
-from analysis.page import resource, write_page
+from analysis.page import fingerprint, resource, write_page
 from analysis.theme import plain
 from trainables.edges import in_words
 
@@ -101,9 +99,8 @@ def render(folder: Path) -> str:
 
 def policy(style: str) -> str:
     """Nothing is loaded, nothing runs, and only this style sheet applies."""
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; "
+        f"default-src 'none'; style-src {fingerprint(style)}; img-src data:; base-uri 'none'; "
         f"form-action 'none'"
     )
 
