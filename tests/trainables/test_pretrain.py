@@ -30,7 +30,7 @@ from trainables.pretrain import (
     make_plan,
     train_step,
 )
-from trainables.probe import mean_of_visible, probe_mask
+from trainables.probe import PROBED, mean_of_visible, probe_mask
 from trainables.scores import psnr
 
 torch.set_num_threads(1)
@@ -89,10 +89,11 @@ def test_a_rung_reports_what_was_agreed_and_costs_add_up(tmp_path):
     assert outcome == "complete"
     assert diary.calls == [("pretrain", 4), ("pretrain", 7), ("pretrain", 14)]
     names = {metric for _, _, metric in diary.values}
+    assert PROBED.keys() >= {"probe_psnr", "probe_ssim"}
     assert names == {
         *("loss", "ratio", "images_per_second", "device_seconds", "flops", "planned_flops"),
-        *("peak_memory", "probe_psnr", "probe_ssim", "probe_gain"),
-        *(f"probe_{kind}@{r}" for kind in ("psnr", "ssim") for r in (0.25, 0.5, 0.75)),
+        *("peak_memory", "probe_gain", *PROBED),
+        *(f"{key}@{r}" for key in PROBED for r in (0.25, 0.5, 0.75)),
         *("native_psnr_hidden", "native_psnr_all"),
     }
     last = diary.values["pretrain", 14, "flops"]
