@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from trainables.named import Choice
 
 MOST_DRAWS = 2_000
-REACH = {"integer": 8, "number": 2.0}  # above the lowest: what is drawn is quick to try
+REACH = {"integer": 8, "number": 2.0}  # above the lowest, so that what is drawn is quick to try
 
 Rule = Mapping[str, Any]  # of a JSON schema
 
@@ -45,13 +45,13 @@ def drawn(setting: Any, name: str, count: int = 5) -> list[Choice]:
 
 
 def varied(setting: Any, given: Mapping[str, Any], name: str) -> Iterator[tuple[str, Choice]]:
-    """The same setting with one option changed: up to three other values of each option."""
+    """The same setting with one option changed: up to six other values of each option."""
     adapter, options, of_ref = _read(setting, name)
     chance = random.Random(name)
     for option, rule in options.items():
         found = [_accepted(adapter, given)]
         for _ in range(20):
-            if "const" in rule or len(found) == 4:
+            if "const" in rule or len(found) == 7:
                 break
             choice = _accepted(adapter, {**given, option: _draw(rule, of_ref, chance)})
             if choice is not None and choice not in found:
@@ -116,6 +116,6 @@ def _number(rule: Rule, chance: random.Random) -> float:
     reach = REACH[rule["type"]]
     low = rule.get("minimum", rule.get("exclusiveMinimum", -reach / 2))
     high = min(low + reach, rule.get("maximum", rule.get("exclusiveMaximum", low + reach)))
-    if rule["type"] == "integer":
-        return chance.randint(int(low), int(high))
-    return float(chance.choice([low, high, *(round(chance.uniform(low, high), 2) for _ in "1234")]))
+    share = chance.choice([0, 1, *(chance.random() for _ in range(4))])
+    value = low + share * (high - low)
+    return round(value) if rule["type"] == "integer" else round(value, 2)

@@ -1,30 +1,32 @@
 """Where images come from, and how trials read them.
 
-To add a source, write a function (root, *, options) -> store.Source and add it to SOURCES.
+To add a source, write a file with a function (root, *, options) -> Source, and with an `example` on
+which its contract is tried, and add both to SOURCES. Whatever decides a decoded byte and stands in
+no other field of the source goes into its `identity`: hashes of what was read, options. Whatever is
+wrong with a file is a UserError that names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainables.data import images, smears, volumes
-from trainables.data.source import Source
+from trainables.data.source import SourceKind
 from trainables.data.store import Dataset, Hears, open_dataset, write
 from trainables.named import Choice, named
 from trainables.storage import default_cache
 
-SOURCES: dict[str, Callable[..., Source]] = {
-    "smears": smears.smears,
-    "images": images.images,
-    "volumes": volumes.volumes,
+SOURCES = {
+    "smears": SourceKind(smears.smears, smears.example),
+    "images": SourceKind(images.images, images.example),
+    "volumes": SourceKind(volumes.volumes, volumes.example),
 }
 
 if TYPE_CHECKING:
     DataConfig = Choice
 else:
-    DataConfig = named(SOURCES, key="source")
+    DataConfig = named({name: kind.make for name, kind in SOURCES.items()}, key="source")
 
 
 def prepare(
@@ -34,7 +36,7 @@ def prepare(
 
     `decoded` hears of every part (a file, a generated image) that is done, from any thread.
     """
-    return write(SOURCES[config.name](root, **config.options()), cache, decoded)
+    return write(SOURCES[config.name].make(root, **config.options()), cache, decoded)
 
 
 __all__ = [

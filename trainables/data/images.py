@@ -172,6 +172,20 @@ def images(
     )
 
 
+def example(folder: Path) -> dict[str, Any]:
+    """Six pictures of noise, five of them with a mask, and what the classes are called."""
+    data, chance = folder / "pictures", np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (data / kind).mkdir(parents=True)
+    (data / "classes.json").write_text('{"classes": ["dark", "bright"], "small_classes": [1]}')
+    for number in range(6):
+        picture = chance.integers(0, 256, (16, 16), np.uint8)
+        Image.fromarray(picture).save(data / f"images/{number}.png")
+        if number:
+            Image.fromarray((picture > 200).astype(np.uint8)).save(data / f"masks/{number}.png")
+    return {"folder": "pictures", "size": 16}
+
+
 def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
     """Headers and hashes of an entry's files; an error says what does not fit."""
     with naming(entry.image, entry):

@@ -116,6 +116,11 @@ def smears(
     )
 
 
+def example(folder: Path) -> dict[str, Any]:
+    """A few smears; nothing is read."""
+    return {"size": 32, "images": 4, "val": 2, "test": 1, "unlabelled": 1}
+
+
 @dataclass(frozen=True)
 class Nucleus:
     """Lobes of a nucleus; lengths in units of the cell's radius, the arc in radians."""

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,14 @@ class Source:
         if self.whole is not None:
             facts["whole"] = [self.whole.shapes, self.whole.overlap, self.whole.tolerance]
         return digest(facts)
+
+
+class SourceKind(NamedTuple):
+    """An entry of SOURCES. Options are the keyword-only ones of `make`."""
+
+    make: Callable[..., Source]  # (root, *, options); paths among them count from root
+    # (folder) -> options: writes a few small files there, if any, and says how they are read
+    example: Callable[[Path], dict[str, Any]]
 
 
 def rows_of(splits: Array, split: Split) -> npt.NDArray[np.int64]:

@@ -55,9 +55,11 @@ from trainables.errors import UserError
 from trainables.late import Late
 
 if TYPE_CHECKING:
+    import nibabel
     from nibabel import orientations
     from scipy import ndimage
 else:
+    nibabel = Late("nibabel")
     orientations = Late("nibabel.orientations")
     ndimage = Late("scipy.ndimage")
 
@@ -228,6 +230,20 @@ def volumes(
             decode_bytes=max(_decode_bytes(read) for read in reads),
         ),
     )
+
+
+def example(folder: Path) -> dict[str, Any]:
+    """Six volumes of noise, five of them with a mask."""
+    data, chance = folder / "scans", np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (data / kind).mkdir(parents=True)
+    for number in range(6):
+        scan = chance.integers(1, 1000, (8, 10, 12), np.int16)
+        nibabel.save(nibabel.Nifti1Image(scan, np.eye(4)), data / f"images/{number}.nii.gz")
+        if number:
+            mask = nibabel.Nifti1Image((scan > 900).astype(np.uint8), np.eye(4))
+            nibabel.save(mask, data / f"masks/{number}.nii.gz")
+    return {"folder": "scans", "size": [8, 8, 8]}
 
 
 def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
