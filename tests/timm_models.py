@@ -1,43 +1,7 @@
-"""What tests compare with, of timm. No other file imports timm, or torchvision, which it needs.
+"""What tests compare with, of timm. No other file of theirs imports it."""
 
-PyPI's torchvision is built for CUDA. Beside a CPU-only torch its library cannot load; torchvision
-tolerates that but for two operators that it describes at import without having them ("operator
-torchvision::nms does not exist", pytorch/vision#9085). Declaring them, without any kernel, lets
-torchvision and so timm import; calling them still fails clearly. Where the library loads, nothing
-is declared. A wheel from PyTorch's own index for CPUs needs none of this.
-"""
-
-from __future__ import annotations
-
-import importlib.util
-import pathlib
-
-import torch
-
-
-def _declare_missing_operators() -> torch.library.Library | None:
-    if torch.version.cuda is not None or torch.version.hip is not None:
-        return None
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None or hasattr(torch.ops.torchvision, "nms"):
-        return None
-    for extension in pathlib.Path(found.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(str(extension))  # type: ignore[no-untyped-call]
-        except OSError:
-            continue
-        return None
-    declared = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-    for operator in ("nms", "qnms"):
-        schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        declared.define(schema)  # type: ignore[no-untyped-call]
-    return declared
-
-
-# Kept, because the declarations last as long as this object
-_DECLARED = _declare_missing_operators()
-
-from timm import create_model  # noqa: E402  (after the declarations)
-from timm.models.vision_transformer import Block  # noqa: E402
+from tests import torchvision_mended  # noqa: F401, I001  (before timm, which imports torchvision)
+from timm import create_model
+from timm.models.vision_transformer import Block
 
 __all__ = ["Block", "create_model"]

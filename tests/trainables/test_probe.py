@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from tests import toy
+from tests import torchvision_mended, toy  # noqa: F401  (torchmetrics imports torchvision)
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.edges import grid_of, per_axis
 from trainables.errors import UserError
@@ -27,7 +27,7 @@ from trainables.probe import (
 from trainables.scores import ssim
 
 # isort: split
-# after trainables, which mends a torchvision that torchmetrics could not import
+# after the mending
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 torch.set_num_threads(1)
