@@ -1,8 +1,10 @@
 """Which arm to try next, of those that a study's space holds.
 
 To add a sampler, write a function of (seed, number of objectives) with keyword-only options that
-returns an Optuna sampler, and add it to SAMPLERS; `None` instead stands for walking the grid. How
-it is asked, and what it is shown, is in optuna_study.py.
+returns an Optuna sampler, and add it to SAMPLERS; `None` instead stands for walking the grid. It is
+called anew for every question, so it is cheap and keeps nothing; heavy libraries are imported when
+it is asked, not here. One that learns has an option `startup`, the arms that chance decides before.
+How it is asked, and what it is shown, is in optuna_study.py.
 """
 
 from __future__ import annotations

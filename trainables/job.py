@@ -94,7 +94,7 @@ def run_job(
 
     def decoded(done: int, parts: int) -> None:
         alive()
-        tell(f"its workers are decoding images: {done:,} of {parts:,} files")
+        tell(f"its workers are decoding images: {done:,} of {parts:,} parts")
 
     dataset = _dataset_on_this_node(job, decoded)
     config = TrialConfig.model_validate(job["config"])

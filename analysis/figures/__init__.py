@@ -1,7 +1,9 @@
 """The report's figures, each a pair in a file: `<name>_numbers` (tested), then `<name>` (ink).
 
 To add one, write the pair, both with the same arguments, and a line in FIGURES; it stands in the
-section named there, behind the figures above it. A figure without data says in one sentence why.
+section named there, behind the figures above it. A figure without data is `Drawn(numbers, None,
+title, says)`, whose last says in one sentence why; words of the user go through `theme.text`. What
+several figures draw alike is in drawn.py and rows.py.
 A metric of METRICS that is measured of each class or size has its figure by that.
 """
 

@@ -46,7 +46,7 @@ def _decoded(spec: StudySpec) -> Path:
             spec.data,
             spec.folder_of_yaml,
             default_cache(),
-            lambda done, parts: patience.say(f"decoding: {done:,} of {parts:,} files"),
+            lambda done, parts: patience.say(f"decoding: {done:,} of {parts:,} parts"),
         )
 
 

@@ -115,5 +115,5 @@ def test_what_takes_long_is_shown_with_how_far_it_is(monkeypatch: pytest.MonkeyP
     log = Console(width=160, record=True, file=io.StringIO())
     with Patience(log, "checking the data") as patience:
         wait_until(lambda: "checking the data (0 s)" in log.export_text(clear=False))
-        patience.say("decoding: 120 of 4,000 files")
-        wait_until(lambda: "decoding: 120 of 4,000 files (0 s)" in log.export_text(clear=False))
+        patience.say("decoding: 120 of 4,000 parts")
+        wait_until(lambda: "decoding: 120 of 4,000 parts (0 s)" in log.export_text(clear=False))

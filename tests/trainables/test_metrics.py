@@ -17,10 +17,12 @@ from trainables.metrics import (
     parse,
     place_of,
     rows,
+    sign,
     split_scores,
     title_of,
 )
 from trainables.scores import Counted, confusion, object_counts, psnr
+from trainables.surfaces import case_sums
 
 CLASSES = ["background", "cell", "platelet"]
 
@@ -266,3 +268,27 @@ def test_every_score_of_the_validation_split_has_a_twin_on_the_test_split():
 
 def test_a_phase_of_a_newer_version_comes_last():
     assert sorted(["later", *reversed(PHASES)], key=place_of) == [*PHASES, "later"]
+
+
+@pytest.mark.parametrize("name", [key for key, metric in METRICS.items() if metric.of_split])
+def test_a_perfect_segmentation_beats_a_wrong_one_and_nothing_has_no_score(name):
+    def scored(predicted, truth=TRUTH):
+        seen = object_counts(truth, predicted, 3, (2.0, 4.0))
+        pixels = confusion(torch.as_tensor(truth), torch.as_tensor(predicted), 3).numpy()
+        sums, counts = case_sums(truth[0], predicted[0], 3, (1.0, 1.0), 1.0)
+        return METRICS[name].of_split(Counted(CLASSES, pixels, seen, sums, counts))
+
+    def whole(values):
+        parts = values if isinstance(values, dict) else {"": values}
+        return parts.get("", parts.get("cell"))
+
+    better = sign(METRICS[name].goal)
+    assert better * whole(scored(TRUTH)) > better * whole(scored(WRONG))
+    nothing = np.full_like(TRUTH, 255)
+    values = scored(TRUTH, nothing)
+    for value in values.values() if isinstance(values, dict) else [values]:
+        assert math.isnan(value)
+
+
+TRUTH = np.array([[[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 0, 0]]], np.uint8)
+WRONG = np.array([[[1, 1, 0, 0], [0, 0, 2, 2], [0, 0, 1, 1]]], np.uint8)

@@ -9,6 +9,7 @@ import pytest
 
 from study.__main__ import app
 from study.loading import load_spec
+from trainables.masking import MASKING
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +53,11 @@ def test_the_file_tree_names_every_module() -> None:
 def test_every_example_is_sound_and_listed(path: Path) -> None:
     load_spec(path)
     assert path.name in README
+
+
+def test_every_strategy_has_its_row_among_the_methods() -> None:
+    methods = (ROOT / "docs" / "masking.md").read_text()
+    assert [name for name in MASKING if f"| `{name}` |" not in methods] == []
 
 
 def test_nothing_is_left_to_do_later() -> None:

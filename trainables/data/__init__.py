@@ -1,9 +1,10 @@
 """Where images come from, and how trials read them.
 
 To add a source, write a file with a function (root, *, options) -> Source, and with an `example` on
-which its contract is tried, and add both to SOURCES. Whatever decides a decoded byte and stands in
-no other field of the source goes into its `identity`: hashes of what was read, options. Whatever is
-wrong with a file is a UserError that names it.
+which its contract is tried, and add both to SOURCES, as a SourceKind. Every file that is read lies
+below a place that an option names. Whatever decides a decoded byte and stands in no other field of
+the source goes into its `identity`: hashes of what was read, options. Whatever is wrong with a file
+is a UserError that names it.
 """
 
 from __future__ import annotations
