@@ -113,7 +113,7 @@ def test_a_cluster_with_a_token_serves_who_has_it_and_tells_others_what_is_missi
 
         port = str(free_ports(1)[0])
         console = ("--storage", str(storage / "studies"), "--port", port)
-        assert "asks for the cluster's token" in maskstudy("console", *to_it, *console).stdout
+        assert "will ask for the cluster's token" in maskstudy("console", *to_it, *console).stdout
         base = f"http://127.0.0.1:{port}/api/studies"
         assert status_of(base, None) == 401
         assert [study["name"] for study in get(base, token)["studies"]] == ["tiny"]
