@@ -10,6 +10,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.samplers import GPSampler
 from optuna.trial import TrialState
 
 from study.ledger import Outcome, Result, Suggestion
@@ -175,6 +176,20 @@ def test_the_search_learns(name):
         scores.append(sum(late) / len(late))
     learnt, chance = scores
     assert learnt > chance + 0.5
+
+
+def test_a_gaussian_process_is_fitted_once_for_a_question(monkeypatch):
+    """Where one of nine arms is left, so that proposals are nearly always known."""
+    suggestions, brain = run(study(SMALL, soon("gp", 4)), 8)
+    fitted = []
+
+    def fit(self, *given, real=GPSampler.sample_relative):
+        fitted.append(given)
+        return real(self, *given)
+
+    monkeypatch.setattr(GPSampler, "sample_relative", fit)
+    assert arm_id(brain.ask(8).config) not in {one.arm for one in suggestions}
+    assert len(fitted) == 1
 
 
 def test_the_number_of_the_question_changes_the_answer():
