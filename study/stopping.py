@@ -1,7 +1,8 @@
 """Whether a trial goes on after a rung. Pure functions of measured values; no clocks, no memory.
 
 To add a rule, write a function of a `Rung` with keyword-only options that returns True to go on,
-and add it to STOPPERS. An option `metric` must be the name of a comparable metric.
+and add it to STOPPERS. An option `metric` must be the name of a comparable metric. Whoever did not
+measure it, or has no rivals, goes on; and so does whoever is better than one that goes on.
 """
 
 from __future__ import annotations

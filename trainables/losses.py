@@ -3,6 +3,7 @@
 To add a loss, write a function (errors_BX, truth_BXQ, weight_BX, *, options) -> loss_B and add it
 to LOSSES. `errors_BX` are mean squared errors that carry a graph, `truth_BXQ` is what was to be
 predicted. A patch counts as much as `weight_BX` says, its share of real voxels; None: all the same.
+Each image is judged by itself, in float32; smaller errors cost less, and none at all cost nothing.
 
 B batch · X hidden patches of an image · N next patches · Q values of one patch
 """
