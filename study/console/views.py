@@ -22,7 +22,7 @@ from analysis.grids import error_text
 from analysis.page import plain_figure
 from analysis.tables import OUTCOMES, StudyTables, measure_of
 from analysis.theme import GROUPS, colour, figure, plain, text
-from study.best import IN_WORDS, Final, Standing, ahead, best, of_file
+from study.best import CONFIRM, IN_WORDS, Final, Standing, ahead, best, group_of, of_file
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
 from study.ledger import Outcome, Suggestion, read_rows
 from study.state import State
@@ -284,14 +284,10 @@ def best_so_far(found: Snapshot) -> Drawn:
         return Drawn(frame, None, title, "No trial is complete.")
     traces: list[Any] = []
     searched = frame[frame["origin"] == "search"]
-    groups = [
-        ("search", searched),
-        ("confirm", frame[frame["origin"] == "confirm"]),
-        ("control", frame[frame["origin"].str.startswith("control")]),
-    ]
-    for name, part in groups:
+    who = [CONFIRM if origin == CONFIRM else group_of(origin) for origin in frame["origin"]]
+    for name, (hue, symbol) in {**GROUPS, CONFIRM: ("blue", "circle-open")}.items():
+        part = frame[[each == name for each in who]]
         if len(part):
-            hue, symbol = GROUPS.get(name, ("green", "triangle-up"))
             traces.append(
                 go.Scatter(
                     x=list(part["trial"]),

@@ -189,6 +189,8 @@ def test_the_figures_are_those_of_the_report(ask: Client) -> None:
     told = ask("/api/studies/platelets/figures").json["figures"]
     assert [item["name"] for item in told] == ["best", "curves", "ratio_patch"]
     assert all(item["figure"]["data"] for item in told)
+    marks = {trace["name"] for trace in told[0]["figure"]["data"]}
+    assert marks == {"searched", "control", "random-init", "frozen", "best so far"}
 
 
 def test_a_study_that_is_begun_grows_before_ones_eyes(tmp_path: Path) -> None:
