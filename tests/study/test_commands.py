@@ -15,21 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from study.__main__ import main
 from study.ledger import read_suggestions
 from tests.conftest import TINY_STUDY
 from tests.synthetic import refreeze, write_study
+from tests.terminal import call
 
 Capture = pytest.CaptureFixture[str]
-
-
-def call(*arguments: str | Path) -> int:
-    """Exit code of `maskstudy ...`."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture

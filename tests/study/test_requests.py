@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from study import requests
-from study.__main__ import main
 from study.conductor import Conductor
 from study.folder import Storage, StudyFolder
 from study.ledger import (
@@ -29,6 +28,7 @@ from study.overview import arms_table, studies_table
 from study.resume import Finished
 from tests.conftest import TINY_STUDY
 from tests.study.test_conductor import DATA, play
+from tests.terminal import call
 from trainables.errors import UserError
 
 ARM: dict[str, Any] = {
@@ -59,14 +59,6 @@ def drive(folder: StudyFolder, most: int = 99) -> list[Suggestion]:
         while len(played) < most and not isinstance(conductor.next_step(), Finished):
             played.append(play(conductor, 0.5))
     return played
-
-
-def call(*arguments: str | Path) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_a_finished_study_that_is_extended_goes_on_with_so_many_trials(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from study.__main__ import main
 from study.commands.bench import steps_table
+from tests.terminal import call
 from tests.toy import discs, trial
 from trainables import speed
 from trainables.masking import MASKING
@@ -141,11 +141,3 @@ def test_without_a_study_there_is_a_trial_at_hand(capsys: Capture, monkeypatch):
 def test_a_misspelt_strategy_is_named(capsys: Capture):
     assert call("bench", "--strategies", "random,anatomsk") == 2
     assert "did you mean 'anatomask'" in capsys.readouterr().err
-
-
-def call(*arguments: str | Path) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
