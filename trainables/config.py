@@ -213,6 +213,17 @@ def trial_id(config: TrialConfig, seed: int, data_fingerprint: str) -> str:
     return digest(content)[:12]
 
 
+def num_steps(settings: PretrainConfig | SegmentConfig, num_images: int) -> int:
+    """Steps of a phase that sees `num_images` an epoch."""
+    return max(1, round(settings.epochs * num_images / settings.batch))
+
+
+def warmup_images(settings: PretrainConfig | SegmentConfig, steps: int) -> int:
+    """Images over which the learning rate of a phase of so many steps rises."""
+    given = settings.warmup_images
+    return steps * settings.batch // 20 if given is None else given
+
+
 def conflicts(config: TrialConfig) -> dict[str, str]:
     """Settings that are valid one by one and exclude each other: dotted path -> why."""
     errors = {}

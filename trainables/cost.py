@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainables.config import SIZES, DecoderConfig, TrialConfig
+from trainables.config import SIZES, DecoderConfig, TrialConfig, num_steps
 from trainables.cross_decoder import cross_block_flops, layer_mix_flops
 from trainables.edges import grid_of
 from trainables.masking import MASKING, plan_hidden
@@ -129,7 +129,7 @@ def planned_flops(
 ) -> float:
     """Operations of the whole planned pretraining on `num_images`, its schedule included."""
     batch = config.pretrain.batch
-    steps = max(1, round(config.pretrain.epochs * num_images / batch))
+    steps = num_steps(config.pretrain, num_images)
     sizes = sizes_of(config, image_size, channels)
     plan = _plan(config, sizes.units, steps, seed)
     per_image = {

@@ -20,7 +20,7 @@ from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
 from trainables.blocks import Block
 from trainables.checkpoint import Saved
-from trainables.config import ProbeConfig, TrialConfig
+from trainables.config import ProbeConfig, TrialConfig, num_steps, warmup_images
 from trainables.context import Context
 from trainables.cost import mae_flops
 from trainables.cross_decoder import CrossBlock
@@ -125,7 +125,7 @@ def make_plan(
 ) -> MaskPlan:
     """Turn epochs into steps, and the ratio's schedule into whole units at each step."""
     batch, ratio = config.pretrain.batch, config.masking.ratio
-    steps = max(1, round(config.pretrain.epochs * num_images / batch))
+    steps = num_steps(config.pretrain, num_images)
     unit_grid = grid_of(size, config.unit_edges(len(size)))
     hidden = plan_hidden(partial(value_at, ratio), math.prod(unit_grid), steps, seed)
     patches_per_unit = math.prod(config.patches_per_unit(len(size)))
@@ -133,13 +133,12 @@ def make_plan(
         units: mae_flops(config, size, channels, units * patches_per_unit)["step"]
         for units in set(hidden)
     }
-    warmup = config.pretrain.warmup_images
     return MaskPlan(
         phase="pretrain",
         num_images=num_images,
         batch=batch,
         steps=steps,
-        warmup_images=steps * batch // 20 if warmup is None else warmup,
+        warmup_images=warmup_images(config.pretrain, steps),
         unit_grid=unit_grid,
         hidden_units=hidden,
         flops=np.cumsum([0.0, *(batch * per_image[units] for units in hidden)]).tolist(),

@@ -25,7 +25,7 @@ from torch.nn import functional
 from trainables import distributed, surfaces
 from trainables.augment import AUGMENTATIONS
 from trainables.checkpoint import Saved
-from trainables.config import SegmentConfig, TrialConfig
+from trainables.config import SegmentConfig, TrialConfig, num_steps, warmup_images
 from trainables.context import Context
 from trainables.cost import segment_flops
 from trainables.data import Dataset
@@ -130,15 +130,14 @@ def make_plan(config: TrialConfig, dataset: Dataset, context: Context) -> Plan:
                 f"needs some to learn from and some (val) to be judged on"
             )
     num_images, settings = len(dataset.rows("train")), config.segment
-    steps = max(1, round(settings.epochs * num_images / settings.batch))
+    steps = num_steps(settings, num_images)
     per_image = segment_flops(config, dataset.size, dataset.channels, len(dataset.classes))
-    warmup = settings.warmup_images
     return Plan(
         phase="segment",
         num_images=num_images,
         batch=settings.batch,
         steps=steps,
-        warmup_images=steps * settings.batch // 20 if warmup is None else warmup,
+        warmup_images=warmup_images(settings, steps),
         flops=(per_image * settings.batch * np.arange(steps + 1)).tolist(),
         rungs=rung_steps(context.rungs, steps),
     )
