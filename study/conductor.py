@@ -44,8 +44,7 @@ from study.stopping import goes_on
 from trainables.config import TrialConfig, arm_id, trial_id
 from trainables.endings import Ending
 from trainables.job import make_job
-
-STOPPED_HERE = "stopped_here"  # the row that keeps the decision to stop beside the values
+from trainables.metrics import STOPPED_HERE, metric_of
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,8 @@ class Conductor:
         self.optuna.report(trial, progress, values)  # and so into self.measured
         stop = not goes_on(self.spec, self.suggestions, self.measured, trial, phase, progress)
         if stop:
-            decision = {"metric": STOPPED_HERE, "value": 1.0, "goal": "none", "unit": ""}
+            kind = metric_of(f"{phase}/{STOPPED_HERE}")
+            decision = {"metric": STOPPED_HERE, "goal": kind.goal, "unit": kind.unit, "value": 1.0}
             rows = [*rows, {**rows[-1], **decision}]
         self.ledger.commit(suggestion, rows, attempt)
         self.on_durable(suggestion, None)

@@ -28,6 +28,7 @@ Goal = Literal["minimize", "maximize", "none"]
 Part = Literal["class", "size", "ratio"]
 
 PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"  # by which arms are compared unless asked
+STOPPED_HERE = "stopped_here"  # key of the row that keeps the decision to stop beside the values
 SPEED = "images_per_second"  # key of what is shown of a trial that runs
 TEST = "test_"  # before the key of a score of the test split, by which nothing may be chosen
 
@@ -314,7 +315,7 @@ _ON_VAL: dict[str, Metric] = {
         "largest memory held on the device",
         over_phases="max",
     ),
-    "stopped_here": _both(
+    STOPPED_HERE: _both(
         "none", "", "stopped here", "the stopping rule ended the trial here", is_objective=False
     ),
 }

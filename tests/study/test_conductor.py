@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from study.conductor import STOPPED_HERE, Conductor, DataView
+from study.conductor import Conductor, DataView
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, read_suggestions
 from study.loading import parse_spec
@@ -16,6 +16,7 @@ from study.resume import RETRIES, Finished, Wait
 from study.spec import StudySpec
 from tests.conftest import TINY_STUDY
 from trainables.endings import Ending
+from trainables.metrics import STOPPED_HERE
 
 HALVING = TINY_STUDY.replace(
     "stopping: {name: none}",
