@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -180,28 +179,27 @@ def to_confirm(
 
 
 def best_encoder(
-    spec: StudySpec,
-    suggestions: Sequence[Suggestion],
-    results: Mapping[str, Result],
+    able: Sequence[Suggestion],
+    found: Sequence[Standing],
+    objective: Objective,
     measured: Measured,
-    with_encoder: AbstractSet[str],
     arm: str | None = None,
 ) -> Suggestion | NoEncoder:
-    """The best trial of an arm, by default of the best searched one; of those with an encoder."""
-    able = [suggestion for suggestion in suggestions if suggestion.trial in with_encoder]
+    """The best trial of an arm, by default of the best searched one.
+
+    `able`: the trials that have an encoder. `found`: the standings by the objective.
+    """
     of_arms = {suggestion.arm for suggestion in able}
-    found = of_study(spec, suggestions, results, measured)
-    searched = [one.arm for one in found if one.group == "search"]
-    candidates = [each for each in searched if each in of_arms]
+    candidates = [one.arm for one in found if one.group == "search" and one.arm in of_arms]
     chosen = arm or next(iter(candidates), None)
     trials = [suggestion for suggestion in able if suggestion.arm == chosen]
     if not trials:
         return NoEncoder((*candidates, *sorted(of_arms.difference(candidates))))
-    objective = spec.objectives[0]
 
     def score(suggestion: Suggestion) -> float:
         value = final_value(measured, suggestion.trial, objective.metric)
-        is_number = value is not None and math.isfinite(value)
-        return sign(objective.goal) * value if is_number else -math.inf  # type: ignore[operator]
+        if value is None or not math.isfinite(value):
+            return -math.inf
+        return sign(objective.goal) * value
 
     return max(trials, key=score)

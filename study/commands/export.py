@@ -22,8 +22,9 @@ def copy_encoder(name: str, output: Path, arm: str | None, storage: str | None) 
     spec, suggestions = spec_of(folder), read_suggestions(folder)
     measured, results = measure(read_rows(folder)), read_results(folder)
     mirror.pull_pictures(folder)
-    with_encoder = {s.trial for s in suggestions if folder.encoder(s.trial).is_dir()}
-    best = best_encoder(spec, suggestions, results, measured, with_encoder, arm)
+    able = [each for each in suggestions if folder.encoder(each.trial).is_dir()]
+    objective, found = spec.objectives[0], of_study(spec, suggestions, results, measured)
+    best = best_encoder(able, found, objective, measured, arm)
     if isinstance(best, NoEncoder):
         known = ", ".join(best.arms) or "none yet"
         known += "; name one with --arm" if best.arms and arm is None else ""
@@ -34,8 +35,7 @@ def copy_encoder(name: str, output: Path, arm: str | None, storage: str | None) 
     encoder = folder.encoder(best.trial)
     mirror.pull_folder(folder, encoder)
     shutil.copytree(encoder, output)
-    found = of_study(spec, suggestions, results, measured)
-    for one in ahead(found, spec.objectives[0].goal) if arm is None else ():
-        say(f"ahead of it: {IN_WORDS[one.group]}, {spec.objectives[0].metric} {one.mean:.4g}")
+    for one in ahead(found, objective.goal) if arm is None else ():
+        say(f"ahead of it: {IN_WORDS[one.group]}, {objective.metric} {one.mean:.4g}")
     say(f"arm {best.arm}, trial {best.trial}: {output}")
     say(json.loads((output / "encoder.json").read_text())["usage"])

@@ -15,6 +15,7 @@ from study.best import (
     best_encoder,
     finals,
     in_short,
+    of_study,
     standings,
     to_confirm,
 )
@@ -68,7 +69,10 @@ def chosen(
         for trial, value in values.items()
     ]
     results = {name: Result(name, Outcome.COMPLETE, 1.0, None, {}) for name in values}
-    found = best_encoder(spec, trials(*names), results, collect(rows), set(with_encoder), arm)
+    measured, every = collect(rows), trials(*names)
+    able = [one for one in every if one.trial in with_encoder]
+    ranked = of_study(spec, every, results, measured)
+    found = best_encoder(able, ranked, spec.objectives[0], measured, arm)
     return found if isinstance(found, NoEncoder) else found.trial
 
 
