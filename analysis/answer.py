@@ -70,6 +70,11 @@ def _beside_the_control(
 ) -> str:
     """The best searched arm and the control, lines of the ranking, in one sentence."""
     own, others = goal.show(best["mean"]), goal.show(control["mean"])
+    if not is_shown and own == others:  # as far as the digits that mean something tell
+        return (
+            f"No searched arm is ahead of the control: the best ({best['label']}) is level with it "
+            f"at {goal.title} {own}."
+        )
     if not is_shown and not _is_ahead(best, control, goal):
         return (
             f"No searched arm is ahead of the control: {goal.title} {others} against {own} of the "
@@ -147,10 +152,11 @@ def _random_weights_sentence(tables: StudyTables, ranks: pd.DataFrame, goal: Mea
     best, bare = searched.iloc[0], scratch.iloc[0]
     if not _is_ahead(bare, best, goal):
         return None
+    own, others = goal.show(bare["mean"]), goal.show(best["mean"])
     words = (
-        f"Random weights, without any pretraining, are ahead of the best searched arm "
-        f"({best['label']}): {goal.title} {goal.show(bare['mean'])} against "
-        f"{goal.show(best['mean'])}"
+        f"Random weights, without any pretraining, are "
+        f"{'level with' if own == others else 'ahead of'} the best searched arm "
+        f"({best['label']}): {goal.title} {own} against {others}"
     )
     values = values_by_seed(tables, goal.key)
     found = difference(values[bare["arm"]], values[best["arm"]])

@@ -268,6 +268,16 @@ def test_a_control_that_wins_is_named() -> None:
     assert not found.is_shown
 
 
+def test_an_arm_that_is_better_by_less_than_is_shown_is_not_called_ahead() -> None:
+    control = {"arm": "c", "origin": "control", "miou": 0.6}
+    found = answer(hand_made(control, {"arm": "a", "miou": 0.6002}))
+    assert found.headline == (
+        "No searched arm is ahead of the control: the best (patch 8, ratio 0.50) is level with it "
+        "at mIoU 0.600."
+    )
+    assert "Ahead, on one seed" in answer(hand_made(control, {"arm": "a", "miou": 0.601})).headline
+
+
 def test_a_control_ahead_of_the_confirmed_arm_is_named() -> None:
     """Fresh seeds put an arm before the control in rank, however low they are."""
     confirmed = {"arm": "a", "seed": 1, "origin": "confirm", "miou": 0.5}
@@ -294,6 +304,7 @@ def test_random_weights_ahead_of_every_searched_arm_are_named() -> None:
     ]
     assert random_weights_of(scratch, {"arm": "a", "miou": 0.65}) == []
     assert random_weights_of(scratch, {"arm": "a", "miou": 0.6}) == []
+    assert "are level with the best" in random_weights_of(scratch, {"arm": "a", "miou": 0.5998})[0]
     assert random_weights_of(scratch) == []
 
 
