@@ -41,7 +41,7 @@ from study.resume import (
 )
 from study.spec import StudySpec
 from study.stopping import goes_on
-from trainables.config import TrialConfig, arm_id, trial_id
+from trainables.config import TrialConfig, arm_id, completed, trial_id
 from trainables.endings import Ending
 from trainables.job import make_job
 from trainables.metrics import STOPPED_HERE, metric_of
@@ -128,7 +128,7 @@ class Conductor:
         """What a worker group needs for this launch of the trial."""
         job = make_job(
             trial=suggestion.trial,
-            config=suggestion.config,
+            config=completed(suggestion.config),
             seed=suggestion.seed,
             probe=self.spec.probe,
             rungs=list(self.spec.rungs),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("maskstudy", "torch", "timm", "ray", "optuna", "pyarrow", "numpy")
+# By whose defaults a study file is read, for good: the release that began it; none: 0.1
+DEFAULTS = "0.2"
 LOCK_FILES = ("uv.lock", "pylock.toml", "requirements.lock", "poetry.lock", "pixi.lock")
 
 

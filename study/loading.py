@@ -6,18 +6,20 @@ And what a file changes of a study that was begun with another.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError, create_model
 
 from study import checks
+from study.environment import DEFAULTS
 from study.folder import StudyFolder
-from study.ledger import read_spec
+from study.ledger import read_environment, read_spec
 from study.mistakes import Problems, explain, place
 from study.reader import read_document, read_text, show
 from study.spec import StudySpec
-from trainables.config import Strict, TrialConfig
+from trainables.config import Strict, TrialConfig, completed
 from trainables.errors import UserError
 from trainables.settings import flatten
 
@@ -35,16 +37,42 @@ class Difference(NamedTuple):
 
 
 def load_spec(path: Path) -> StudySpec:
-    """The study that a file describes; a UserError lists every mistake in it."""
-    return parse_spec(read_text(path, "a study file"), path.parent, where=str(path))
+    """The study that a file describes; a UserError lists every mistake in it.
+
+    What the file does not say is what it was when the study began, if it has begun.
+    """
+    text = read_text(path, "a study file")
+    spec = parse_spec(text, path.parent, where=str(path))
+    defaults = defaults_of(spec.study_folder())
+    if defaults == DEFAULTS:
+        return spec
+    return parse_spec(text, path.parent, where=str(path), defaults=defaults)
 
 
-def parse_spec(text: str, folder: Path, *, where: str) -> StudySpec:
-    """The study that a text describes; relative paths in it count from `folder`."""
+def defaults_of(folder: StudyFolder) -> str:
+    """The release by whose defaults the study in a folder is read; today's if it has not begun."""
+    return begun_by(read_environment(folder)) if folder.environment.exists() else DEFAULTS
+
+
+def begun_by(environment: Mapping[str, Any]) -> str:
+    """The release by whose defaults a study with such an environment.json is read."""
+    return environment.get("defaults") or "0.1"
+
+
+def parse_spec(text: str, folder: Path, *, where: str, defaults: str = DEFAULTS) -> StudySpec:
+    """The study that a text describes; relative paths in it count from `folder`.
+
+    `defaults`: the release whose defaults stand for what the text does not say.
+    """
     document = read_document(text)
     problems = Problems(where, document)
     spec = None
     if isinstance(document.data, dict) and (document.data or not problems.found):
+        if defaults == "0.1":
+            trial = document.data.get("trial", {})
+            if isinstance(trial, dict):
+                sections: dict[str, Any] = {section: {} for section in TrialConfig.model_fields}
+                document.data["trial"] = completed(sections | trial)
         spec = _check(document.data, problems)
     if problems.found or spec is None:
         raise UserError("\n".join(problems.lines()))
@@ -59,13 +87,17 @@ def spec_of(folder: StudyFolder) -> StudySpec:
         raise UserError(
             f"{folder.where}: no study has been begun there; start it: maskstudy run STUDY.yaml"
         )
-    return parse_spec(text, folder.root, where=str(folder.spec))
+    return parse_spec(
+        text, folder.root, where=str(folder.spec), defaults=begun_by(read_environment(folder))
+    )
 
 
 def changes(folder: StudyFolder, spec: StudySpec) -> list[Difference]:
     """What a study file changes of the study as it was begun; UserError if that cannot go on."""
     begun = read_spec(folder)
-    found = [] if begun is None or begun == spec.text else difference(begun, spec.text)
+    found = []
+    if begun is not None and begun != spec.text:
+        found = difference(begun, spec.text, defaults_of(folder))
     refused = [str(change) for change in found if not change.is_compatible]
     if refused:
         raise UserError(
@@ -76,14 +108,18 @@ def changes(folder: StudyFolder, spec: StudySpec) -> list[Difference]:
     return found
 
 
-def difference(old_text: str, new_text: str) -> list[Difference]:
+def difference(old_text: str, new_text: str, defaults: str = DEFAULTS) -> list[Difference]:
     """What a study that was begun with `old_text` would find changed in `new_text`.
 
     It can go on if every difference `is_compatible`: a larger `budget.trials`, or another
     `confirm`, `resources`, `storage`, `question` or `log`.
     """
     old, new = (
-        flatten(parse_spec(text, Path(), where=where).model_dump(mode="json", by_alias=True))
+        flatten(
+            parse_spec(text, Path(), where=where, defaults=defaults).model_dump(
+                mode="json", by_alias=True
+            )
+        )
         for text, where in ((old_text, "the study as it was begun"), (new_text, "the study file"))
     )
     found = []

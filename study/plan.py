@@ -17,7 +17,7 @@ from cluster.placement import Room, WorkerGroup, num_groups
 from study import space
 from study.fit import DataSize, data_size
 from trainables import cost
-from trainables.config import TrialConfig, arm_id
+from trainables.config import TrialConfig, arm_id, num_steps
 from trainables.edges import Edges, grid_of, in_words
 from trainables.hiding import has_teacher
 from trainables.mae import MAE
@@ -141,8 +141,10 @@ def arm_cost(config: TrialConfig, data: DataSize, workers: int = 1) -> ArmCost:
     tokens = math.prod(grid_of(data.size, config.patch_edges(len(data.size))))
     segment_flops = 0.0
     if data.classes:
-        per_image = cost.segment_flops(config, data.size, data.channels, len(data.classes))
-        segment_flops = per_image * data.train_images * config.segment.epochs
+        steps = num_steps(config.segment, data.train_images)
+        segment_flops = cost.segment_flops(
+            config, data.size, data.channels, len(data.classes), steps
+        )[-1]
     pretrain_flops = 0.0
     if config.segment.encoder != "random-init":
         pretrain_flops = cost.planned_flops(config, data.size, data.channels, data.pretrain_images)

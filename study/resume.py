@@ -17,7 +17,7 @@ from study.best import CONFIRM, to_confirm
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured
 from study.space import params_of
-from trainables.config import TrialConfig, arm_id
+from trainables.config import TrialConfig, arm_id, completed
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
@@ -174,7 +174,7 @@ def _missing_seeds(
         first: Suggestion | Enqueued = trials[0] if trials else wanted[arm]
         for index in range(spec.seeds):
             if spec.seed + index not in seeds:
-                config = TrialConfig.model_validate(first.config)
+                config = TrialConfig.model_validate(completed(first.config))
                 yield Start("search", config, spec.seed + index, first.params, first.labels)
 
 
@@ -197,7 +197,7 @@ def _confirmations(
         for index in range(spec.confirm.seeds):
             seed = spec.seed + spec.seeds + index
             if (arm, seed) not in begun:
-                config = TrialConfig.model_validate(first.config)
+                config = TrialConfig.model_validate(completed(first.config))
                 yield Start(CONFIRM, config, seed, first.params, first.labels)
 
 

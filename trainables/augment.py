@@ -7,8 +7,12 @@ from `counter`. Padding is NaN in images and 255 in masks, and stays so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from trainables import counter
 from trainables.late import Late
@@ -16,8 +20,12 @@ from trainables.late import Late
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.nn import functional
 else:
     torch = Late("torch")
+    functional = Late("torch.nn.functional")
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 def none(
@@ -40,6 +48,45 @@ def flips(
     return images, masks
 
 
+def crops(
+    images: Tensor,
+    masks: Tensor | None,
+    seed: int,
+    step: int,
+    samples_B: Tensor,
+    *,
+    scale: tuple[Share, Share] = (0.2, 1.0),
+    stretch: Annotated[float, Field(ge=1, description="longest to shortest edge, at most")] = 4 / 3,
+) -> tuple[Tensor, Tensor | None]:
+    """A random part of each image, enlarged to the size of the whole, then `flips` (MAE's recipe).
+
+    `scale`: least and largest share of the area or volume that is kept, all alike probable. Values
+    between pixels are linear, of those that are no padding; masks take the nearest pixel's.
+    """
+    size = images.shape[2:]
+    num_axes = len(size)
+    chance = counter.uniform(seed, "resized-crop", step, samples_B, 1 + 2 * num_axes)
+    share_B1 = scale[0] + chance[:, :1] * (scale[1] - scale[0])
+    # exponents of mean 0 keep the area as it was drawn; their spread is that of the longest edge
+    drawn_BA = chance[:, 1 : 1 + num_axes] * math.log(stretch)
+    shape_BA = torch.exp(drawn_BA - drawn_BA.mean(dim=1, keepdim=True))
+    edge_BA = (share_B1 ** (1 / num_axes) * shape_BA).clamp(max=1.0)
+    middle_BA = (2 * chance[:, 1 + num_axes :] - 1) * (1 - edge_BA)
+    # of the last axis first, as grid_sample has it
+    theta = torch.diag_embed(edge_BA.flip(1))
+    theta = torch.cat([theta, middle_BA.flip(1)[..., None]], dim=2)
+    grid = functional.affine_grid(theta, [len(images), 1, *size], align_corners=False)
+    sample = partial(functional.grid_sample, grid=grid, align_corners=False, padding_mode="border")
+    is_real = (~images[:, :1].isnan()).float()
+    share_real = sample(is_real, mode="bilinear")
+    is_padding = sample(is_real, mode="nearest") == 0
+    images = sample(images.nan_to_num(), mode="bilinear") / share_real.clamp(min=0.1)
+    images = images.masked_fill(is_padding, math.nan)
+    if masks is not None:
+        masks = sample(masks[:, None].float(), mode="nearest")[:, 0].to(masks.dtype)
+    return flips(images, masks, seed, step, samples_B)
+
+
 def _flip(tensor: Tensor, axis: int, is_flipped_B: Tensor) -> Tensor:
     is_flipped = is_flipped_B.reshape(-1, *[1] * (tensor.ndim - 1))
     return torch.where(is_flipped, tensor.flip(axis), tensor)
@@ -48,4 +95,5 @@ def _flip(tensor: Tensor, axis: int, is_flipped_B: Tensor) -> Tensor:
 AUGMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
     "none": none,
     "flips": flips,
+    "crops": crops,
 }

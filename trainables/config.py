@@ -60,6 +60,22 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 Positive = Annotated[int, Field(ge=1)]
+Labels = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+Clip = Annotated[
+    Annotated[float, Field(gt=0)] | None,
+    Field(description="longest gradient, to which longer ones are scaled down; null: any"),
+]
+
+
+# Settings that release 0.1 did not have: dotted path -> what it always did
+BEFORE_0_2: dict[str, Any] = {
+    "model.positions": "pixels",
+    "pretrain.clip": None,
+    "segment.labels": None,
+    "segment.decoder_first": 0.0,
+    "segment.image_skip": True,
+    "segment.clip": None,
+}
 
 
 class Strict(BaseModel):
@@ -86,6 +102,14 @@ class ModelConfig(Strict):
         EdgesSetting,
         Field(description="edge of a patch in pixels; a list: one for each axis"),
     ] = 8
+    positions: Annotated[
+        Literal["patches", "pixels"],
+        Field(
+            description="what position codes count in. patches: as MAE has it, neighbours are "
+            "equally far apart at every patch; pixels: in units of 16, so that a place keeps its "
+            "code at every patch"
+        ),
+    ] = "patches"
     decoder: DecoderConfig = DecoderConfig()
 
 
@@ -131,14 +155,33 @@ class PretrainConfig(Strict):
     ] = "per_region"
     target: Literal["pixels", "normalised"] = "pixels"
     augment: Augmentation = Field(default={"name": "flips"}, validate_default=True)
+    clip: Clip = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
 
 
 class SegmentConfig(Strict):
-    epochs: Positive = 20
+    epochs: Annotated[
+        Positive, Field(description="passes over as many images as are labelled in the whole split")
+    ] = 20
     batch: Positive = 16
+    labels: Annotated[
+        Labels | None,
+        Field(
+            description="labelled groups to learn from: a count, or a share below 1; null: all. "
+            "Drawn by the seed, few ones among more; the number of steps stays the same"
+        ),
+    ] = None
     encoder: Literal["finetune", "frozen", "random-init"] = "finetune"
+    decoder_first: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the steps in which a pretrained encoder is held, and the decoder "
+            "learns alone",
+        ),
+    ] = 0.3
     optimizer: Optimizer = Field(default={"name": "adamw", "base_lr": 1e-2}, validate_default=True)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     warmup_images: Annotated[int, Field(ge=0)] | None = None
@@ -147,7 +190,12 @@ class SegmentConfig(Strict):
         Field(ge=0, le=1, description="share of a volume's crops that show one of its classes"),
     ] = 0.33
     features: Annotated[int, Field(ge=4, description="channels of the finest decoder level")] = 16
+    image_skip: Annotated[
+        bool,
+        Field(description="whether the decoder sees the image beside what the encoder makes of it"),
+    ] = True
     augment: Augmentation = Field(default={"name": "flips"}, validate_default=True)
+    clip: Clip = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
@@ -222,6 +270,19 @@ def warmup_images(settings: PretrainConfig | SegmentConfig, steps: int) -> int:
     """Images over which the learning rate of a phase of so many steps rises."""
     given = settings.warmup_images
     return steps * settings.batch // 20 if given is None else given
+
+
+def num_held(settings: SegmentConfig, steps: int) -> int:
+    """Steps in which the decoder learns alone; a random encoder has nothing to be spared."""
+    return round(settings.decoder_first * steps) if settings.encoder == "finetune" else 0
+
+
+def num_labelled(settings: SegmentConfig, num_groups: int) -> int:
+    """How many of the labelled groups segmentation learns from; at least one, at most all."""
+    asked = settings.labels
+    if asked is None:
+        return num_groups
+    return min(num_groups, asked if isinstance(asked, int) else max(1, round(asked * num_groups)))
 
 
 def conflicts(config: TrialConfig) -> dict[str, str]:
@@ -306,9 +367,30 @@ def _uneven(edges: Sequence[int], whole: Sequence[int]) -> str | None:
     return f" ({', '.join(wrong)})" if len(set(pairs)) > 1 else ""
 
 
+def completed(trial: dict[str, Any]) -> dict[str, Any]:
+    """A trial's settings as release 0.1 wrote them, with what went without saying then.
+
+    Sections that are left out stay so.
+    """
+    whole = dict(trial)
+    for path, before in BEFORE_0_2.items():
+        section, setting = path.split(".")
+        if isinstance(whole.get(section), dict):
+            whole[section] = {setting: before} | whole[section]
+    return whole
+
+
 def _content(config: TrialConfig) -> dict[str, Any]:
-    """What makes the identity: equal edges along all axes are one number, however spelt."""
+    """What makes the identity: equal edges along all axes are one number, however spelt.
+
+    A setting that came later is left out where it says what went without saying before, so that
+    trials of earlier releases keep their identity.
+    """
     content = config.model_dump(mode="json")
+    for path, before in BEFORE_0_2.items():
+        section, setting = path.split(".")
+        if content[section][setting] == before:
+            del content[section][setting]
     content["model"]["patch"] = simplest(content["model"]["patch"])
     if content["masking"]["unit"] is not None:
         content["masking"]["unit"] = simplest(content["masking"]["unit"])

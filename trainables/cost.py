@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainables.config import SIZES, DecoderConfig, TrialConfig, num_steps
+from trainables.config import SIZES, DecoderConfig, TrialConfig, num_held, num_steps
 from trainables.cross_decoder import cross_block_flops, layer_mix_flops
 from trainables.edges import grid_of
 from trainables.masking import MASKING, plan_hidden
@@ -140,11 +141,20 @@ def planned_flops(
 
 
 def segment_flops(
-    config: TrialConfig, image_size: Sequence[int], channels: int, num_classes: int
-) -> float:
-    """Operations of one image's forward and backward pass when segmenting."""
-    relevant = config.model_dump_json(include={"model", "segment"})
-    return _count_segment_flops(relevant, tuple(image_size), channels, num_classes)
+    config: TrialConfig, image_size: Sequence[int], channels: int, num_classes: int, steps: int
+) -> list[float]:
+    """Operations done after 0, 1, ... `steps` steps of segmentation, forward and backward."""
+    size, settings = tuple(image_size), config.segment
+    held = num_held(settings, steps)
+    frozen = settings.model_copy(update={"encoder": "frozen"})
+    flops = np.zeros(steps + 1)
+    for of_steps, stage in ((slice(1, held + 1), frozen), (slice(held + 1, None), settings)):
+        if len(flops[of_steps]):
+            trial = config.model_copy(update={"segment": stage})
+            relevant = trial.model_dump_json(include={"model", "segment"})
+            flops[of_steps] = _count_segment_flops(relevant, size, channels, num_classes)
+    done: list[float] = (flops.cumsum() * settings.batch).tolist()
+    return done
 
 
 def activation_bytes(config: TrialConfig, image_size: Sequence[int], channels: int) -> int:

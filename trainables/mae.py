@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,14 @@ from trainables.edges import grid_of
 from trainables.masking import MASKING
 from trainables.masking.strategy import Part, Seen, Whole
 
-# Positions count in patches of 16 pixels, the usual size, whatever the patch is
+# Where positions count in pixels: of the usual patch
 PIXELS_PER_POSITION = 16
 # Added to a patch's variance when targets are normalised, as (this many deviations of the data
 # set)^2: otherwise one grey level in a black patch would become a target of several units
 DEVIATION_FLOOR = 0.05
+
+
+PositionUnit = Literal["patches", "pixels"]
 
 
 def patchify(images: Tensor, patch: Sequence[int]) -> Tensor:
@@ -62,17 +65,22 @@ def unpatchify(
     return cut.permute(0, 1 + 2 * axes, *interleaved).reshape(-1, channels, *size)
 
 
-def positions(grid: Sequence[int], patch: Sequence[int], width: int) -> Tensor:
-    """float32 (P, width): sines and cosines of the patch centres, in units of 16 pixels.
+def positions(
+    grid: Sequence[int], patch: Sequence[int], width: int, count_in: PositionUnit
+) -> Tensor:
+    """float32 (P, width): sines and cosines of the patch centres, in patches or in 16 pixels.
 
-    In image units, so that a place keeps its code at every patch size. Each axis has an equal part
-    of the width; what is left over (only with three axes) is zero.
+    In patches (He et al. 2022) the codes of neighbours are equally far apart at every patch size:
+    1.17 per wave and axis; in pixels they fall to .60, .30 and .15 at patch 8, 4 and 2, but a place
+    keeps its code. Each axis has an equal part of the width; what is left over (only with three
+    axes) is zero.
     """
+    steps = [edge / PIXELS_PER_POSITION for edge in patch] if count_in == "pixels" else [1.0] * 3
     num_waves = width // (2 * len(grid))
     waves = 10000.0 ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
     axes = [
-        (torch.arange(cells, dtype=torch.float64) + 0.5) * edge / PIXELS_PER_POSITION
-        for cells, edge in zip(grid, patch, strict=True)
+        (torch.arange(cells, dtype=torch.float64) + 0.5) * step
+        for cells, step in zip(grid, steps, strict=False)
     ]
     places = torch.meshgrid(*axes, indexing="ij")
     angles = [place.reshape(-1, 1) * waves for place in places]
@@ -92,6 +100,7 @@ class Encoder(nn.Module):
         image_size: Sequence[int],
         channels: int,
         *,
+        count_in: PositionUnit = "pixels",
         is_padded: bool = False,
     ) -> None:
         super().__init__()
@@ -103,7 +112,8 @@ class Encoder(nn.Module):
         self.embed = nn.Linear(math.prod(patch) * channels, self.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, self.width))
         # Fixed, and computed again wherever a model is built
-        self.register_buffer("positions", positions(self.grid, patch, self.width), persistent=False)
+        places = positions(self.grid, patch, self.width, count_in)
+        self.register_buffer("positions", places, persistent=False)
         self.blocks = nn.ModuleList(Block(self.width, self.heads) for _ in range(self.depth))
         self.norm = layer_norm(self.width)
 
@@ -186,15 +196,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Self-attention over all patches: encoded where visible, a mask token where hidden.
 
-    Predicts `values` numbers of each patch.
+    Predicts `values` numbers of each patch; `places` (P, width) are their position codes.
     """
 
     positions: Tensor
 
     def __init__(
         self,
-        grid: Sequence[int],
-        patch: Sequence[int],
+        places: Tensor,
         values: int,
         encoder_width: int,
         width: int,
@@ -203,7 +212,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("positions", positions(grid, patch, width), persistent=False)
+        self.register_buffer("positions", places, persistent=False)
         self.blocks = nn.ModuleList(Block(width, width // HEAD_WIDTH) for _ in range(depth))
         self.norm = layer_norm(width)
         self.head = nn.Linear(width, values)
@@ -263,17 +272,24 @@ class MAE(nn.Module):
         model, self.settings, self.is_padded = config.model, config.pretrain, is_padded
         axes = len(image_size)
         patch = config.patch_edges(axes)
-        self.encoder = Encoder(model.size, patch, image_size, channels, is_padded=is_padded)
+        self.encoder = Encoder(
+            model.size,
+            patch,
+            image_size,
+            channels,
+            count_in=model.positions,
+            is_padded=is_padded,
+        )
         self.patches_per_unit = config.patches_per_unit(axes)
         self.unit_grid = grid_of(image_size, config.unit_edges(axes))
         grid, width, values = self.encoder.grid, self.encoder.width, math.prod(patch) * channels
         shape = (width, model.decoder.width, model.decoder.depth)
+        places = positions(grid, patch, model.decoder.width, model.positions)
         self.decoder: Decoder | CrossDecoder
         if model.decoder.attention == "cross":
-            places = positions(grid, patch, model.decoder.width)
             self.decoder = CrossDecoder(places, values, width, self.encoder.depth, *shape[1:])
         else:
-            self.decoder = Decoder(grid, patch, values, *shape)
+            self.decoder = Decoder(places, values, *shape)
 
         strategy = config.masking.strategy
         self.loss = partial(losses.LOSSES[self.settings.loss.name], **self.settings.loss.options())
@@ -282,7 +298,7 @@ class MAE(nn.Module):
         make_part = MASKING[strategy.name].part
         if make_part is not None:
             self.part = make_part(
-                lambda outputs: Decoder(grid, patch, outputs, *shape), **strategy.options()
+                lambda outputs: Decoder(places, outputs, *shape), **strategy.options()
             )
         if self.part is not None:
             self.add_module(self.part.name, self.part.module)

@@ -28,6 +28,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 # Last part of the name of what is a place or a token rather than a map: never decayed
 TOKENS = ("class_token", "mask_token", "positions", "cls_token", "pos_embed")
 
+_ENCODER = re.compile(r"(?:^|\.)encoder\.")
 _ENCODER_PART = re.compile(
     r"(?:^|\.)encoder\.(?:_orig_mod\.)?(embed|class_token|blocks)\b(?:\.(\d+))?"
 )
@@ -55,20 +56,27 @@ def with_rates(parameter_groups: list[dict[str, Any]], rate: float) -> list[dict
     ]
 
 
-def parameter_groups(model: nn.Module, layer_decay: float | None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, layer_decay: float | None, *, is_encoder_apart: bool = False
+) -> list[dict[str, Any]]:
     """Groups of trained parameters by decay and, with `layer_decay`, by depth in `model.encoder`.
 
     No decay on biases, norms, tokens and positions. With `layer_decay` the rate falls by that
-    factor with each block from the last one down to the embedding (BEiT, 2021).
+    factor with each block from the last one down to the embedding (BEiT, 2021). With
+    `is_encoder_apart`, groups of the encoder hold nothing else, and say so (`of_encoder`).
     """
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     depth = _encoder_depth(model) if layer_decay is not None else 0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_decayed = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in TOKENS
         scale = 1.0 if layer_decay is None else layer_decay ** _blocks_above(name, depth)
-        group = groups.setdefault((is_decayed, scale), {"params": [], "lr_scale": scale})
+        of_encoder = is_encoder_apart and _ENCODER.search(name) is not None
+        group = groups.setdefault(
+            (is_decayed, scale, of_encoder),
+            {"params": [], "lr_scale": scale, "of_encoder": of_encoder},
+        )
         if not is_decayed:
             group["weight_decay"] = 0.0
         group["params"].append(parameter)
@@ -83,10 +91,16 @@ def learning_rate(images_seen: int, images_total: int, warmup_images: int) -> fl
     return 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-    """Every group's rate = what it was built with, times `multiplier`."""
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, multiplier: float, of_encoder: float | None = None
+) -> None:
+    """Every group's rate = what it was built with, times `multiplier`.
+
+    `of_encoder`: the multiplier of the encoder's groups, where it is another one.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * multiplier
+        is_other = of_encoder is not None and group["of_encoder"]
+        group["lr"] = group["initial_lr"] * (of_encoder if is_other else multiplier)
 
 
 def _encoder_depth(model: nn.Module) -> int:

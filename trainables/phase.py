@@ -64,6 +64,9 @@ class Learner(Generic[Model]):
     optimizer: torch.optim.Optimizer
     teacher: Model | None = None  # the model's moving average, if the strategy asks one
     momentum: Callable[[float], float] | None = None  # of the teacher, by progress
+    clip: float | None = None  # longest gradient, over all that is trained
+    held: tuple[nn.Parameter, ...] = ()  # parameters of the encoder that learn later
+    held_steps: int = 0  # in which these stay as they are
 
 
 @dataclass(frozen=True)
@@ -188,11 +191,22 @@ def train(
 
 
 def update(learner: Learner[Any], loss: Tensor, plan: Plan, step: int) -> Tensor:
-    """Learn from a batch; returns its loss, which asks for no gradient any more."""
+    """Learn from a batch; returns its loss, which asks for no gradient any more.
+
+    What is held has a schedule of its own, which begins when the others have learnt alone.
+    """
     loss.backward()  # type: ignore[no-untyped-call]
     seen = step * plan.batch + plan.batch // 2  # mid-batch, so no step has a rate of 0
-    rate = learning_rate(seen, plan.steps * plan.batch, plan.warmup_images)
-    set_learning_rate(learner.optimizer, rate)
+    total, alone = plan.steps * plan.batch, learner.held_steps * plan.batch
+    rate, of_held = learning_rate(seen, total, plan.warmup_images), None
+    if learner.held:
+        of_held = learning_rate(max(0, seen - alone), total - alone, plan.warmup_images)
+    if step < learner.held_steps:
+        for parameter in learner.held:
+            parameter.grad = None
+    if learner.clip is not None:
+        nn.utils.clip_grad_norm_(learner.model.parameters(), learner.clip, foreach=True)
+    set_learning_rate(learner.optimizer, rate, of_held)
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
     if learner.teacher is not None and learner.momentum is not None:

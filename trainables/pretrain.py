@@ -170,7 +170,7 @@ def make_learner(
         if teacher is not None:
             compile_blocks(teacher)
     trained = distributed.data_parallel(model, context)
-    return Learner(model, trained, optimizer, teacher, momentum)
+    return Learner(model, trained, optimizer, teacher, momentum, clip=settings.clip)
 
 
 def train_step(

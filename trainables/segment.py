@@ -3,7 +3,9 @@
 The loop is in phase.py.
 
 What `segment.encoder` says of the encoder:
-- finetune: pretrained, trained further at rates that fall with depth (layer decay);
+- finetune: pretrained, trained further at rates that fall with depth (layer decay), once the
+  decoder has learnt alone for a while (`decoder_first`; LP-FT, Kumar et al. 2022), as gradients
+  through a decoder that knows nothing yet would undo what the encoder knows;
 - frozen: pretrained, never changed, always in evaluation mode;
 - random-init: fresh, trained at the full rate everywhere, as there is nothing to preserve.
 
@@ -18,14 +20,22 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainables import distributed, surfaces
+from trainables import counter, distributed, surfaces
 from trainables.augment import AUGMENTATIONS
 from trainables.checkpoint import Saved
-from trainables.config import SegmentConfig, TrialConfig, num_steps, warmup_images
+from trainables.config import (
+    SegmentConfig,
+    TrialConfig,
+    num_held,
+    num_labelled,
+    num_steps,
+    warmup_images,
+)
 from trainables.context import Context
 from trainables.cost import segment_flops
 from trainables.data import Dataset
@@ -55,9 +65,10 @@ def segment(
 ) -> Ending:
     """Train on labelled images, or go on from a checkpoint."""
     settings = config.segment
-    plan = make_plan(config, dataset, context)
+    rows = labelled_rows(settings, dataset, seed)
+    plan = make_plan(config, dataset, context, len(rows))
     share = distributed.batch_slice(plan.batch, context, "segment.batch")
-    learner = make_learner(config, seed, dataset, encoder_state, context)
+    learner = make_learner(config, seed, dataset, encoder_state, context, plan.steps)
     model = learner.model
 
     def loss_of(images: Tensor, labels: Tensor | None, step: int, samples_B: Tensor) -> Tensor:
@@ -65,6 +76,9 @@ def segment(
             images, labels, seed, step, samples_B, **settings.augment.options()
         )
         assert labels is not None
+        if context.world_size == 1:  # of several workers, each has to send every gradient
+            for parameter in learner.held:
+                parameter.requires_grad_(step >= learner.held_steps)
         with distributed.autocast(settings.precision, context.device):
             scores = learner.trained(images)
         return dice_cross_entropy(scores, labels)
@@ -80,7 +94,7 @@ def segment(
         plan=plan,
         share=share,
         learner=learner,
-        images=to_device(dataset, dataset.rows("train"), context.device),
+        images=to_device(dataset, rows, context.device),
         loss_of=loss_of,
         evaluate=measure,
         foreground=settings.foreground,
@@ -98,9 +112,11 @@ def make_learner(
     dataset: Dataset,
     encoder_state: dict[str, Tensor] | None,
     context: Context,
+    steps: int,
 ) -> Learner[UNETR]:
     """The network, with a pretrained encoder if there is one, and its optimiser."""
     settings = config.segment
+    held_steps = num_held(settings, steps)
     model = build_unetr(
         config,
         dataset.size,
@@ -113,15 +129,25 @@ def make_learner(
         model.encoder.load_state_dict(encoder_state)
     model = model.to(context.device)
     optimizer = OPTIMIZERS[settings.optimizer.name](
-        parameter_groups(model, layer_decay(settings)),
+        parameter_groups(model, layer_decay(settings), is_encoder_apart=held_steps > 0),
         settings.batch,
         **settings.optimizer.options(),
     )
-    return Learner(model, distributed.data_parallel(model, context), optimizer)
+    return Learner(
+        model,
+        distributed.data_parallel(model, context),
+        optimizer,
+        clip=settings.clip,
+        held=tuple(model.encoder.parameters()) if held_steps else (),
+        held_steps=held_steps,
+    )
 
 
-def make_plan(config: TrialConfig, dataset: Dataset, context: Context) -> Plan:
-    """Turn epochs into steps; an empty split is the user's to mend."""
+def make_plan(config: TrialConfig, dataset: Dataset, context: Context, num_images: int) -> Plan:
+    """Turn epochs into steps, as many with few labels as with all; `num_images` are learnt from.
+
+    An empty split is the user's to mend.
+    """
     needed: tuple[Literal["train", "val"], ...] = ("train", "val")
     for split in needed:
         if len(dataset.rows(split)) == 0:
@@ -129,18 +155,33 @@ def make_plan(config: TrialConfig, dataset: Dataset, context: Context) -> Plan:
                 f"data: no labelled image of {dataset.name} is in the {split} split; segmentation "
                 f"needs some to learn from and some (val) to be judged on"
             )
-    num_images, settings = len(dataset.rows("train")), config.segment
-    steps = num_steps(settings, num_images)
-    per_image = segment_flops(config, dataset.size, dataset.channels, len(dataset.classes))
+    settings = config.segment
+    steps = num_steps(settings, len(dataset.rows("train")))
     return Plan(
         phase="segment",
         num_images=num_images,
         batch=settings.batch,
         steps=steps,
         warmup_images=warmup_images(settings, steps),
-        flops=(per_image * settings.batch * np.arange(steps + 1)).tolist(),
+        flops=segment_flops(config, dataset.size, dataset.channels, len(dataset.classes), steps),
         rungs=rung_steps(context.rungs, steps),
     )
+
+
+def labelled_rows(settings: SegmentConfig, dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
+    """The training rows that segmentation learns from, of `segment.labels` groups.
+
+    Groups come in an order that the seed draws, so that few labels are among more of them, and
+    trials of one seed that ask for as many have the same ones, whatever else they differ in.
+    """
+    rows = dataset.rows("train")
+    if settings.labels is None:
+        return rows
+    group_of_row = np.array([dataset.groups[row] for row in rows])
+    names = np.unique(group_of_row)
+    order = counter.permutation(seed, "labels", 0, len(names)).numpy()
+    chosen = names[order[: num_labelled(settings, len(names))]]
+    return rows[np.isin(group_of_row, chosen)]
 
 
 def layer_decay(settings: SegmentConfig) -> float | None:

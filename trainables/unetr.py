@@ -13,7 +13,8 @@ are averaged earlier.
 From level to level it goes by interpolation and convolution, which beat transposed convolutions
 under a vision transformer (arXiv 2507.01744); skips are added, at two thirds of the cost of
 concatenation. The skip from the image goes around the encoder: compare with the random-init and
-frozen controls before crediting the pretraining.
+frozen controls before crediting the pretraining, or leave it out (`segment.image_skip: false`) to
+see what the encoder knows by itself.
 
 B batch · C channels · *S spatial axes · P patches · D encoder width · K classes
 """
@@ -55,6 +56,7 @@ class UNETR(nn.Module):
         features: int,
         *,
         trains_encoder: bool = True,
+        image_skip: bool = True,
     ) -> None:
         super().__init__()
         self.trains_encoder = trains_encoder
@@ -68,7 +70,9 @@ class UNETR(nn.Module):
 
         axes = len(image_size)
         convolution = CONVOLUTION[axes]
-        self.image_skip = convolution(encoder.channels, widths[0], kernel_size=3, padding=1)
+        self.image_skip: nn.Module | None = None
+        if image_skip:
+            self.image_skip = convolution(encoder.channels, widths[0], kernel_size=3, padding=1)
         self.token_skips = nn.ModuleList(
             TokenSkip(encoder, level, widths[level], self.sizes[level]) for level in levels
         )
@@ -90,14 +94,19 @@ class UNETR(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Standardised images (B, C, *S) -> class scores (B, K, *S), without meaning in padding."""
         tokens = self.encoder.features(patchify(images, self.encoder.patch), self.after)
-        skips = [self.image_skip(padding.filled(images) if self.encoder.is_padded else images)]
+        skips: list[Tensor | None] = [None]
+        if self.image_skip is not None:
+            shown = padding.filled(images) if self.encoder.is_padded else images
+            skips = [self.image_skip(shown)]
         skips += [skip(found) for skip, found in zip(self.token_skips, tokens, strict=True)]
 
         features = skips[-1]
+        assert features is not None
         for level in reversed(range(len(skips) - 1)):
             # A 1x1 convolution and interpolation commute: narrow first, as that is cheaper
             features = _resized(self.narrow[level](features), self.sizes[level])
-            features = self.refine[level](features + skips[level])
+            skip = skips[level]
+            features = self.refine[level](features if skip is None else features + skip)
         scores: Tensor = self.head(features)
         return scores
 
@@ -132,13 +141,21 @@ def build_unetr(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         patch = config.patch_edges(len(image_size))
-        encoder = Encoder(config.model.size, patch, image_size, channels, is_padded=is_padded)
+        encoder = Encoder(
+            config.model.size,
+            patch,
+            image_size,
+            channels,
+            count_in=config.model.positions,
+            is_padded=is_padded,
+        )
         model = UNETR(
             encoder,
             image_size,
             num_classes,
             config.segment.features,
             trains_encoder=config.segment.encoder != "frozen",
+            image_skip=config.segment.image_skip,
         )
     initialise(encoder, seed)
     return model

@@ -15,7 +15,7 @@ import pandas as pd
 from study import requests
 from study.console.index import Snapshot
 from study.ledger import COLUMNS
-from study.loading import parse_spec
+from study.loading import begun_by, parse_spec
 from study.measured import Measured, measure
 from study.state import Outlook, outlook
 
@@ -68,7 +68,12 @@ def judge(found: Snapshot) -> Outlook:
         rows = pd.concat(found.rows) if found.rows else pd.DataFrame(columns=list(COLUMNS))
         return measure(rows)
 
-    asked = parse_spec(found.spec_text, found.folder.root, where=str(found.folder.spec))
+    asked = parse_spec(
+        found.spec_text,
+        found.folder.root,
+        where=str(found.folder.spec),
+        defaults=begun_by(found.environment),
+    )
     answers = requests.expected(found.folder, asked)
     return outlook(asked, answers, found.suggestions, found.results, measured, found.environment)
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from study import mirror
+from study.environment import DEFAULTS
 from study.folder import StudyFolder
 from study.ledger.files import sealed, sha256, write_error
 from study.ledger.holding import check_fence, claim_epoch, name_aside, sweep, take_lock
@@ -123,8 +124,12 @@ class Ledger:
             return
         if frozen is not None and not extends:
             raise UserError(_changed_spec(self.folder, frozen, spec_text))
-        known = [] if frozen is None else read_environment(self.folder)["study_sha256"]
-        content = {**environment, "study_sha256": [*known, sha256(spec_text.encode())]}
+        begun = {"defaults": DEFAULTS} if frozen is None else read_environment(self.folder)
+        content = {
+            **environment,
+            "defaults": begun.get("defaults"),  # those it was begun with, none by release 0.1
+            "study_sha256": [*begun.get("study_sha256", []), sha256(spec_text.encode())],
+        }
         self._put(self.folder.environment, sealed(content))
         self._put(self.folder.spec, spec_text.encode())
 

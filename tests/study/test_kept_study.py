@@ -26,10 +26,9 @@ from study.ledger import (
     damage,
     read_results,
     read_rows,
-    read_spec,
     read_suggestions,
 )
-from study.loading import parse_spec
+from study.loading import changes, load_spec, spec_of
 from study.resume import Continue
 from study.state import State, outlook_of, state_of
 from tests.studies import CLOCKED
@@ -49,9 +48,7 @@ def folder(tmp_path: Path) -> StudyFolder:
 
 
 def begun(folder: StudyFolder, ledger: Ledger) -> tuple[Conductor, Dataset]:
-    text = read_spec(folder)
-    assert text is not None
-    spec = parse_spec(text, Path(), where="study.yaml")
+    spec = spec_of(folder)
     dataset = open_dataset(prepare(spec.data, Path(), default_cache()))
     return Conductor(spec, ledger, DataView(Path(), dataset.fingerprint, True)), dataset
 
@@ -124,3 +121,15 @@ def test_its_trials_have_the_same_rows_today(folder: StudyFolder, tmp_path: Path
     assert both["value_now"].to_numpy() == pytest.approx(both["value_before"].to_numpy(), rel=1e-3)
     for what in ("goal", "unit", "epoch", "progress"):
         assert (both[f"{what}_before"] == both[f"{what}_now"]).all()
+
+
+def test_what_its_file_does_not_say_is_what_it_was(folder: StudyFolder, tmp_path: Path) -> None:
+    spec = spec_of(folder)
+    assert (spec.trial.model.positions, spec.trial.segment.clip) == ("pixels", None)
+    file = tmp_path / "kept.yaml"
+    file.write_text(folder.spec.read_text() + f"storage: {tmp_path}\n")
+    assert load_spec(file).trial == spec.trial
+    assert [each.path for each in changes(folder, load_spec(file))] == ["storage"]
+    # a study of another name begins by today's
+    file.write_text(file.read_text().replace("study: kept", "study: new"))
+    assert load_spec(file).trial.model.positions == "patches"

@@ -1,5 +1,6 @@
 """Cost before it is paid. Run: python -m pytest tests/trainables/test_cost.py"""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -132,14 +133,29 @@ def test_segmenting_costs_what_a_real_model_does(encoder, patch):
     images = torch.zeros(2, 3, 16, 8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         build_unetr(config, (16, 8), 3, 4)(images).sum().backward()
-    assert segment_flops(config, (16, 8), 3, 4) == counter.get_total_flops() / 2
+    # the decoder alone learns first, at the price of a frozen encoder
+    settings = config.segment.model_copy(update={"decoder_first": 0.0, "batch": 4})
+    config = config.model_copy(update={"segment": settings})
+    one = counter.get_total_flops() * 2
+    assert segment_flops(config, (16, 8), 3, 4, 3) == [0, one, 2 * one, 3 * one]
+
+
+def test_a_held_encoder_costs_what_a_frozen_one_does():
+    def flops(**segment):
+        config = TrialConfig.model_validate({"model": {"size": "pico"}, "segment": segment})
+        return np.diff(segment_flops(config, (16, 8), 3, 4, 10))
+
+    whole, frozen = flops(decoder_first=0.0), flops(encoder="frozen")
+    held = flops(decoder_first=0.3)
+    assert (held == [*frozen[:3], *whole[3:]]).all() and frozen[0] < whole[0]
+    assert (flops(decoder_first=0.3, encoder="random-init") == whole).all()
 
 
 def test_segmenting_is_counted_once(monkeypatch):
-    first = segment_flops(trial({"size": "pico", "patch": 4}, unit=8), (16, 8), 1, 4)
+    first = segment_flops(trial({"size": "pico", "patch": 4}, unit=8), (16, 8), 1, 4, 5)
     monkeypatch.setattr("trainables.unetr.build_unetr", None)
     # masking has no part in it
-    assert segment_flops(trial({"size": "pico", "patch": 4}, unit=16), (16, 8), 1, 4) == first
+    assert segment_flops(trial({"size": "pico", "patch": 4}, unit=16), (16, 8), 1, 4, 5) == first
 
 
 def test_memory_grows_with_batch_and_visible_share():

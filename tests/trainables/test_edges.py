@@ -148,9 +148,9 @@ def test_embedding_patches_equals_a_convolution(size, patch, unit):
 
 def test_a_place_keeps_its_code_whatever_the_edges_of_its_patch():
     # the centre of one patch of 48 x 16 x 80 pixels is that of the middle one of 3 x 1 x 5 of 16
-    one = positions((1, 1, 1), (48, 16, 80), 66)[0]
-    assert torch.equal(one, positions((3, 1, 5), (16, 16, 16), 66)[7])
-    assert not torch.equal(one, positions((1, 1, 1), (80, 16, 48), 66)[0])
+    one = positions((1, 1, 1), (48, 16, 80), 66, "pixels")[0]
+    assert torch.equal(one, positions((3, 1, 5), (16, 16, 16), 66, "pixels")[7])
+    assert not torch.equal(one, positions((1, 1, 1), (80, 16, 48), 66, "pixels")[0])
 
 
 @pytest.mark.parametrize(("size", "patch", "unit"), SHAPES, ids=str)

@@ -1,5 +1,7 @@
 """The masked autoencoder. Run: python -m pytest tests/trainables/test_mae.py"""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -54,9 +56,7 @@ def split(grid, hidden, batch=4, step=0):
 def half(size, patch, batch=4, step=0):
     """Half of the patches hidden, and the same as pixels (B, 1, *S)."""
     grid = grid_of(size, patch)
-    is_hidden_BP, visible_BV, hidden_BX = split(
-        grid, len(positions(grid, patch, 4)) // 2, batch, step
-    )
+    is_hidden_BP, visible_BV, hidden_BX = split(grid, math.prod(grid) // 2, batch, step)
     return visible_BV, hidden_BX, pixels_hidden(is_hidden_BP, grid, patch)[:, None]
 
 
@@ -104,7 +104,7 @@ def test_embedding_patches_equals_a_convolution():
 
 def test_positions_by_hand():
     # two patches of 8 pixels side by side: centres at 4 and (4, 12) pixels = 0.25 and (0.25, 0.75)
-    code = positions((1, 2), (8, 8), 8).tolist()
+    code = positions((1, 2), (8, 8), 8, "pixels").tolist()
     wave = 10000**-0.5
     first = [0.247404, 0.25 * wave, 0.968912, 1.0]
     second = [0.681639, 0.75 * wave, 0.731689, 1.0]
@@ -115,22 +115,29 @@ def test_positions_by_hand():
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_a_place_keeps_its_code_at_every_patch_size(axes):
     # the centre of one patch of 48 pixels is that of the middle one of 3 of 16 and of 9 of 48/9
-    one = positions((1,) * axes, (48,) * axes, 64)[0]
-    assert torch.equal(one, positions((3,) * axes, (16,) * axes, 64)[3**axes // 2])
+    one = positions((1,) * axes, (48,) * axes, 64, "pixels")[0]
+    assert torch.equal(one, positions((3,) * axes, (16,) * axes, 64, "pixels")[3**axes // 2])
+
+
+@pytest.mark.parametrize("patch", [2, 4, (2, 16)])
+def test_in_patches_neighbours_are_as_far_apart_at_every_patch_size(patch):
+    edges = patch if isinstance(patch, tuple) else (patch, patch)
+    code = positions((6, 5), edges, 64, "patches")
+    assert torch.equal(code, positions((6, 5), (16, 16), 64, "pixels"))
 
 
 def test_a_code_is_made_of_the_axes_codes_in_the_order_of_patches():
-    code = positions((2, 3, 4), (8, 8, 8), 66).reshape(2, 3, 4, 3, 22)
+    code = positions((2, 3, 4), (8, 8, 8), 66, "patches").reshape(2, 3, 4, 3, 22)
     for axis in range(3):
         line = [1, 1, 1]
         line[axis] = (2, 3, 4)[axis]
-        alone = positions(tuple(line), (8, 8, 8), 66).reshape(*line, 3, 22)[..., axis, :]
+        alone = positions(tuple(line), (8, 8, 8), 66, "patches").reshape(*line, 3, 22)[..., axis, :]
         assert torch.equal(code[..., axis, :], alone.expand(2, 3, 4, 22))
     assert len(code.reshape(24, 66).unique(dim=0)) == 24
 
 
 def test_what_the_axes_do_not_share_equally_is_zero():
-    code = positions((2, 3, 4), (8, 8, 8), 64)
+    code = positions((2, 3, 4), (8, 8, 8), 64, "patches")
     assert code.shape == (24, 64)
     assert (code[:, 60:] == 0).all()
 

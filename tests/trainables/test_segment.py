@@ -1,5 +1,7 @@
 """python -m pytest tests/trainables/test_segment.py"""
 
+import dataclasses
+import itertools
 import multiprocessing
 from pathlib import Path
 
@@ -16,7 +18,15 @@ from trainables.context import Context
 from trainables.data import Dataset
 from trainables.errors import UserError
 from trainables.mae import build_mae
-from trainables.segment import dice_cross_entropy, evaluate, layer_decay, segment
+from trainables.segment import (
+    dice_cross_entropy,
+    evaluate,
+    labelled_rows,
+    layer_decay,
+    make_learner,
+    segment,
+)
+from trainables.unetr import build_unetr
 
 torch.set_num_threads(1)
 
@@ -359,3 +369,103 @@ def test_two_workers_learn_what_one_learns(tmp_path):
     for name, value in tensors.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=name)
     assert not (tmp_path / "1").exists()
+
+
+# Few labels, and the decoder first
+
+
+def rows_of_labels(labels, seed=0, dataset=None):
+    settings = config(labels=labels).segment
+    return set(labelled_rows(settings, dataset or cells(train=20), seed).tolist())
+
+
+def test_few_labels_are_among_more():
+    nested = [rows_of_labels(labels) for labels in (1, 0.25, 7, 0.5, 20, None)]
+    assert [len(rows) for rows in nested] == [1, 5, 7, 10, 20, 20]
+    assert all(few <= more for few, more in itertools.pairwise(nested))
+    assert rows_of_labels(1000) == rows_of_labels(None)
+    assert len({frozenset(rows_of_labels(5, seed)) for seed in range(8)}) > 5
+
+
+def test_labels_count_groups_and_take_them_whole():
+    dataset = dataclasses.replace(cells(train=20), groups=[str(row // 4) for row in range(25)])
+    rows = rows_of_labels(2, dataset=dataset)
+    assert len(rows) == 8 and all(row - row % 4 + other in rows for row in rows for other in (0, 3))
+
+
+def test_with_few_labels_it_learns_as_many_steps_from_those_alone(tmp_path):
+    """Images beyond the chosen ones could be anything."""
+    dataset = cells(train=8)
+    chosen = rows_of_labels(2, dataset=dataset)
+    strange = dataclasses.replace(dataset, images=dataset.images.copy())
+    strange.images[[row for row in range(8) if row not in chosen]] = 77
+    _, told, tensors = run(tmp_path / "few", dataset=dataset, labels=2)
+    _, _, same = run(tmp_path / "strange", dataset=strange, labels=2)
+    _, all_told, others = run(tmp_path / "all", dataset=dataset)
+    assert told[-1][0]["step"] == all_told[-1][0]["step"] == 8
+    assert all(tensors[name].equal(same[name]) for name in tensors)
+    assert not all(tensors[name].equal(others[name]) for name in tensors)
+
+
+def pretrained(seed=3):
+    return build_mae(config(), SIZE, 1, seed).encoder.state_dict()
+
+
+def test_the_decoder_learns_alone_first_and_the_encoder_after_it(tmp_path):
+    settings = {"encoder": "finetune", "encoder_state": pretrained(), "decoder_first": 0.5}
+    _, _, half = run(tmp_path, stop_at=3, **settings)
+    assert all(half[f"model/encoder.{name}"].equal(value) for name, value in pretrained().items())
+    assert not any(name.startswith("optimizer/encoder") for name in half)
+    _, _, done = run(tmp_path / "whole", **settings)
+    changed = [
+        not encoder_of(done)[name].equal(value)
+        for name, value in pretrained().items()
+        if value.ndim > 1
+    ]
+    assert all(changed)
+
+
+@pytest.mark.parametrize("decoder_first", [0.7, 0.4])
+def test_interrupted_while_the_encoder_is_held_or_after_it_ends_alike(tmp_path, decoder_first):
+    settings = {
+        "dataset": cells(train=12),
+        "encoder": "finetune",
+        "encoder_state": pretrained(),
+        "decoder_first": decoder_first,
+        "epochs": 2,
+    }
+    _, told, whole = run(tmp_path / "whole", **settings)
+    run(tmp_path / "broken", stop_at=6, **settings)
+    resume = checkpoint.load_latest(tmp_path / "broken" / "checkpoints")
+    _, again, resumed = run(tmp_path / "broken", resume=Saved(*resume), **settings)
+    assert values(told[-1]) == values(again[-1])
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+
+
+def test_gradients_are_clipped(tmp_path):
+    """So short that Adam's floor is felt: the weights hardly move."""
+
+    def moved(clip):
+        _, _, tensors = run(tmp_path / str(clip), clip=clip)
+        fresh = make_learner(config(), 0, cells(), None, context(tmp_path, []), 6).model
+        return sum(
+            (tensors[f"model/{name}"] - value).abs().sum()
+            for name, value in fresh.state_dict().items()
+            if name.startswith("head")
+        )
+
+    assert moved(1e-9) < 0.1 * moved(None)
+
+
+def test_without_the_images_skip_the_decoder_sees_tokens_alone(tmp_path):
+    """When nothing of a token gets through, all images look alike."""
+
+    def difference(image_skip):
+        model = build_unetr(config(encoder="frozen", image_skip=image_skip), SIZE, 1, 3)
+        for skip in model.token_skips:
+            torch.nn.init.zeros_(skip.map.weight)
+        one, other = model(torch.randn(2, 1, *SIZE))
+        return (one - other).abs().max()
+
+    assert difference(image_skip=True) > 1e-2
+    assert difference(image_skip=False) == 0
