@@ -174,7 +174,7 @@ def _missing_seeds(
         first: Suggestion | Enqueued = trials[0] if trials else wanted[arm]
         for index in range(spec.seeds):
             if spec.seed + index not in seeds:
-                config = TrialConfig.model_validate(completed(first.config))
+                config = _config_of(first)
                 yield Start("search", config, spec.seed + index, first.params, first.labels)
 
 
@@ -197,8 +197,14 @@ def _confirmations(
         for index in range(spec.confirm.seeds):
             seed = spec.seed + spec.seeds + index
             if (arm, seed) not in begun:
-                config = TrialConfig.model_validate(completed(first.config))
+                config = _config_of(first)
                 yield Start(CONFIRM, config, seed, first.params, first.labels)
+
+
+def _config_of(arm: Suggestion | Enqueued) -> TrialConfig:
+    if isinstance(arm.config, TrialConfig):
+        return arm.config
+    return TrialConfig.model_validate(completed(arm.config))
 
 
 def _searched(suggestions: Sequence[Suggestion]) -> dict[str, list[Suggestion]]:
