@@ -134,6 +134,8 @@ class Conductor:
             rungs=list(self.spec.rungs),
             folder=self.ledger.folder.trial(suggestion.trial),
             remote=self._remote(suggestion),
+            # a mirror is one node's own
+            shared=None if self.ledger.folder.remote else self.ledger.folder.pretrained,
             data=self.spec.data,
             data_root=self.data.root,
             fingerprint=self.data.fingerprint,

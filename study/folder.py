@@ -10,6 +10,7 @@ folder can be moved, copied and renamed.
     trials/<id>/outcome.json           how it ended; error.txt beside it if it failed
     trials/<id>/stacks/                where its workers were whenever they made no progress
     trials/<id>/{checkpoints,pictures,encoder}/
+    pretrained/<key>/                  what trials that pretrain alike share; may be deleted
     results.parquet  arms.parquet      all rows and all arms; may be deleted and come back
     requests/<time>-<kind>-<hex>.json  what people ask of the study and no driver has read yet
     answers/000000.json                what became of each request; never changed
@@ -109,6 +110,10 @@ class StudyFolder:
     @property
     def spec(self) -> Path:
         return self.root / "study.yaml"
+
+    @property
+    def pretrained(self) -> Path:
+        return self.root / "pretrained"
 
     @property
     def environment(self) -> Path:

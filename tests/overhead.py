@@ -217,6 +217,7 @@ def train(study: Path, suggestion: Suggestion, scratch: Path, on_step: Callable[
         rungs=list(spec.rungs),
         folder=scratch / suggestion.trial,
         remote="",
+        shared=None,
         data=spec.data,
         data_root=spec.folder_of_yaml,
         fingerprint=read_environment(folder)["data_fingerprint"],

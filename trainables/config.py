@@ -252,12 +252,12 @@ class ProbeConfig(Strict):
 
 def arm_id(config: TrialConfig) -> str:
     """Identity of a configuration without its seed."""
-    return digest(_content(config))[:8]
+    return digest(content_of(config))[:8]
 
 
 def trial_id(config: TrialConfig, seed: int, data_fingerprint: str) -> str:
     """Identity of a trial: configuration, seed, and the data it is trained on."""
-    content = {"config": _content(config), "seed": seed, "data": data_fingerprint}
+    content = {"config": content_of(config), "seed": seed, "data": data_fingerprint}
     return digest(content)[:12]
 
 
@@ -380,7 +380,7 @@ def completed(trial: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _content(config: TrialConfig) -> dict[str, Any]:
+def content_of(config: TrialConfig) -> dict[str, Any]:
     """What makes the identity: equal edges along all axes are one number, however spelt.
 
     A setting that came later is left out where it says what went without saying before, so that

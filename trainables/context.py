@@ -37,6 +37,7 @@ class Context:
     # (phase, steps done), asked on every rank after every step: save, and end with LEAVING; cheap
     is_leaving: Callable[[str, int], bool] = lambda phase, step: False
     remote: str = ""  # the URI in a store of objects that `folder` mirrors
+    shared: Path | None = None  # where finished pretrainings of the study lie; None: nowhere
 
     @property
     def is_main(self) -> bool:

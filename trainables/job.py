@@ -34,13 +34,15 @@ def make_job(
     rungs: list[float],
     folder: Path,
     remote: str,
+    shared: Path | None,
     data: Any,
     data_root: Path,
     fingerprint: str,
 ) -> dict[str, Any]:
     """Everything a worker has to know of a trial; paths in it are never stored.
 
-    `remote`: where the trial lies in a store of objects, if it does.
+    `remote`: where the trial lies in a store of objects, if it does. `shared`: where pretrainings
+    lie that trials of the study may share.
     """
     return {
         "trial": trial,
@@ -50,6 +52,7 @@ def make_job(
         "rungs": rungs,
         "folder": str(folder.resolve()),  # workers have working directories of their own
         "remote": remote,
+        "shared": None if shared is None else str(shared.resolve()),
         "data": data.model_dump(mode="json", by_alias=True),
         "data_root": str(data_root.resolve()),
         "fingerprint": fingerprint,
@@ -90,6 +93,7 @@ def run_job(
         is_leaving=is_leaving,
         rank=rank,
         world_size=world_size,
+        shared=None if job["shared"] is None else Path(job["shared"]),
     )
 
     def decoded(done: int, parts: int) -> None:

@@ -259,3 +259,42 @@ def test_two_workers_stop_and_go_on_together(tmp_path, uninterrupted):
     assert found[key] == pytest.approx(uninterrupted[1][key], rel=0.02)
     assert first[4:7] == [Ending.LEAVING, Ending.LEAVING, "complete"]
     assert {tuple(key): value for *key, value in first[7]} == found
+
+
+# Pretraining that trials share
+
+
+def test_who_pretrains_alike_takes_what_is_there(tmp_path, monkeypatch, uninterrupted):
+    """All but the clock as if it had been done again, also where segmentation differs."""
+    shared = tmp_path / "pretrained"
+    run(tmp_path / "first", toy.Diary(), shared=shared)
+    _, values, _ = uninterrupted
+    with monkeypatch.context() as barred:
+        barred.setattr("trainables.pretrain.train", None)
+        second = toy.Diary()
+        assert run(tmp_path / "second", second, shared=shared) == "complete"
+        assert second.calls == PRETRAIN + SEGMENT and toy.repeatable(second) == values
+        for name in ("encoder/encoder.safetensors", "pictures/reconstruction.png"):
+            ours, first = (tmp_path / which / name for which in ("second", "first"))
+            assert ours.read_bytes() == first.read_bytes()
+        frozen = toy.trial(segment__encoder="frozen")
+        assert run(tmp_path / "frozen", toy.Diary(), frozen, shared=shared) == "complete"
+        # the rule may say another thing to this one
+        stopped = toy.Diary(stop_at=[("pretrain", 7)])
+        assert run(tmp_path / "stopped", stopped, shared=shared) == "stopped"
+        assert stopped.calls == PRETRAIN[:2]
+        for other in ({"masking__unit": 8}, {"pretrain__epochs": 2}):
+            with pytest.raises(TypeError):
+                run(tmp_path / "other", toy.Diary(), toy.trial(**other), shared=shared)
+
+
+def test_only_what_is_whole_is_shared(tmp_path):
+    shared = tmp_path / "pretrained"
+    assert run(tmp_path / "a", toy.Diary(stop_at=[("pretrain", 7)]), shared=shared) == "stopped"
+    assert not shared.exists()
+    run(tmp_path / "b", toy.Diary(), shared=shared)
+    (kept,) = shared.iterdir()
+    (kept / "rows.json").write_text("[")
+    again = toy.Diary()
+    assert run(tmp_path / "c", again, shared=shared) == "complete" and again.calls[0] == PRETRAIN[0]
+    assert json.loads((kept / "rows.json").read_text())
