@@ -230,6 +230,7 @@ def hand_made(*trials: dict[str, Any]) -> StudyTables:
         if not isinstance(schedule, dict):
             schedule = {"name": "constant", "value": schedule}
         config = {"model": {"patch": trial["patch"]}, "masking": {"ratio": schedule}}
+        config |= trial.get("config", {})
         name = f"t{number}"
         seed, origin, labels = trial["seed"], trial["origin"], trial.get("labels", {})
         suggestions.append(Suggestion(number, name, trial["arm"], seed, origin, config, {}, labels))

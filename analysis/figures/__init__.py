@@ -18,6 +18,7 @@ from analysis.figures import (
     cost,
     curves,
     differences,
+    labels,
     pareto,
     ranking,
     ratio_patch,
@@ -72,6 +73,7 @@ FIGURES: dict[str, Figure] = {
     "cost_memory": Figure(partial(cost.cost, metric="peak_memory"), "cost"),
     "cost_speed": Figure(partial(cost.cost, metric="images_per_second"), "cost"),
     "differences": Figure(differences.differences, "control"),
+    "labels": Figure(labels.labels, "control"),
     **{
         key if metric.parts == "size" else f"class_{key}": Figure(
             partial(classes.classes, metric=f"segment/{key}"),

@@ -19,6 +19,7 @@ from analysis.figures.classes import classes_numbers
 from analysis.figures.cost import cost_numbers, scaled
 from analysis.figures.curves import curves
 from analysis.figures.differences import differences_numbers
+from analysis.figures.labels import labels, labels_numbers
 from analysis.figures.pareto import pareto_front, pareto_numbers
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.figures.ratio_patch import ratio_patch_numbers
@@ -355,3 +356,39 @@ def test_costs_are_means_over_complete_trials(tables: StudyTables) -> None:
     assert numbers.at["control", "pretrain"] == pytest.approx(expected["pretrain"])
     assert np.isnan(numbers.at["random-init", "pretrain"])
     assert numbers.at["random-init", "segment"] > 0
+
+
+def with_labels(arm: str, labels: Any, encoder: str, *scores: float) -> list[dict[str, Any]]:
+    segment = {"segment": {"labels": labels, "encoder": encoder}}
+    origin = "control" if (labels, encoder) == (None, "finetune") else "search"
+    return [
+        {"arm": arm, "seed": seed, "miou": score, "config": segment, "origin": origin}
+        for seed, score in enumerate(scores)
+    ]
+
+
+def test_what_pretraining_is_worth_by_labels() -> None:
+    tables = hand_made(
+        *with_labels("a", None, "finetune", 0.80, 0.82, 0.81),
+        *with_labels("b", None, "random-init", 0.80, 0.81, 0.82),
+        *with_labels("c", 16, "finetune", 0.70, 0.72, 0.74),
+        *with_labels("d", 16, "random-init", 0.60, 0.63, 0.63),
+        *with_labels("e", 4, "finetune", 0.60),
+        *with_labels("f", 0.5, "frozen", 0.5, 0.5),
+        {"arm": "g", "patch": 4, "miou": 0.9},
+    )
+    numbers = labels_numbers(tables)
+    assert list(zip(numbers["labels"], numbers["encoder"], numbers["n"], strict=True)) == [
+        ("4", "finetune", 1),
+        ("16", "finetune", 3),
+        ("16", "random-init", 3),
+        ("50 %", "frozen", 2),
+        ("all", "finetune", 3),
+        ("all", "random-init", 3),
+    ]
+    line = numbers.iloc[1]
+    assert line["gain"] == pytest.approx(0.1) and line["pairs"] == 3
+    assert line["gain_low"] == pytest.approx(0.1 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
+    assert numbers["gain"].notna().sum() == 2
+    says = labels(tables).says
+    assert "16 labels +0.100 [+0.075, +0.125]; all labels +0.000" in says
