@@ -32,6 +32,16 @@ class WorkerGroup:
         return f"{workers} with {self.cpus:g} CPUs{gpus}{each}"
 
 
+def worker_group(
+    workers: int, cpus: float, gpus: float | None, rooms: Iterable[Room]
+) -> WorkerGroup:
+    """The group that was asked for; `gpus` None: one for each worker if these nodes hold that."""
+    if gpus is not None:
+        return WorkerGroup(workers, cpus, gpus)
+    on_gpus = WorkerGroup(workers, cpus, 1.0)
+    return on_gpus if num_groups(rooms, on_gpus) else WorkerGroup(workers, cpus, 0.0)
+
+
 def num_groups(rooms: Iterable[Room], group: WorkerGroup) -> int:
     """Groups that fit side by side; the workers of one may lie on several nodes."""
     return sum(num_workers(room, group) for room in rooms) // group.workers

@@ -27,7 +27,7 @@ from ray.util.placement_group import (
 )
 
 from cluster.connect import Nodes, draining, nodes
-from cluster.placement import MOST, WorkerGroup, in_words, num_groups, refusal
+from cluster.placement import MOST, in_words, num_groups, refusal, worker_group
 from study.conductor import Conductor
 from trainables.errors import UserError
 from trainables.job import measure_peak, run_job
@@ -62,7 +62,9 @@ class Fleet:
         # a worker group takes two cores to start: side by side, none would be ready soon
         self._at_once = max(1, (os.cpu_count() or 1) // 2) if is_one_machine else MOST
         self._resources = each = conductor.spec.resources
-        self.group = WorkerGroup(each.workers, each.cpus_per_worker, each.gpus_per_worker)
+        self.group = worker_group(
+            each.workers, each.cpus_per_worker, each.gpus_per_worker, nodes().total
+        )
         self._watched: dict[str, _Watched] = {}
         self._homeward: list[_Watched] = []
         self._asked: list[PlacementGroup] = []  # of an autoscaling cluster

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cluster.placement import Room, WorkerGroup, num_groups
+from cluster.placement import Room, WorkerGroup, num_groups, worker_group
 from study import space
 from study.fit import DataSize, data_size
 from trainables import cost
@@ -26,7 +26,7 @@ from trainables.metrics import metric_of
 from trainables.schedules import MIDPOINTS, value_at
 
 if TYPE_CHECKING:
-    from study.spec import StudySpec
+    from study.spec import Resources, StudySpec
     from trainables.data import Dataset
 
 MOST_SAMPLED = 24  # arms whose cost is computed
@@ -212,10 +212,13 @@ def _length(values: Iterable[Any]) -> int:
 
 
 def _concurrent(spec: StudySpec, cpus: float, gpus: float) -> int:
-    resources = spec.resources
-    group = WorkerGroup(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
-    fit = num_groups([Room("here", cpus, gpus)], group)
-    return min(fit, resources.concurrent or fit)
+    here = [Room("here", cpus, gpus)]
+    fit = num_groups(here, _group(spec.resources, here))
+    return min(fit, spec.resources.concurrent or fit)
+
+
+def _group(each: Resources, rooms: list[Room]) -> WorkerGroup:
+    return worker_group(each.workers, each.cpus_per_worker, each.gpus_per_worker, rooms)
 
 
 def _warnings(
@@ -228,12 +231,12 @@ def _warnings(
     gpus: float,
 ) -> list[str]:
     warnings = []
-    resources = spec.resources
     if concurrent == 0:
+        group = _group(spec.resources, [Room("here", cpus, gpus)])
         warnings.append(
-            f"resources: a trial takes {resources.workers * resources.cpus_per_worker:g} CPUs and "
-            f"{resources.workers * resources.gpus_per_worker:g} GPUs, here are {cpus:g} and "
-            f"{gpus:g}: nothing can start"
+            f"resources: a trial takes {group.workers * group.cpus:g} CPUs and "
+            f"{group.workers * group.gpus:g} GPUs, here are {cpus:g} and {gpus:g}: nothing can "
+            f"start"
         )
     if grid_arms is not None and grid_arms * spec.seeds > room:
         warnings.append(

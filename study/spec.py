@@ -97,7 +97,10 @@ class Resources(Strict):
 
     workers: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_worker: Annotated[
+        float | None,
+        Field(ge=0, description="null: one where the cluster has as many, else none"),
+    ] = None
     concurrent: Annotated[
         Positive | None, Field(description="trials at once; null: as many as fit")
     ] = None

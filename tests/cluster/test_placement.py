@@ -12,7 +12,7 @@ import pytest
 
 from cluster.connect import _join, check_version
 from cluster.errors import ClusterError
-from cluster.placement import Room, WorkerGroup, in_words, num_groups, refusal
+from cluster.placement import Room, WorkerGroup, in_words, num_groups, refusal, worker_group
 
 
 def rooms(*sizes: tuple[float, float]) -> list[Room]:
@@ -42,6 +42,14 @@ def test_trials_are_counted_by_workers_that_are_whole_on_a_node(
 ) -> None:
     assert num_groups(rooms(*nodes), group) == expected
     assert (refusal(rooms(*nodes), group) is None) == (expected > 0)
+
+
+def test_gpus_that_are_there_are_used_where_they_are_enough() -> None:
+    mixed = [Room("a", 8, 0), Room("b", 8, 1), Room("c", 8, 1)]
+    assert worker_group(2, 1, None, mixed) == WorkerGroup(2, 1, 1.0)
+    assert worker_group(3, 1, None, mixed) == WorkerGroup(3, 1, 0.0)
+    assert worker_group(1, 1, None, []) == WorkerGroup(1, 1, 0.0)
+    assert worker_group(1, 1, 0.5, mixed[:1]) == WorkerGroup(1, 1, 0.5)
 
 
 def test_a_worker_that_fits_on_no_node_is_refused_with_the_largest() -> None:

@@ -103,6 +103,10 @@ def test_confirmations_come_on_top():
         ("{gpus_per_worker: 0.5}", 3, 8, 3),
         ("{concurrent: 2}", 8, 0, 2),
         ("{gpus_per_worker: 1}", 8, 0, 0),
+        # GPUs that are there are used, unless the study says otherwise
+        ("{}", 8, 2, 2),
+        ("{workers: 3}", 8, 2, 2),
+        ("{gpus_per_worker: 0}", 8, 2, 8),
     ],
 )
 def test_as_many_trials_at_once_as_fit(resources, cpus, gpus, expected):
