@@ -105,7 +105,7 @@ def test_confirmations_come_on_top():
         ("{gpus_per_worker: 1}", 8, 0, 0),
         # GPUs that are there are used, unless the study says otherwise
         ("{}", 8, 2, 2),
-        ("{workers: 3}", 8, 2, 2),
+        ("{workers: 4}", 8, 2, 2),
         ("{gpus_per_worker: 0}", 8, 2, 8),
     ],
 )
