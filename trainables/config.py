@@ -78,6 +78,13 @@ BEFORE_0_2: dict[str, Any] = {
 }
 
 
+# The same of options: (section, setting, name) -> option -> what it always did
+OPTIONS_BEFORE_0_2: dict[tuple[str, str, str], dict[str, Any]] = {
+    ("masking", "strategy", "amlp"): {"category_reads": "descriptors"},
+    ("pretrain", "loss", "rrl"): {"relative_to": "patch"},
+}
+
+
 class Strict(BaseModel):
     """Unknown keys are errors; a resolved configuration never changes."""
 
@@ -377,6 +384,13 @@ def completed(trial: dict[str, Any]) -> dict[str, Any]:
         section, setting = path.split(".")
         if isinstance(whole.get(section), dict):
             whole[section] = {setting: before} | whole[section]
+    for (section, setting, name), options in OPTIONS_BEFORE_0_2.items():
+        if not isinstance(whole.get(section), dict):
+            continue
+        given = whole[section].get(setting)
+        given = {"name": given} if isinstance(given, str) else given
+        if isinstance(given, dict) and given.get("name") == name:
+            whole[section] = whole[section] | {setting: options | given}
     return whole
 
 
@@ -391,6 +405,14 @@ def content_of(config: TrialConfig) -> dict[str, Any]:
         section, setting = path.split(".")
         if content[section][setting] == before:
             del content[section][setting]
+    for (section, setting, name), options in OPTIONS_BEFORE_0_2.items():
+        given = content[section][setting]
+        if given["name"] == name:
+            content[section][setting] = {
+                option: value
+                for option, value in given.items()
+                if option not in options or value != options[option]
+            }
     content["model"]["patch"] = simplest(content["model"]["patch"])
     if content["masking"]["unit"] is not None:
         content["masking"]["unit"] = simplest(content["masking"]["unit"])

@@ -10,11 +10,14 @@ from pydantic import ValidationError
 
 from study.mistakes import place
 from trainables.config import (
+    BEFORE_0_2,
     SIZES,
     ProbeConfig,
     TrialConfig,
     arm_id,
+    completed,
     conflicts,
+    content_of,
     geometry_misfits,
     trial_id,
 )
@@ -224,3 +227,22 @@ def test_probe_ratios_are_shares():
     assert ProbeConfig().ratios == (0.25, 0.5, 0.75)
     with pytest.raises(ValidationError, match="less than 1"):
         ProbeConfig(ratios=(0.5, 1.0))
+
+
+def test_what_release_0_1_recorded_means_what_it_did():
+    """Its records lack settings that came later; so do the names of its arms."""
+    recorded = TrialConfig().model_dump(mode="json")
+    for path in BEFORE_0_2:
+        section, setting = path.split(".")
+        del recorded[section][setting]
+    recorded["pretrain"]["loss"] = {"name": "rrl", "epsilon": 0.1}
+    recorded["masking"]["strategy"] = {"name": "amlp", "category_weight": 0.1}
+    config = TrialConfig.model_validate(completed(recorded))
+    assert config.pretrain.loss.relative_to == "patch"
+    assert config.masking.strategy.category_reads == "descriptors"
+    assert config.model.positions == "pixels" and config.segment.clip is None
+    content = content_of(config)
+    assert content["pretrain"]["loss"] == recorded["pretrain"]["loss"]
+    assert "category_reads" not in content["masking"]["strategy"]
+    today = TrialConfig.model_validate({"pretrain": {"loss": "rrl"}})
+    assert content_of(today)["pretrain"]["loss"]["relative_to"] == "image"

@@ -56,6 +56,11 @@ GUIDED = {name: {"name": name} for name in MASKING if MASKING[name].guide_flops}
     "random": {"name": "random"},
     "complementary": {"name": "anatomask", "complementary": True},
     "amlp with a head": {"name": "amlp", "category_weight": 0.1},
+    "amlp with a small head": {
+        "name": "amlp",
+        "category_weight": 0.1,
+        "category_reads": "descriptors",
+    },
     "amlp that asks": {"name": "amlp", "features": "encoder", "lesion": "highest_loss"},
 }
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -409,14 +410,15 @@ def test_the_head_says_which_lesion_units_come_first():
     asked = request(
         (16, 16), 3, images, batch=20, model=SimpleNamespace(part=SimpleNamespace(module=category))
     )
+    by_head = partial(amlp, asked, share=1.0, category_weight=0.1, category_reads="descriptors")
     alone = amlp(asked, share=1.0)
     assert "asked" not in found
-    trusted = amlp(asked, share=1.0, category_weight=0.1, category_trust=1.0)
+    trusted = by_head(category_trust=1.0)
     assert found["asked"]
     # lesion clusters have nine units and more, about half of them with an even number
     assert 0.3 < alone[:, ::2].sum() / alone.sum() < 0.7
     assert trusted[:, ::2].sum() / trusted.sum() > 0.95
-    ignored = amlp(asked, share=1.0, category_weight=0.1, category_trust=0.0)
+    ignored = by_head(category_trust=0.0)
     assert torch.equal(ignored, alone)
 
 

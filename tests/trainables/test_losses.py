@@ -127,8 +127,33 @@ def test_arl_without_exponent_is_exactly_the_mean():
 
 def test_rrl_by_hand():
     truth_BXQ = torch.tensor([[[1.0, -1.0], [0.0, 2.0]]])  # mean squares 1 and 2
+    to_patch_B = LOSSES["rrl"](row(1, 2), truth_BXQ, epsilon=0.5, relative_to="patch")
+    assert to_patch_B.item() == pytest.approx((1 / 1.5 + 2 / 2.5) / 2, abs=1e-6)
+    # shares 2/3 and 4/3 of the mean error, mean power 1.5
     loss_B = LOSSES["rrl"](row(1, 2), truth_BXQ, epsilon=0.5)
-    assert loss_B.item() == pytest.approx((1 / 1.5 + 2 / 2.5) / 2, abs=1e-6)
+    assert loss_B.item() == pytest.approx((1 * 2 / 3 + 2 * 4 / 3) / 2 / 2, abs=1e-6)
+
+
+def test_rrl_turns_to_bright_lesions_and_not_away_from_them():
+    """Who predicts the mean everywhere errs by the patch's power; one of ten patches is bright."""
+    truth_BXQ = torch.full((1, 10, 4), 0.5)
+    truth_BXQ[:, 0] = 3.0
+
+    def share_of_lesion(**options):
+        predicted_BXQ = torch.zeros_like(truth_BXQ, requires_grad=True)
+        errors_BX = (predicted_BXQ - truth_BXQ).square().mean(dim=2)
+        LOSSES[options.pop("name", "rrl")](errors_BX, truth_BXQ, **options).sum().backward()
+        pull_BX = predicted_BXQ.grad.abs().sum(dim=2)
+        return (pull_BX[0, 0] / pull_BX.sum()).item()
+
+    plain = share_of_lesion(name="mean")
+    assert share_of_lesion(relative_to="patch") < 0.5 * plain < 0.5 * share_of_lesion()
+    # pale images count as much as bright ones
+    losses = [
+        LOSSES["rrl"](4 * scale**2 * row(1, 2), 2 * scale * torch.ones(1, 2, 3), epsilon=1e-9)
+        for scale in (1.0, 0.1)
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -568,7 +568,11 @@ def test_weights_by_hand():
     # of 4 values the real ones are 2: power 4 in the first, of the halves 9 and 1
     truth = row([[[2.0, 2, 2, 2], [3, 3, 0, 0], [1, 1, 0, 0]]])
     by_hand = (1 / 4.1 + 0.5 * 4 / 9.1 + 0.5 * 3 / 1.1) / 2
-    assert LOSSES["rrl"](errors, truth, weight).item() == pytest.approx(by_hand)
+    rrl = functools.partial(LOSSES["rrl"], errors, truth, weight)
+    assert rrl(relative_to="patch").item() == pytest.approx(by_hand)
+    # the mean power counts each patch by what is real of it
+    by_hand = (1 + 0.5 * 16 + 0.5 * 9) / 2 / 2.25 / ((4 + 0.5 * 9 + 0.5 * 1) / 2 + 0.1)
+    assert rrl().item() == pytest.approx(by_hand)
     # pairs weigh 1/2, 1/2 and 1/4; the first is told right, the others by nothing
     predicted = row([[0.0, 1, 0]])
     right = -math.log(1 / (1 + math.exp(-1)) + 1e-6)

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from trainables import losses
 from trainables.late import Late
+from trainables.masking.guided import predicted_difficulty
 from trainables.masking.request import (
     MaskRequest,
     errors_under,
@@ -61,6 +62,7 @@ def amlp(
     category_weight: Annotated[float, Field(ge=0)] = 0.0,
     category_reading: Literal["median", "order", "margin"] = "median",
     category_trust: Share = 0.5,
+    category_reads: Literal["tokens", "descriptors"] = "tokens",
 ) -> Tensor:
     """Hide units that may hold lesions (AMLP, Wang et al. 2023): `share` of the hidden count.
 
@@ -71,7 +73,10 @@ def amlp(
     `min_visible` units stay visible, as nobody can fill in what is nowhere to be seen.
 
     With `category_weight` > 0 the model learns a head by `category_loss` with `category_reading`,
-    and the score is the head's opinion for a share `category_trust`.
+    and the score is the head's opinion for a share `category_trust`. The head reads the encoder's
+    tokens through a small decoder of its own, as HPM's does, so that the consistency loss shapes
+    the encoder too; or three numbers of a unit's pixels (`descriptors`), of which no gradient
+    reaches the encoder.
     """
     assert request.images is not None
     is_padded = request.is_padding_BU is not None
@@ -84,7 +89,12 @@ def amlp(
     scores_BU = lesion_scores(distances_BUK, is_member_BUK, lesion_B, temperature)
     if category_weight > 0:
         assert request.model is not None and request.model.part is not None
-        opinion_BU = category(request.model.part.module, descriptors_BUF).sigmoid()
+        if category_reads == "tokens":
+            logits_BP = predicted_difficulty(request.model, request.images)
+            logits_BU = mean_of_real(request, logits_BP)
+        else:
+            logits_BU = category(request.model.part.module, descriptors_BUF)
+        opinion_BU = logits_BU.sigmoid()
         scores_BU = scores_BU + category_trust * (opinion_BU - scores_BU)
     return hide_lesions(request, assignment_BU == lesion_B[:, None], scores_BU, share, min_visible)
 
@@ -100,24 +110,32 @@ def amlp_part(
     *,
     category_weight: float,
     category_reading: Literal["median", "order", "margin"],
+    category_reads: Literal["tokens", "descriptors"],
     **_: Any,
 ) -> Part | None:
-    """A head that tells from a mask unit's descriptors whether it is hard."""
+    """A head that tells whether a mask unit is hard, from tokens or from a unit's descriptors."""
     if category_weight == 0:
         return None
-    head = nn.Sequential(
-        nn.Linear(NUM_DESCRIPTORS, CATEGORY_WIDTH), nn.GELU(), nn.Linear(CATEGORY_WIDTH, 1)
-    )
 
     def loss(head: nn.Module, seen: Seen) -> Tensor:
-        found_BUF = descriptors(seen.images, seen.unit_grid, is_padded=seen.is_padded)
-        logits_BU = category(head, found_BUF)
-        logits_BP = unit_to_patch(logits_BU, seen.unit_grid, seen.patches_per_unit)
-        logits_BX = logits_BP.gather(1, seen.hidden_BX)
+        if category_reads == "tokens":
+            logits_BX = head(
+                seen.tokens, seen.visible_BV, seen.hidden_BX, seen.is_key, with_visible=False
+            )[..., 0].float()
+        else:
+            found_BUF = descriptors(seen.images, seen.unit_grid, is_padded=seen.is_padded)
+            logits_BU = category(head, found_BUF)
+            logits_BP = unit_to_patch(logits_BU, seen.unit_grid, seen.patches_per_unit)
+            logits_BX = logits_BP.gather(1, seen.hidden_BX)
         return losses.category_loss(
             logits_BX, seen.errors_BX, seen.weight_BX, reading=category_reading
         )
 
+    if category_reads == "tokens":
+        return Part("categories", make_decoder(1), loss, category_weight, reads_tokens=True)
+    head = nn.Sequential(
+        nn.Linear(NUM_DESCRIPTORS, CATEGORY_WIDTH), nn.GELU(), nn.Linear(CATEGORY_WIDTH, 1)
+    )
     return Part("categories", head, loss, category_weight, reads_tokens=False)
 
 
@@ -128,11 +146,15 @@ def amlp_part_cost(
     *,
     category_weight: float,
     category_reading: str,
+    category_reads: str,
     **_: Any,
 ) -> PartCost | None:
     """The head's forward pass; descriptors ask for no gradient."""
     if category_weight == 0:
         return None
+    if category_reads == "tokens":
+        forward = sizes.decoder(visible, visible + predicted, predicted)
+        return PartCost(forward, compares_pairs=category_reading == "order")
     first = 2 * sizes.units * NUM_DESCRIPTORS * CATEGORY_WIDTH
     forward = first + 2 * sizes.units * CATEGORY_WIDTH
     return PartCost(forward, leaf=first, compares_pairs=category_reading == "order")
@@ -145,6 +167,7 @@ def amlp_guide_flops(
     features: str,
     lesion: str,
     category_weight: float,
+    category_reads: str,
     **_: Any,
 ) -> int:
     """What the options ask of the model; clustering counts little and is left out."""
@@ -153,7 +176,10 @@ def amlp_guide_flops(
         flops += sizes.encoder(sizes.patches)
     if lesion == "highest_loss":
         flops += sizes.reconstruction(hidden_patches)
-    if category_weight > 0:
+    if category_weight > 0 and category_reads == "tokens":
+        flops += sizes.encoder(sizes.patches)
+        flops += sizes.decoder(sizes.patches, sizes.patches, sizes.patches)
+    elif category_weight > 0:
         flops += 2 * sizes.units * CATEGORY_WIDTH * (NUM_DESCRIPTORS + 1)
     return flops
 
