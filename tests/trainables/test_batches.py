@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainables.test_store import source_of
 from trainables.data import open_dataset
@@ -168,6 +169,31 @@ def test_a_crop_is_centred_on_what_it_shows_where_the_border_allows(tmp_path):
     # (10, 4, 5) in the middle of 6 x 8 x 4, but only 9 voxels along the second axis: room for 1;
     # (19, 8, 10) is the last voxel of the volume, and of its crop
     assert places == {(3, 4, 2), (5, 7, 3)}
+
+
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which CUDA can hold, but not index
+
+
+class Indexed(TorchDispatchMode):
+    """Types of the tensors that were indexed."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_select):
+            self.types.add(args[0].dtype)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_nothing_is_indexed_that_cuda_cannot_index(tmp_path):
+    dataset = dataset_of(tmp_path)
+    resident = to_device(dataset, dataset.rows("train"), "cpu")
+    with Indexed() as seen:
+        resident.draw(torch.arange(4), 1, 0, torch.arange(4), foreground=1.0)
+    assert {torch.bool, torch.int16, torch.uint8} <= seen.types  # classes, images, masks
+    assert not seen.types.intersection(UNSIGNED)
 
 
 def test_a_volume_without_any_class_is_cropped_anywhere(tmp_path):

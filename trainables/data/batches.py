@@ -55,7 +55,8 @@ class Resident:
         if has_labels and dataset.volumes is not None:
             owner = dataset.volumes.owner[row_index]
             self.has_class = torch.from_numpy(dataset.volumes.has_class[owner]).to(place)
-            self.spots = torch.from_numpy(dataset.volumes.spots[owner]).to(place)
+            spots = dataset.volumes.spots[owner].astype(np.int32)  # CUDA gathers no uint16
+            self.spots = torch.from_numpy(spots).to(place)
         self.centre_C, self.gain_C = _scale(dataset, device)
 
     def __len__(self) -> int:
