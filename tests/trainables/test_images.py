@@ -317,6 +317,40 @@ def test_instances_are_read_and_filled_in(study):
     assert set(np.unique(found.decode(1).instances)) == {0, 1}
 
 
+def test_tiles_know_their_image_and_their_objects_are_those_of_the_image(study):
+    """Tiles overlap, and an object lies in all of them."""
+    folder = study / "data"
+    cells, mask = np.zeros((24, 40), np.uint16), np.zeros((24, 40), np.uint8)
+    cells[4:20, 3:37], mask[4:20, 3:37] = 500, 1
+    cells[21, 38], mask[21, 38] = 1, 1
+    rows = [row | {"instances": ""} for row in rows_of(study)]
+    for number, row in enumerate(rows):
+        save(folder / row["image"], texture(number, 24, 40))
+        save(folder / f"masks/i{number}.png", mask)
+        save(folder / f"cells/i{number}.png", cells)
+        row["instances"] = f"cells/i{number}.png"
+    manifest(folder, rows)
+    found = source(study)
+    assert found.cut_from == [(24, 40)] * 6
+    decoded = found.decode(2)
+    assert len(decoded.masks) == 6 and set(np.unique(decoded.instances)) == {0, 1, 500}
+    setting = TypeAdapter(DataConfig).validate_python(
+        {"source": "images", "manifest": "data/manifest.csv", "size": EDGE}
+    )
+    dataset = open_dataset(prepare(setting, study, study / "cache"))
+    for image in range(6):
+        labels, instances = dataset.labels_of(image)
+        np.testing.assert_array_equal(labels, mask)
+        np.testing.assert_array_equal(instances, cells)
+    for split, numbers in {"train": [0, 1], "val": [2, 3], "test": [4, 5]}.items():
+        assert dataset.cut_images_of(split).tolist() == numbers
+
+
+def test_images_that_are_not_cut_are_each_their_own(study):
+    assert source(study).cut_from is None
+    assert source(study, fit="resize", size=8).cut_from is None
+
+
 # --- who goes into which split ---
 
 

@@ -20,7 +20,7 @@ from study.loading import parse_spec
 from tests.conftest import TINY_STUDY
 from tests.drawn import varied
 from trainables.data import SOURCES, DataConfig, open_dataset, prepare
-from trainables.data.source import NOT_LABELLED, SPLITS, Decoded, Source
+from trainables.data.source import NOT_LABELLED, SPLITS, Decoded, Source, tile_corners
 from trainables.errors import UserError
 from trainables.named import Choice
 
@@ -177,6 +177,20 @@ def test_decoded_parts_are_what_was_promised(example: Example) -> None:
         assert source.is_labelled or not labels
 
 
+def test_tiles_cover_their_image_and_label_each_pixel_once(example: Example) -> None:
+    source = example.source()
+    if source.cut_from is None:
+        return
+    assert len(source.cut_from) == len(source.parts)
+    for part, shape in zip(parts_of(source), source.cut_from, strict=True):
+        times_seen, times_labelled = np.zeros((2, *shape), int)
+        for corner, mask in zip(tile_corners(shape, source.size), part.masks, strict=True):
+            place = tuple(slice(c, c + e) for c, e in zip(corner, source.size, strict=True))
+            times_seen[place] += 1
+            times_labelled[place] += mask != NOT_LABELLED
+        assert times_seen.min() == 1 and times_labelled.max() <= 1
+
+
 def test_what_is_prepared_is_what_was_decoded(example: Example, tmp_path: Path) -> None:
     signs: list[tuple[int, int]] = []
     before = {path: path.read_bytes() for path in example.files()}
@@ -204,6 +218,7 @@ def test_what_is_prepared_is_what_was_decoded(example: Example, tmp_path: Path) 
             np.testing.assert_array_equal(dataset.image_of(rows.start), images[0])
             np.testing.assert_array_equal(dataset.mask_of(rows.start), part.masks[0])
             continue
+        assert (dataset.tiles is None) == (source.cut_from is None)
         np.testing.assert_array_equal(dataset.images[list(rows)], images)
         np.testing.assert_array_equal(dataset.masks[list(rows)], part.masks)
         if dataset.instances is not None:

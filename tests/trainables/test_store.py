@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import shutil
 import threading
@@ -231,10 +232,18 @@ def _cut(folder: Path) -> None:
         file.truncate(100)
 
 
+def _as_of_before(folder: Path) -> None:
+    """Before folders said what is in them, no row knew which image its tile was cut from."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["layout"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
 DAMAGES = {
     "images.npy has 100 bytes": _cut,
     "masks.npy is missing": lambda folder: (folder / "masks.npy").unlink(),
     "meta.json is missing": lambda folder: (folder / "meta.json").unlink(),
+    "another version prepared them": _as_of_before,
     "meta.json cannot be read": lambda folder: (folder / "meta.json").write_text('{"files": '),
 }
 

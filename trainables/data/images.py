@@ -85,7 +85,9 @@ def images(
     *,
     manifest: Annotated[
         str | None,
-        Field(description="CSV with the columns image, mask and, if wanted, split, group"),
+        Field(
+            description="CSV with the columns image, mask and, if wanted, split, group, instances"
+        ),
     ] = None,
     folder: Folder = None,
     size: Edge | tuple[Edge, Edge] = 128,
@@ -147,6 +149,7 @@ def images(
     ]
     names, groups, splits, parts = lay_out(entries, corners)
     header = reads[0].header
+    is_cut = any(len(of_image) > 1 for of_image in corners)
     return Source(
         name=name,
         identity={
@@ -169,20 +172,28 @@ def images(
         parts=parts,
         decode=lambda part: decode_entry(entries[part], reads[part], reading, has_instances),
         notes=notes,
+        cut_from=[read.header.size for read in reads] if is_cut else None,
     )
 
 
 def example(folder: Path) -> dict[str, Any]:
-    """Six pictures of noise, five of them with a mask, and what the classes are called."""
+    """Six pictures of noise, each in two tiles, and what the classes are called.
+
+    Five of them have a mask, one of these numbers its objects.
+    """
     data, chance = folder / "pictures", np.random.default_rng(0)
-    for kind in ("images", "masks"):
+    for kind in ("images", "masks", "instances"):
         (data / kind).mkdir(parents=True)
     (data / "classes.json").write_text('{"classes": ["dark", "bright"], "small_classes": [1]}')
     for number in range(6):
-        picture = chance.integers(0, 256, (16, 16), np.uint8)
+        picture = chance.integers(0, 256, (16, 24), np.uint8)
+        mask = (picture > 200).astype(np.uint8)
         Image.fromarray(picture).save(data / f"images/{number}.png")
         if number:
-            Image.fromarray((picture > 200).astype(np.uint8)).save(data / f"masks/{number}.png")
+            Image.fromarray(mask).save(data / f"masks/{number}.png")
+        if number == 1:
+            halves = mask * np.repeat([1, 2], 12).astype(np.uint8)
+            Image.fromarray(halves).save(data / f"instances/{number}.png")
     return {"folder": "pictures", "size": 16}
 
 

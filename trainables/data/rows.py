@@ -100,6 +100,18 @@ def cut(picture: Array, labels: Array, objects: Array | None, tile: Sequence[int
     )
 
 
+def joined(tiles: Array, corners: Array, shape: Sequence[int], nothing: int) -> Array:
+    """What `cut` cut: (*S) of the tiles' (n, *tile) labels or objects, that lie at corners (n, A).
+
+    `nothing` is what a tile has where a pixel counts in another one.
+    """
+    whole = np.full(tuple(shape), nothing, tiles.dtype)
+    for tile, corner in zip(tiles, corners, strict=True):
+        part = tuple(slice(c, c + edge) for c, edge in zip(corner, tile.shape, strict=True))
+        np.copyto(whole[part], tile, where=tile != nothing)
+    return whole
+
+
 def usable(entries: Sequence[Entry]) -> list[int]:
     """Which entries can be used: of val and test only those with a mask, if any has one."""
     is_labelled = any(entry.mask for entry in entries)

@@ -76,6 +76,8 @@ class Source:
     decode: Callable[[int], Decoded]
     notes: list[str]  # for people: what was left out, and why
     whole: Whole | None = None  # of volumes, where `size` is that of a crop
+    # of images whose tiles are the rows: the size of each part's image
+    cut_from: list[tuple[int, ...]] | None = None
 
     def fingerprint(self) -> str:
         """SHA-256 over the options, the content of the files, and the splits."""

@@ -4,7 +4,7 @@ A source says what the data are (`Source`); `write` decodes them into `cache/<fi
 for all processes of a node; `open_dataset` maps that folder.
 
     images.npy (N, C, *S) uint8 or uint16    masks.npy (N, *S) uint8    instances.npy uint16
-    rows.json   name, group and split of each row
+    rows.json   name, group and split of each row; the size of each image that tiles were cut from
     meta.json   the rest, and the size of each file; written last
 
 Volumes are whole, each with a shape of its own: images.npy and masks.npy then are flat, one volume
@@ -36,7 +36,9 @@ import numpy.typing as npt
 
 from trainables import durable
 from trainables.data.measure import measure, spots_of
+from trainables.data.rows import joined
 from trainables.data.source import (
+    NOT_LABELLED,
     SPLITS,
     Array,
     Source,
@@ -51,6 +53,9 @@ from trainables.errors import StorageError, UserError
 from trainables.settings import canonical_json
 
 Hears = Callable[[int, int], None]  # (parts that are decoded, of how many), from any thread
+# Raise it when a prepared folder holds other things than before. (FORMAT, in source.py, is part of
+# the data's identity: another one would make them other data, which no study begun before has.)
+LAYOUT = 2
 DECODING_BYTES = 2**31  # that volumes decoded side by side may take
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +73,15 @@ class Volumes:
     has_class: npt.NDArray[np.bool_]  # (N, K); never the background
     overlap: float
     tolerance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """Which images the data set's rows were cut from, and where."""
+
+    shapes: npt.NDArray[np.int64]  # (N, A) of the images
+    owner: npt.NDArray[np.int64]  # (rows,) the image of each row
+    corners: npt.NDArray[np.int64]  # (rows, A) where its tile begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +103,13 @@ class Dataset:
     is_labelled: bool
     images: Array  # (N, C, *S) uint8 or uint16; of volumes flat
     masks: Array  # (N, *S) uint8, 255 = not labelled; of volumes flat
-    instances: Array | None  # (N, *S) uint16
+    instances: Array | None  # (N, *S) uint16, of tiles each unique in the image they are cut from
     names: list[str]
     groups: list[str]
     splits: Array  # (N,) of words
     about: dict[str, Any]
     volumes: Volumes | None = None
+    tiles: Tiles | None = None  # None: each row is an image of its own, or the crop of a volume
 
     @property
     def is_padded(self) -> bool:
@@ -110,6 +125,21 @@ class Dataset:
         """The labels (*shape) of a whole volume."""
         assert self.volumes is not None
         return _part_of(self.masks, self.volumes, volume, ())
+
+    def labels_of(self, image: int) -> tuple[Array, Array | None]:
+        """The labels and the instances, if there are any, (*shape) of an image cut into tiles."""
+        assert self.tiles is not None
+        rows = np.flatnonzero(self.tiles.owner == image)
+        corners, shape = self.tiles.corners[rows], self.tiles.shapes[image].tolist()
+        return (
+            joined(self.masks[rows], corners, shape, NOT_LABELLED),
+            None if self.instances is None else joined(self.instances[rows], corners, shape, 0),
+        )
+
+    def cut_images_of(self, split: Split) -> npt.NDArray[np.int64]:
+        """The images whose tiles are the rows of a split."""
+        assert self.tiles is not None
+        return np.unique(self.tiles.owner[self.rows(split)])
 
     def volumes_of(self, split: Split) -> npt.NDArray[np.int64]:
         """The volumes whose crops are the rows of a split."""
@@ -152,7 +182,7 @@ def write(source: Source, cache: Path, decoded: Hears = lambda done, parts: None
             if folder.exists() and reason is None:
                 return folder  # another process was faster
             if reason:
-                _LOG.warning("prepared data are damaged (%s); decoding again: %s", reason, folder)
+                _LOG.warning("prepared data are of no use (%s); decoding again: %s", reason, folder)
             aside = cache / f".{fingerprint}.tmp"
             shutil.rmtree(aside, ignore_errors=True)  # of a process that died
             aside.mkdir()
@@ -177,10 +207,11 @@ def open_dataset(folder: Path) -> Dataset:
     """Map a prepared folder; nothing is decoded or copied."""
     reason = damage(folder)
     if reason:
-        raise StorageError(f"prepared data in {folder} are damaged: {reason}; prepare them again")
+        raise StorageError(f"prepared data in {folder} are of no use: {reason}; prepare them again")
     meta = json.loads((folder / "meta.json").read_text())
     rows = json.loads((folder / "rows.json").read_text())
     names, groups, splits = rows["names"], rows["groups"], rows["splits"]
+    tiles = _open_tiles(tuple(meta["size"]), rows["cut_from"]) if "cut_from" in rows else None
     volumes = None
     if "shapes" in rows:
         volumes = _open_volumes(folder, tuple(meta["size"]), rows)
@@ -208,6 +239,7 @@ def open_dataset(folder: Path) -> Dataset:
         splits=np.array(splits),
         about=meta["about"],
         volumes=volumes,
+        tiles=tiles,
     )
 
 
@@ -215,6 +247,8 @@ def damage(folder: Path) -> str | None:
     """Why a prepared folder cannot be used, or None."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta.get("layout") != LAYOUT:
+            return "another version prepared them"
         for name, expected in meta["files"].items():
             size = (folder / name).stat().st_size
             if size != expected:
@@ -224,6 +258,15 @@ def damage(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "meta.json cannot be read"
     return None
+
+
+def _open_tiles(size: tuple[int, ...], shapes: Sequence[Sequence[int]]) -> Tiles:
+    corners = [tile_corners(shape, size) for shape in shapes]
+    return Tiles(
+        shapes=np.array(shapes, np.int64),
+        owner=np.repeat(np.arange(len(shapes)), [len(found) for found in corners]),
+        corners=np.array(list(itertools.chain(*corners)), np.int64),
+    )
 
 
 def _open_volumes(folder: Path, size: tuple[int, ...], rows: dict[str, Any]) -> Volumes:
@@ -318,12 +361,15 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
             "overlap": source.whole.overlap,
             "tolerance": source.whole.tolerance,
         }
+    if source.cut_from is not None:
+        rows["cut_from"] = source.cut_from
     for array in (images, masks, instances):
         if isinstance(array, np.memmap):
             array.flush()
     (folder / "rows.json").write_text(canonical_json(rows))
     files = sorted(folder.iterdir())
-    meta |= {"fingerprint": fingerprint, "files": {p.name: p.stat().st_size for p in files}}
+    meta |= {"layout": LAYOUT, "fingerprint": fingerprint}
+    meta |= {"files": {p.name: p.stat().st_size for p in files}}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     seconds = time.monotonic() - started
     _LOG.info("prepared %d images of %s in %.1f s", num_images, source.name, seconds)
