@@ -41,9 +41,10 @@ def methods(tables: StudyTables) -> list[str]:
         "Training losses are not compared. The loss is averaged over a trial's own hidden pixels, "
         "so it changes with ratio, patch size and target even for the same model.",
         "Segmentation. The pretrained encoder is fine-tuned with a U-Net Transformer. mIoU is the "
-        "mean over classes without background; objects are matched one to one at an IoU of 0.5, "
-        "and their F1 is split by size. The controls are the study file's own trial (control), "
-        "the same network from random weights (random-init), and with the encoder fixed (frozen).",
+        "mean over classes without background. Objects of whole images are matched at an IoU of "
+        "0.5, and their F1 is split by size; those that the border of an image cuts off are in no "
+        "size. The controls are the study file's own trial (control), the same network from "
+        "random weights (random-init), and with the encoder fixed (frozen).",
         *(of_volumes if has_volumes else []),
         "Intervals are 95 % Student t intervals over seeds; differences are paired by seed where "
         "two or more seeds are common, else Welch's. p values are Holm-adjusted over all arms "

@@ -51,7 +51,7 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
                 f"objectives: given {objective.metric!r}, which is measured of volumes, but the "
                 f"images have 2 axes; expected another metric such as {MIOU}"
             )
-        scored = data.classes[1:] if metric.of_volumes else data.classes
+        scored = data.classes if metric.of_background else data.classes[1:]
         if metric.parts == "class" and name.of and name.of not in scored:
             problems.append(
                 f"objectives: given {objective.metric!r}; expected a class of the data: "

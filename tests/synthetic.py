@@ -461,7 +461,7 @@ def _scores(classes: tuple[str, ...]) -> Iterator[str]:
             continue
         if metric.has_whole:
             yield key
-        of_classes = classes[1:] if metric.of_volumes else classes
+        of_classes = classes if metric.of_background else classes[1:]
         parts = {"class": of_classes, "size": SIZE_BINS}.get(metric.parts or "", ())
         yield from (f"{key}/{part}" for part in parts)
 

@@ -49,7 +49,8 @@ class Metric(NamedTuple):
     is_objective: bool = True  # arms may be chosen by it
     is_comparable: bool = True  # it means the same for arms that differ in ratio or patch
     is_held_out: bool = False  # scored on the test split
-    of_volumes: bool = False  # measured of whole volumes only, without background
+    of_volumes: bool = False  # measured of whole volumes only
+    of_background: bool = True  # if it is measured of each class, then of class 0 as well
     # counted over a split -> score of the whole (""), or of each class or size; NaN: there is none
     of_split: Callable[[Counted], float | Mapping[str, float]] | None = None
     # (predicted (B, C, *S), truth, which pixels are hidden (B, *S)) -> (B,); the probe's mean over
@@ -163,7 +164,7 @@ def rows(
 _pretrain = partial(Metric, ("pretrain",))
 _segment = partial(Metric, ("segment",))
 _both = partial(Metric, PHASES)
-_volumes = partial(_segment, parts="class", of_volumes=True)
+_volumes = partial(_segment, parts="class", of_volumes=True, of_background=False)
 
 
 def _case(name: str) -> Callable[[Counted], Mapping[str, float]]:
@@ -254,9 +255,30 @@ _ON_VAL: dict[str, Metric] = {
         "maximize",
         "",
         "object F1",
-        "F1 of objects matched at IoU 0.5, over all or by size",
+        "F1 of whole images' objects matched at IoU 0.5, over all or by size; objects that the "
+        "border of an image cuts off count over all but in no size, as theirs is unknown",
         parts="size",
         of_split=scores.object_f1,
+    ),
+    "detection": _segment(
+        "maximize",
+        "",
+        "detection",
+        "share of true objects of whose pixels at least half are predicted as their class, over "
+        "all or by size; all are if everything is, so it stands beside F1 and says nothing alone",
+        parts="size",
+        of_split=scores.detection,
+        is_objective=False,
+    ),
+    "count_error": _segment(
+        "minimize",
+        "",
+        "count error",
+        "error of the number of objects in an image, relative to the true number, of one class or "
+        "over all; touching objects that are predicted as one count as one",
+        parts="class",
+        of_background=False,
+        of_split=scores.count_error,
     ),
     "case_dice": _volumes(
         "maximize",

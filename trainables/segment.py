@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,12 +48,21 @@ from trainables.optimizers import OPTIMIZERS, parameter_groups
 from trainables.phase import Learner, Phase, Plan, rung_steps, train
 from trainables.pictures import save_segmentation, save_segmentation_slices, to_intensity
 from trainables.probe import PICTURES, probe_rows
-from trainables.scores import IGNORED, Counted, confusion, object_counts
+from trainables.scores import IGNORED, Counted, ObjectCounts, confusion, object_counts
 from trainables.unetr import UNETR, build_unetr
 from trainables.windows import stitched_scores
 
 DICE_SMOOTHING = 1e-5
-STITCHING_SHARE = 0.25  # of the free device memory that a whole volume's scores may take
+STITCHING_SHARE = 0.25  # of the free device memory that a whole image's scores may take
+
+
+class Judged(NamedTuple):
+    """Whole images or a whole volume, and what a model makes of them."""
+
+    truth_BS: Tensor  # labels
+    predicted_BS: Tensor  # classes
+    instances_BS: npt.NDArray[Any] | None  # of the truth, if the data have them
+    spacing: tuple[float, ...]  # mm per voxel; of images 1, as pixels are the unit
 
 
 def segment(
@@ -223,31 +233,39 @@ def evaluate(
     split: Literal["val", "test"],
     context: Context,
 ) -> dict[str, float]:
-    """Scores of a split's images or whole volumes; a collective, every worker does its share."""
+    """Scores of a split's whole images or volumes; a collective, every worker does its share."""
     classes, device = dataset.classes, context.device
     pixels_KK = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
-    objects = np.zeros((3, 3), np.int64)
+    objects = ObjectCounts(np.zeros((4, 4), np.int64), np.zeros((len(classes), 2), np.int64))
     sums = np.zeros((len(classes), len(surfaces.NAMES)))
     counts = np.zeros(sums.shape, np.int64)
-    for truth, predicted, spacing in predictions(model, settings, dataset, split, context):
-        pixels_KK += confusion(truth, predicted, len(classes)).to(device)
-        labels, guess = truth.cpu().numpy(), predicted.cpu().numpy()
-        voxel = math.prod(spacing)
-        objects += object_counts(labels, guess, len(classes), dataset.object_edges, voxel)
+    for judged in predictions(model, settings, dataset, split, context):
+        pixels_KK += confusion(judged.truth_BS, judged.predicted_BS, len(classes)).to(device)
+        labels, guess = judged.truth_BS.cpu().numpy(), judged.predicted_BS.cpu().numpy()
+        found = object_counts(
+            labels,
+            guess,
+            len(classes),
+            dataset.object_edges,
+            math.prod(judged.spacing),
+            judged.instances_BS,
+        )
+        objects = ObjectCounts(*map(np.add, objects, found))
         if dataset.volumes is not None:
             tolerance = dataset.volumes.tolerance
-            case = surfaces.case_sums(labels[0], guess[0], len(classes), spacing, tolerance)
+            case = surfaces.case_sums(labels[0], guess[0], len(classes), judged.spacing, tolerance)
             sums, counts = sums + case[0], counts + case[1]
-    whole = [pixels_KK.flatten(), torch.from_numpy(objects).flatten().to(device)]
-    whole += [torch.from_numpy(counts).flatten().to(device)]
-    summed = distributed.sum_over_workers(torch.cat(whole), context).cpu().numpy()
-    pixels, objects_, counts_ = np.split(summed, np.cumsum([pixels_KK.numel(), objects.size]))
-    counted = Counted(classes, pixels.reshape(pixels_KK.shape), objects_.reshape(objects.shape))
+    mine = [pixels_KK.cpu().numpy(), *objects, counts]
+    flat = torch.from_numpy(np.concatenate([each.ravel() for each in mine])).to(device)
+    summed = distributed.sum_over_workers(flat, context).cpu().numpy()
+    ends = np.cumsum([each.size for each in mine])[:-1]
+    pixels, sizes, numbers, case_counts = (
+        part.reshape(each.shape) for part, each in zip(np.split(summed, ends), mine, strict=True)
+    )
+    counted = Counted(classes, pixels, ObjectCounts(sizes, numbers))
     if dataset.volumes is not None:
         total = distributed.sum_over_workers(torch.from_numpy(sums).to(device), context)
-        counted = counted._replace(
-            case_sums=total.cpu().numpy(), case_counts=counts_.reshape(counts.shape)
-        )
+        counted = counted._replace(case_sums=total.cpu().numpy(), case_counts=case_counts)
     return split_scores(counted)
 
 
@@ -257,26 +275,89 @@ def predictions(
     dataset: Dataset,
     split: Literal["val", "test"],
     context: Context,
-) -> Iterator[tuple[Tensor, Tensor, tuple[float, ...]]]:
-    """This worker's share of a split: (labels (B, *S), predicted classes (B, *S), mm per voxel).
+) -> Iterator[Judged]:
+    """This worker's share of a split: batches of images, or one whole after the other.
 
-    Batches of images (whose pixels are the unit), or one whole volume after the other.
+    Volumes and images that were cut into tiles are put together from their parts.
     """
     rank, world_size, device = context.rank, context.world_size, context.device
+    if dataset.tiles is not None:
+        images = dataset.cut_images_of(split)[rank::world_size]
+        yield from _stitched(model, settings, dataset, images, context)
+        return
     if dataset.volumes is not None:
         for volume in dataset.volumes_of(split)[rank::world_size].tolist():
             truth = torch.from_numpy(dataset.mask_of(volume))[None]
             spacing = tuple(dataset.volumes.spacings[volume].tolist())
             predicted = predict_volume(model, dataset, volume, settings, device, context.alive)
-            yield truth, predicted, spacing
+            yield Judged(truth, predicted, None, spacing)
         return
     rows = dataset.rows(split)[rank::world_size]
-    images = to_device(dataset, rows, device)
-    for places_B in torch.split(torch.arange(len(rows), device=device), settings.batch):
+    resident = to_device(dataset, rows, device)
+    for first in range(0, len(rows), settings.batch):
         context.alive()
-        pixels, labels = images.batch(places_B)
+        places_B = torch.arange(first, min(first + settings.batch, len(rows)), device=device)
+        pixels, labels = resident.batch(places_B)
         assert labels is not None
-        yield labels, predict(model, pixels, settings, device), (1.0,) * len(dataset.size)
+        predicted = predict(model, pixels, settings, device)
+        instances = dataset.instances
+        if instances is not None:
+            instances = instances[rows[first : first + settings.batch]]
+        yield Judged(labels, predicted, instances, (1.0,) * len(dataset.size))
+
+
+def _stitched(
+    model: UNETR,
+    settings: SegmentConfig,
+    dataset: Dataset,
+    images: npt.NDArray[np.int64],
+    context: Context,
+) -> Iterator[Judged]:
+    """Images that were cut into tiles, whole again, one after the other.
+
+    Where tiles overlap, a pixel has the class whose mean score over them is highest.
+    """
+    tiles, device = dataset.tiles, context.device
+    assert tiles is not None
+    num_classes, size = len(dataset.classes), dataset.size
+    rows = np.flatnonzero(np.isin(tiles.owner, images))
+    resident = to_device(dataset, rows, device, labels=False)
+
+    def scored() -> Iterator[tuple[int, Tensor]]:
+        """(row, scores (K, *tile)), batch by batch, also across images."""
+        for first in range(0, len(rows), settings.batch):
+            context.alive()
+            places_B = torch.arange(first, min(first + settings.batch, len(rows)), device=device)
+            pixels, _ = resident.batch(places_B)
+            yield from zip(
+                rows[first : first + settings.batch].tolist(),
+                class_scores(model, pixels, settings, device),
+                strict=True,
+            )
+
+    for image, its_tiles in groupby(scored(), key=lambda tile: int(tiles.owner[tile[0]])):
+        shape = tiles.shapes[image].tolist()
+        place = _stitching_place(math.prod(shape), num_classes + 1, device)
+        sums_KS = torch.zeros(num_classes, *shape, device=place)
+        for row, scores_KT in its_tiles:
+            corner = tiles.corners[row].tolist()
+            part = [slice(c, c + edge) for c, edge in zip(corner, size, strict=True)]
+            sums_KS[:, *part] += scores_KT.to(place)
+        labels, instances = dataset.labels_of(image)
+        yield Judged(
+            torch.from_numpy(labels)[None].to(place),
+            sums_KS.argmax(dim=0)[None],  # of sums as of means: a pixel's tiles are as many
+            None if instances is None else instances[None],
+            (1.0,) * len(size),
+        )
+
+
+def _stitching_place(voxels: int, values: int, device: torch.device) -> torch.device:
+    """Where to put scores together: on the host if they would take much of a GPU."""
+    num_bytes = voxels * 4 * values
+    if device.type == "cuda" and num_bytes > STITCHING_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
 
 
 @torch.no_grad()
@@ -295,10 +376,8 @@ def predict_volume(
     """
     assert dataset.volumes is not None
     shape = dataset.volumes.shapes[volume].tolist()
-    num_bytes = math.prod(shape) * 4 * (dataset.channels + len(dataset.classes) + 2)
-    place = device
-    if device.type == "cuda" and num_bytes > STITCHING_SHARE * torch.cuda.mem_get_info(device)[0]:
-        place = torch.device("cpu")
+    values = dataset.channels + len(dataset.classes) + 2
+    place = _stitching_place(math.prod(shape), values, device)
 
     def scores_of(window: Tensor) -> Tensor:
         alive()
@@ -324,11 +403,19 @@ def predict_volume(
 @torch.no_grad()
 def predict(model: UNETR, images: Tensor, settings: SegmentConfig, device: torch.device) -> Tensor:
     """The likeliest class of every pixel (B, *S); leaves the model in training mode."""
+    return class_scores(model, images, settings, device).argmax(dim=1)
+
+
+@torch.no_grad()
+def class_scores(
+    model: UNETR, images: Tensor, settings: SegmentConfig, device: torch.device
+) -> Tensor:
+    """float32 scores (B, K, *S) of every pixel; leaves the model in training mode."""
     model.eval()
     with distributed.autocast(settings.precision, device):
         scores: Tensor = model(images)
     model.train()
-    return scores.argmax(dim=1)
+    return scores.float()
 
 
 def draw(

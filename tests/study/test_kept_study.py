@@ -39,6 +39,8 @@ from trainables.trial import run_trial
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "study-0.1" / "kept"
 LOST = "8a8af88b3e63"
+# since then touching cells are told apart, and what the border of an image cuts off has no size
+RECOUNTED = "object_f1"
 
 
 @pytest.fixture
@@ -115,6 +117,7 @@ def test_its_trials_have_the_same_rows_today(folder: StudyFolder, tmp_path: Path
     key = ["trial", "phase", "step", "metric"]
     now = pd.DataFrame(heard)
     now = now[now["metric"].isin(before["metric"])]  # others are measured since
+    before, now = (rows[~rows["metric"].str.contains(RECOUNTED)] for rows in (before, now))
     both = before.merge(now, on=key, how="outer", suffixes=("_before", "_now"))
     both = both[~both["metric"].isin(CLOCKED)]
     assert len(both) > 200 and not both[["value_before", "value_now"]].isna().any(axis=None)

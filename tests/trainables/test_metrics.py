@@ -21,25 +21,33 @@ from trainables.metrics import (
     split_scores,
     title_of,
 )
-from trainables.scores import Counted, confusion, object_counts, psnr
+from trainables.scores import Counted, ObjectCounts, confusion, object_counts, psnr
 from trainables.surfaces import case_sums
 
 CLASSES = ["background", "cell", "platelet"]
+NO_OBJECTS = ObjectCounts(np.zeros((4, 4), int), np.zeros((3, 2), int))
 
 
 def scores(truth, predicted, classes=CLASSES):
     counts = confusion(torch.as_tensor(truth), torch.as_tensor(predicted), len(classes))
-    return split_scores(Counted(classes, counts.numpy(), np.zeros((3, 3), int)))
+    return split_scores(Counted(classes, counts.numpy(), NO_OBJECTS))
 
 
-def object_scores(counts):
-    """All that is scored of objects."""
+def object_scores(counts, key):
+    """Whatever is scored of objects by that metric."""
     found = split_scores(Counted(CLASSES, np.zeros((3, 3), int), counts))
-    return {name: value for name, value in found.items() if name.startswith("object_f1")}
+    return {name: value for name, value in found.items() if parse(f"segment/{name}").key == key}
 
 
-def objects(truth, predicted, edges=(2.0, 4.0)):
-    return object_counts(np.array(truth)[None], np.array(predicted)[None], 3, edges)
+def objects(truth, predicted, instances=None, edges=(2.0, 4.0)):
+    """What is counted in one image of two classes."""
+    given = None if instances is None else np.array(instances)[None]
+    return object_counts(np.array(truth)[None], np.array(predicted)[None], 3, edges, 1.0, given)
+
+
+def over_all(counts):
+    """Found, false, missed, detected."""
+    return counts.sizes.sum(axis=0).tolist()
 
 
 def test_overlaps_by_hand():
@@ -93,9 +101,9 @@ def test_unlabelled_pixels_are_counted_nowhere():
     ]
     assert all(torch.equal(counts, counted[0]) for counts in counted)
     assert counted[0].sum() == 3
-    assert object_counts(truth, np.array([[0, 1, 2, 1, 1]]), 3, (2, 4)).tolist() == (
-        object_counts(truth, np.array([[0, 1, 0, 0, 1]]), 3, (2, 4)).tolist()
-    )
+    wild, tame = ([0, 1, 2, 1, 1], [0, 1, 0, 0, 1])
+    for counts, same in zip(objects(truth[0], wild), objects(truth[0], tame), strict=True):
+        assert counts.tolist() == same.tolist()
 
 
 def test_overlaps_agree_with_monai():
@@ -113,11 +121,11 @@ def test_overlaps_agree_with_monai():
 
 def test_an_object_is_found_at_half_overlap_and_not_below():
     truth = [[1, 1, 1, 1, 0, 0]]
-    assert objects(truth, [[1, 1, 0, 0, 0, 0]]).sum(axis=0).tolist() == [1, 0, 0]
-    assert objects(truth, [[0, 1, 1, 0, 0, 0]]).sum(axis=0).tolist() == [1, 0, 0]
-    assert objects(truth, [[0, 1, 1, 0, 0, 1]]).sum(axis=0).tolist() == [1, 1, 0]
-    assert objects(truth, [[0, 0, 1, 1, 1, 0]]).sum(axis=0).tolist() == [0, 1, 1]  # 2 of 5
-    assert objects(truth, [[2, 2, 2, 2, 0, 0]]).sum(axis=0).tolist() == [0, 1, 1]
+    assert over_all(objects(truth, [[1, 1, 0, 0, 0, 0]])) == [1, 0, 0, 1]
+    assert over_all(objects(truth, [[0, 1, 1, 0, 0, 0]])) == [1, 0, 0, 1]
+    assert over_all(objects(truth, [[0, 1, 1, 0, 0, 1]])) == [1, 1, 0, 1]
+    assert over_all(objects(truth, [[0, 0, 1, 1, 1, 0]])) == [0, 1, 1, 1]  # 2 of 5
+    assert over_all(objects(truth, [[2, 2, 2, 2, 0, 0]])) == [0, 1, 1, 0]
 
 
 def test_no_object_is_matched_twice():
@@ -127,29 +135,31 @@ def test_no_object_is_matched_twice():
         structure = np.ones((3, 3))
         num_true = scipy.ndimage.label(truth[0], structure)[1]
         num_seen = scipy.ndimage.label(seen[0], structure)[1]
-        found, false, missed = object_counts(truth, seen, 2, (2, 4)).sum(axis=0)
+        found, false, missed, _ = over_all(object_counts(truth, seen, 2, (2, 4)))
         assert found + missed == num_true and found + false == num_seen
 
 
 def test_objects_touch_at_corners_but_not_across_images():
     diagonal = np.array([[1, 0], [0, 1]])
-    assert objects(diagonal, diagonal).sum(axis=0).tolist() == [1, 0, 0]
+    assert over_all(objects(diagonal, diagonal)) == [1, 0, 0, 1]
     stack = np.array([[[1, 1]], [[1, 1]]])
-    assert object_counts(stack, stack, 3, (2, 4)).sum(axis=0).tolist() == [2, 0, 0]
+    assert over_all(object_counts(stack, stack, 3, (2, 4))) == [2, 0, 0, 2]
+    counts = object_counts(stack, stack, 3, (2, 4), 1.0, np.array([[[7, 7]], [[7, 9]]]))
+    assert over_all(counts) == [3, 0, 0, 3]  # the same number in another image is another object
 
 
 def test_sizes_are_those_of_the_true_object_and_of_the_false_alarm():
-    truth = np.zeros((1, 20, 20), int)
-    truth[0, 0, 0] = 1  # diameter 1.1: small, found
-    truth[0, 2:5, 0:3] = 1  # diameter 3.4: medium, found although seen large
-    truth[0, 10:16, 0:6] = 2  # diameter 6.8: large, missed
+    truth = np.zeros((20, 20), int)
+    truth[1, 1] = 1  # diameter 1.1: small, found
+    truth[3:6, 1:4] = 1  # diameter 3.4: medium, found although seen large
+    truth[10:16, 1:7] = 2  # diameter 6.8: large, missed
     seen = np.zeros_like(truth)
-    seen[0, 0, 0] = 1
-    seen[0, 2:6, 0:4] = 1  # diameter 4.5, IoU 9/16
-    seen[0, 10, 10:12] = 2  # diameter 1.6: a small false alarm
-    counts = object_counts(truth, seen, 3, (2.0, 4.0))
-    assert counts.tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
-    assert object_scores(counts) == {
+    seen[1, 1] = 1
+    seen[3:7, 1:5] = 1  # diameter 4.5, IoU 9/16
+    seen[10, 10:12] = 2  # diameter 1.6: a small false alarm
+    counts = objects(truth, seen)
+    assert counts.sizes.tolist() == [[1, 1, 0, 1], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert object_scores(counts, "object_f1") == {
         "object_f1": pytest.approx(2 * 2 / (2 * 2 + 1 + 1)),
         "object_f1/small": pytest.approx(2 / 3),
         "object_f1/medium": 1.0,
@@ -158,32 +168,155 @@ def test_sizes_are_those_of_the_true_object_and_of_the_false_alarm():
 
 
 def test_sizes_without_objects_have_no_score():
-    assert object_scores(np.array([[0, 0, 0], [2, 0, 0], [0, 0, 0]])) == {
-        "object_f1": 1.0,
-        "object_f1/medium": 1.0,
+    found = ObjectCounts(np.zeros((4, 4), int), np.zeros((3, 2), int))
+    found.sizes[1] = (2, 0, 0, 2)
+    for key in ("object_f1", "detection"):
+        assert object_scores(found, key) == {key: 1.0, f"{key}/medium": 1.0}
+    assert object_scores(found, "count_error") == {}  # there is no true object of any class
+
+
+def test_objects_at_the_border_are_counted_but_are_of_no_size():
+    """Its true size is unknown: neither that of a true object, nor that of a false alarm."""
+    truth = np.zeros((8, 8), int)
+    truth[0, 2:4] = truth[3:5, 7] = 1  # found at one border, missed at another
+    truth[3, 3:5] = 1  # found inside
+    seen = np.where(truth == 1, 1, 0)
+    seen[3:5, 7] = 0
+    seen[7, 0] = 2  # a false alarm in a corner
+    seen[5, 3] = 2  # and one inside
+    counts = objects(truth, seen, edges=(5.0, 6.0))
+    assert counts.sizes.tolist() == [[1, 1, 0, 1], [0] * 4, [0] * 4, [1, 1, 1, 1]]
+    assert object_scores(counts, "object_f1") == {
+        "object_f1": pytest.approx(2 * 2 / (2 * 2 + 2 + 1)),
+        "object_f1/small": pytest.approx(2 / 3),
     }
+    volume = np.zeros((1, 4, 4, 4), int)
+    volume[0, 1, 1, 0] = volume[0, 1, 1, 2] = 1  # one of them at a face across the last axis
+    counts = object_counts(volume, volume, 2, (5.0, 6.0))
+    assert counts.sizes[:, 0].tolist() == [1, 0, 0, 1]
+
+
+def test_touching_instances_are_told_apart():
+    """Two cells side by side, 3 and 5 pixels wide; no prediction of classes can part them."""
+    truth = np.zeros((5, 12), int)
+    truth[1:4, 1:9] = 1
+    cells = np.zeros_like(truth)
+    cells[1:4, 1:4], cells[1:4, 4:9] = 7, 4
+    counts = objects(truth, truth, cells, edges=(4.0, 9.0))
+    assert counts.sizes.tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [0] * 4, [0] * 4]
+    assert object_scores(counts, "count_error") == {"count_error": 0.5, "count_error/cell": 0.5}
+    assert over_all(objects(truth, truth)) == [1, 0, 0, 1]  # without instances they are one
+    # shared out: the columns 1 to 3 are nearest to the left cell, 9 to 11 to the right one
+    wide = truth.copy()
+    wide[1:4, 9:11] = 1
+    assert over_all(objects(truth, wide, cells)) == [2, 0, 0, 2]
+    wide[0:5, 9:12] = 1  # 15 of 15 + 15: still found; and one more pixel is too much
+    assert over_all(objects(truth, wide, cells)) == [2, 0, 0, 2]
+    wide[0, 8] = 1
+    assert over_all(objects(truth, wide, cells)) == [1, 0, 1, 2]
+
+
+def test_what_is_shared_out_is_a_false_alarm_only_if_no_piece_of_it_matches():
+    truth = np.zeros((5, 12), int)
+    truth[1:4, 1:9] = 1
+    cells = np.zeros_like(truth)
+    cells[1:4, 1:4], cells[1:4, 4:9] = 1, 2
+    grazing = np.where(cells == 1, 1, 0)
+    grazing[2, 4] = 1  # one pixel of the other cell
+    assert over_all(objects(truth, grazing, cells)) == [1, 0, 1, 1]
+    sliver = np.zeros_like(truth)
+    sliver[1, 3:5] = 1
+    assert over_all(objects(truth, sliver, cells)) == [0, 1, 2, 0]
+
+
+def test_an_instance_in_two_parts_is_found_by_both_together():
+    truth = np.zeros((5, 9), int)
+    truth[1:4, 1:8] = 1
+    truth[1:4, 4] = 2  # a platelet lies across the cell
+    cells = np.zeros_like(truth)
+    cells[truth == 1], cells[truth == 2] = 1, 2
+    assert over_all(objects(truth, truth, cells)) == [2, 0, 0, 2]
+    half = np.where(truth == 1, 0, truth)
+    half[1:4, 1:4] = 1
+    half[1:2, 5:7] = 1  # 9 + 2 of 18 pixels
+    assert over_all(objects(truth, half, cells)) == [2, 0, 0, 2]
+    half[1:2, 5] = 0  # in two pieces, of which one is 1 pixel: 10 of 18
+    assert over_all(objects(truth, half, cells)) == [2, 0, 0, 2]
+    # a whole cell that is seen in three fragments is no such thing
+    whole, fragments = np.zeros((2, 5, 9), int)
+    whole[1:4, 1:8] = 1
+    fragments[1:4, 1:6], fragments[1, 7], fragments[3, 7] = 1, 1, 1
+    assert over_all(objects(whole, fragments, whole)) == [1, 2, 0, 1]
+
+
+def test_an_instance_is_of_the_class_that_most_of_its_pixels_have():
+    truth = np.array([[1, 1, 1, 2, 0, 2, 1, 255, 255]])
+    cells = np.array([[5, 5, 5, 5, 5, 6, 0, 6, 6]])
+    counts = objects(truth, truth, cells)
+    # the cell's pixel of class 2 and the pixel without an instance belong to no object
+    assert over_all(counts) == [2, 0, 0, 2] and counts.numbers.tolist() == [[0, 0], [0, 1], [0, 1]]
+    assert over_all(objects(truth, np.array([[1, 1, 1, 1, 0, 2, 2, 0, 0]]), cells)) == [2, 0, 0, 2]
+    background = np.array([[0, 0, 1]])
+    assert over_all(objects(background, background, [[3, 3, 3]])) == [0, 0, 0, 0]
+
+
+def test_detection_asks_for_half_of_the_pixels_and_nothing_else():
+    truth = np.zeros((6, 10), int)
+    truth[2:4, 1:5] = truth[2:4, 6:9] = 1
+    seen = np.zeros_like(truth)
+    seen[2, 1:5] = 1  # 4 of 8
+    seen[2, 6:8] = 1  # 2 of 6
+    assert over_all(objects(truth, seen)) == [1, 1, 1, 1]
+    seen[3, 6] = 1  # 3 of 6, in the end of everything
+    assert over_all(objects(truth, seen)) == [2, 0, 0, 2]
+    assert over_all(objects(truth, np.ones_like(truth))) == [0, 1, 2, 2]
+    assert object_scores(objects(truth, np.ones_like(truth)), "detection")["detection"] == 1
+    seen[2:4, 1:3] = 2  # another class
+    assert over_all(objects(truth, seen))[3] == 1
+
+
+def test_the_error_of_the_count_is_of_each_image_and_class():
+    """Two cells merged in one image and one too many in another do not make up for each other."""
+    truth = np.zeros((2, 5, 9), int)
+    truth[0, 2, [1, 3, 5]] = 1
+    truth[1, 2, 1], truth[1, 2, 5] = 1, 2
+    seen = truth.copy()
+    seen[0, 2, 2] = 1  # merges two of three
+    seen[1, 2, 7] = 1
+    counts = object_counts(truth, seen, 3, (2.0, 4.0))
+    assert counts.numbers.tolist() == [[0, 0], [2, 4], [0, 1]]
+    assert object_scores(counts, "count_error") == {
+        "count_error": pytest.approx(2 / 5),
+        "count_error/cell": pytest.approx(2 / 4),
+        "count_error/platelet": 0.0,
+    }
+    # nor does the help that the truth gives to F1
+    cells = np.where(truth > 0, np.arange(9), 0)
+    again = object_counts(truth, seen, 3, (2.0, 4.0), 1.0, cells)
+    assert again.numbers.tolist() == counts.numbers.tolist()
 
 
 def test_objects_of_a_volume_are_measured_as_balls():
     cube = np.zeros((1, 6, 6, 6), int)
     cube[0, 1:5, 1:5, 1:5] = 1  # 64 voxels: diameter 4.96 as a ball, 9.0 as a disc
-    assert object_counts(cube, cube, 2, (4.0, 6.0))[1].tolist() == [1, 0, 0]
+    assert object_counts(cube, cube, 2, (4.0, 6.0)).sizes[1].tolist() == [1, 0, 0, 1]
 
 
 def test_objects_are_as_large_as_their_voxels_make_them():
-    cube = np.zeros((1, 6, 6, 6), int)
+    def sizes(truth, seen, edges, **voxel):
+        return object_counts(truth, seen, 2, edges, **voxel).sizes
+
+    cube = np.zeros((1, 8, 8, 8), int)
     cube[0, 1:5, 1:5, 1:5] = 1  # 64 voxels of 2 x 1 x 4 mm: 512 mm^3, a ball of 9.93 mm
     seen = np.zeros_like(cube)
-    seen[0, 0, 0, 0] = 1  # 8 mm^3: 2.48 mm
+    seen[0, 6, 6, 6] = 1  # 8 mm^3: 2.48 mm
     for edges, place, false in [((4.0, 9.9), 2, 0), ((2.4, 10.0), 1, 1), ((10.0, 11.0), 0, 0)]:
-        counts = object_counts(cube, cube, 2, edges, voxel=8.0)
-        assert np.argwhere(counts).tolist() == [[place, 0]]
-        assert object_counts(cube, seen, 2, edges, voxel=8.0)[:, 1].argmax() == false
-    sheet = np.ones((1, 3, 3), int)  # 9 pixels of 0.25 mm^2: a disc of 1.69 mm
-    assert np.argwhere(object_counts(sheet, sheet, 2, (1.6, 1.7), voxel=0.25)).tolist() == [[1, 0]]
-    assert object_counts(cube, seen, 2, (2, 5)).tolist() == (
-        object_counts(cube, seen, 2, (2, 5), voxel=1.0).tolist()
-    )
+        assert np.argwhere(sizes(cube, cube, edges, voxel=8.0)).tolist() == [[place, 0], [place, 3]]
+        assert sizes(cube, seen, edges, voxel=8.0)[:, 1].argmax() == false
+    sheet = np.pad(np.ones((1, 3, 3), int), ((0, 0), (1, 1), (1, 1)))
+    # 9 pixels of 0.25 mm^2: a disc of 1.69 mm
+    assert sizes(sheet, sheet, (1.6, 1.7), voxel=0.25)[:, 0].tolist() == [0, 1, 0, 0]
+    assert (sizes(cube, seen, (2, 5)) == sizes(cube, seen, (2, 5), voxel=1.0)).all()
 
 
 def test_psnr_by_hand():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import monai.losses
@@ -11,11 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.trainables.test_store import source_of
 from trainables import checkpoint
 from trainables.checkpoint import Saved
 from trainables.config import TrialConfig
 from trainables.context import Context
-from trainables.data import Dataset
+from trainables.data import Dataset, open_dataset
+from trainables.data.rows import cut
+from trainables.data.source import tile_corners
+from trainables.data.store import write
 from trainables.errors import UserError
 from trainables.mae import build_mae
 from trainables.segment import (
@@ -24,6 +29,7 @@ from trainables.segment import (
     labelled_rows,
     layer_decay,
     make_learner,
+    predictions,
     segment,
 )
 from trainables.unetr import build_unetr
@@ -69,6 +75,42 @@ def cells(train=6, val=3, test=2):
         splits=np.array(["train"] * train + ["val"] * val + ["test"] * test),
         about={},
     )
+
+
+TILE = (16, 16)
+
+
+def tiled(tmp_path, masks, cells=None, pictures=None):
+    """Images cut into tiles, for validation but the first one, which is grey where a class is."""
+    masks = [np.pad([[1]], 15).astype(np.uint8), *masks]
+    pictures = [120 * (mask % 255) for mask in masks[: 1 if pictures else None]] + (pictures or [])
+    cells = cells and [masks[0].astype(np.uint16), *cells]
+    corners = [tile_corners(mask.shape, TILE) for mask in masks]
+    ends = np.cumsum([0, *map(len, corners)]).tolist()
+    source = source_of(
+        np.zeros((ends[-1], 1, *TILE), np.uint8),
+        splits=["train"] * ends[1] + ["val"] * (ends[-1] - ends[1]),
+        classes=["background", "cell", "platelet"],
+        has_instances=cells is not None,
+        parts=[range(*pair) for pair in itertools.pairwise(ends)],
+        cut_from=[mask.shape for mask in masks],
+        decode=lambda part: cut(
+            pictures[part][None], masks[part], None if cells is None else cells[part], TILE
+        ),
+    )
+    return replace(open_dataset(write(source, tmp_path)), object_edges=(6.0, 12.0))
+
+
+class Reads(torch.nn.Module):
+    """Knows what the grey of these pictures means."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.mean, self.std = dataset.mean[0], dataset.std[0]
+
+    def forward(self, images):
+        label = (images * self.std + self.mean) * 255 / 120
+        return -(label - torch.arange(3).view(-1, 1, 1)).square()
 
 
 def config(**settings):
@@ -329,6 +371,78 @@ def test_scores_of_a_known_prediction(tmp_path):
     assert got["object_f1/large"] == got["object_f1"] == 0.0
 
 
+def test_an_object_cut_by_four_tiles_is_one_of_its_uncut_size(tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[12:20, 12:20] = 1  # diameter 9.0: medium; in each tile 4.5, small, and at a border
+    dataset = tiled(tmp_path, [mask])
+    for batch in (1, 3, 8):
+        settings = config(batch=batch).segment
+        scores = evaluate(Reads(dataset), settings, dataset, "val", context(tmp_path, []))
+        assert scores["iou/cell"] == scores["object_f1"] == scores["detection/medium"] == 1
+        assert {name for name in scores if "_f1" in name} == {"object_f1", "object_f1/medium"}
+        assert scores["count_error"] == 0
+
+
+def test_images_of_every_shape_are_judged_as_wholes(tmp_path):
+    """What their tiles see is put together where they were cut, whatever the batch."""
+    rng = np.random.default_rng(0)
+    shapes = [(16, 16), (32, 48), (20, 40), (33, 16)]
+    masks = [rng.integers(0, 3, shape).astype(np.uint8) for shape in shapes]
+    masks[1][:3] = 255
+    seen = [120 * rng.integers(0, 3, shape).astype(np.uint8) for shape in shapes]
+    cells = [rng.integers(0, 999, shape).astype(np.uint16) for shape in shapes]
+    dataset = tiled(tmp_path, masks, cells, seen)
+    settings = config(batch=5).segment
+    for rank, of_rank in ((0, [0, 2]), (1, [1, 3])):
+        here = context(tmp_path, [], rank=rank, world_size=2)
+        found = list(predictions(Reads(dataset), settings, dataset, "val", here))
+        assert len(found) == len(of_rank)
+        for image, judged in zip(of_rank, found, strict=True):
+            np.testing.assert_array_equal(judged.truth_BS[0], masks[image])
+            np.testing.assert_array_equal(judged.predicted_BS[0] * 120, seen[image])
+            np.testing.assert_array_equal(judged.instances_BS[0], cells[image])
+
+
+def test_where_tiles_overlap_the_mean_score_decides_and_a_pixel_counts_once(tmp_path):
+    class Sides(torch.nn.Module):
+        """The left tile, which is dark, says cell by 3; the right one says platelet by 2."""
+
+        def forward(self, images):
+            scores = torch.zeros(len(images), 3, *TILE)
+            is_left = images.flatten(1).mean(dim=1) < 0
+            scores[is_left, 1], scores[~is_left, 2] = 3, 2
+            return scores
+
+    mask = np.ones((16, 24), np.uint8)
+    picture = np.zeros((16, 24), np.uint8)
+    picture[:, 16:] = 240
+    dataset = replace(tiled(tmp_path, [mask], pictures=[picture]), mean=(0.25,))
+    settings = config().segment
+    (judged,) = predictions(Sides(), settings, dataset, "val", context(tmp_path, []))
+    assert judged.predicted_BS[0, 0].tolist() == [1] * 16 + [2] * 8
+    scores = evaluate(Sides(), settings, dataset, "val", context(tmp_path, []))
+    assert scores["iou/cell"] == pytest.approx(16 / 24)
+
+
+def test_instances_of_uncut_images_are_told_apart_too(tmp_path):
+    """Two cells touch in every image; what sees them as one is not blamed, but for the number."""
+    labels, instances = np.zeros((2, 6, 16, 16), np.uint8)
+    labels[:, 4:8, 2:10] = 1
+    instances[:, 4:8, 2:6], instances[:, 4:8, 6:10] = 1, 2
+    images = 120 * labels[:, None]
+    dataset = replace(
+        cells(train=1, val=5, test=0),
+        size=(16, 16),
+        images=images,
+        masks=labels,
+        instances=instances,
+        mean=(0.5,),
+    )
+    settings = config(batch=2).segment
+    found = evaluate(Reads(dataset), settings, dataset, "val", context(tmp_path, []))
+    assert found["object_f1"] == 1 and found["count_error"] == 0.5
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_an_empty_split_is_refused(tmp_path, split):
     with pytest.raises(UserError, match=f"no labelled image of cells is in the {split} split"):
@@ -340,14 +454,26 @@ def test_a_batch_that_workers_cannot_share_is_refused(tmp_path):
         segment(config(batch=3), 0, cells(), None, context(tmp_path, [], world_size=2), None)
 
 
-def worker(rank, folder, told):
-    """One of two workers of a run; `told` collects rank 0's rows."""
+def cut_images(folder):
+    """Three images in tiles, whose scores are between nothing and everything."""
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 3, shape).astype(np.uint8) for shape in [(32, 48), (20, 40), (16, 16)]]
+    seen = [120 * np.where(rng.random(mask.shape) < 0.5, mask, 0) for mask in masks]
+    columns = [np.arange(mask.shape[1], dtype=np.uint16) // 4 for mask in masks]
+    instances = [mask + 3 * column for mask, column in zip(masks, columns, strict=True)]
+    return tiled(folder / "cache", masks, instances, [grey.astype(np.uint8) for grey in seen])
+
+
+def worker(rank, folder, told, scores):
+    """One of two workers of a run; `told` collects rank 0's rows, `scores` those of cut images."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
     try:
         here = context(folder / str(rank), told, rank=rank, world_size=2)
         assert segment(config(batch=4), 0, cells(), None, here, None) == "complete"
+        dataset = cut_images(folder)
+        scores |= evaluate(Reads(dataset), config(batch=4).segment, dataset, "val", here)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -355,11 +481,12 @@ def worker(rank, folder, told):
 def test_two_workers_learn_what_one_learns(tmp_path):
     _, alone, tensors = run(tmp_path / "alone", batch=4)
     other = multiprocessing.get_context("spawn").Process(
-        target=worker, args=(1, tmp_path, []), daemon=True
+        target=worker, args=(1, tmp_path, [], {}), daemon=True
     )
+    dataset = cut_images(tmp_path)
     other.start()
-    together = []
-    worker(0, tmp_path, together)
+    together, scores = [], {}
+    worker(0, tmp_path, together, scores)
     other.join()
     assert other.exitcode == 0
     assert [values(rows) for rows in together] == [
@@ -369,6 +496,9 @@ def test_two_workers_learn_what_one_learns(tmp_path):
     for name, value in tensors.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=name)
     assert not (tmp_path / "1").exists()
+    of_all = evaluate(Reads(dataset), config().segment, dataset, "val", context(tmp_path, []))
+    assert scores == of_all and scores["count_error"] > 0
+    assert all(0 < scores[name] < 1 for name in ("miou", "object_f1", "detection"))
 
 
 # Few labels, and the decoder first

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from trainables.data import DataConfig, default_cache, open_dataset, prepare
 from trainables.data.batches import to_device
+from trainables.data.rows import cut
 from trainables.data.source import Decoded, Source
 from trainables.data.store import damage, write
 from trainables.errors import StorageError, UserError
@@ -151,32 +152,33 @@ def test_pictures_of_one_value_are_refused(tmp_path):
 
 def test_object_sizes_come_from_training_masks_as_diameters_of_discs(tmp_path):
     masks = np.zeros((2, 16, 16), np.uint8)
-    masks[0, 0, 0] = 1  # areas 1, 4 (two of them touch at a corner), 16
+    masks[0, 1, 1] = 1  # areas 1, 4 (two of them touch at a corner), 16
     masks[0, 4:6, 4], masks[0, 6:8, 5] = 1, 1
     masks[0, 10:14, 10:14] = 1
+    masks[0, 7:, 0] = 1  # and one that the border cuts off: of unknown size, but an object
     masks[1] = 1  # validation
     images = np.arange(512, dtype=np.uint16).astype(np.uint8).reshape(2, 1, 16, 16)
     dataset = open_dataset(write(source_of(images, masks), tmp_path))
     diameters = 2 * np.sqrt(np.array([1, 4, 16]) / np.pi)
     assert dataset.object_edges == pytest.approx(tuple(np.quantile(diameters, [1 / 3, 2 / 3])))
     described = dataset.describe()
-    assert described["objects"] == {"cell": {"count": 3, "median_diameter": 2.3}}
-    assert described["pixel_share"] == {"background": 0.91797, "cell": 0.08203}  # 21 of 256
+    assert described["objects"] == {"cell": {"count": 4, "median_diameter": 2.3}}
+    assert described["pixel_share"] == {"background": 0.88281, "cell": 0.11719}  # 30 of 256
 
 
 def test_volumes_are_kept_standardised_and_measured_as_balls(tmp_path):
-    images = np.zeros((3, 2, 4, 6, 8), np.uint16)
-    images[:, 0, 2:], images[:, 1, :, :3] = 100, 40
-    masks = np.zeros((3, 4, 6, 8), np.uint8)
-    masks[0, 0, 0, 0] = masks[0, 1, 1, 1] = 1  # corners touch: one object of 2
-    masks[0, :3, 3:6, 5:8] = 1  # and one of 27
+    images = np.zeros((3, 2, 6, 8, 10), np.uint16)
+    images[:, 0, 3:], images[:, 1, :, :4] = 100, 40
+    masks = np.zeros((3, 6, 8, 10), np.uint8)
+    masks[0, 1, 1, 1] = masks[0, 2, 2, 2] = 1  # corners touch: one object of 2
+    masks[0, 1:4, 4:7, 6:9] = 1  # and one of 27
     dataset = open_dataset(write(source_of(images, masks, window=(0, 200)), tmp_path))
-    assert dataset.size == (4, 6, 8) and dataset.describe()["size"] == [4, 6, 8]
+    assert dataset.size == (6, 8, 10) and dataset.describe()["size"] == [6, 8, 10]
     assert dataset.mean == pytest.approx((0.25, 0.1)) and dataset.std == pytest.approx((0.25, 0.1))
     batch, labels = to_device(dataset, np.array([0, 1]), "cpu").batch(torch.tensor([1, 0]))
-    assert batch.shape == (2, 2, 4, 6, 8) and labels is not None and labels.shape == (2, 4, 6, 8)
+    assert batch.shape == (2, 2, 6, 8, 10) and labels is not None and labels.shape == (2, 6, 8, 10)
     assert batch[:, 0].unique().tolist() == batch[:, 1].unique().tolist() == [-1, 1]
-    assert batch[0, 0, 3, 0, 0] == batch[0, 1, 0, 0, 0] == 1 and labels[1, 2, 5, 7] == 1
+    assert batch[0, 0, 3, 0, 0] == batch[0, 1, 0, 0, 0] == 1 and labels[1, 3, 6, 8] == 1
     small, large = (2 * (voxels * 3 / 4 / np.pi) ** (1 / 3) for voxels in (2, 27))
     expected = np.quantile([small, large], [1 / 3, 2 / 3])
     assert dataset.object_edges == pytest.approx(tuple(expected))
@@ -189,6 +191,39 @@ def test_large_rows_are_counted_in_small_portions(tmp_path, monkeypatch):
     )
     assert dataset.images[:, 0, 0, 3].tolist() == [500, 100, 500]
     assert dataset.mean == pytest.approx((0.5,))
+
+
+def test_objects_are_counted_in_whole_images_and_by_their_instances(tmp_path):
+    """Two touching cells lie across four tiles, one of them at the border."""
+    labels, cells = np.zeros((20, 24), np.uint8), np.zeros((20, 24), np.uint16)
+    labels[8:12, 6:24] = 1
+    cells[8:12, 6:16], cells[8:12, 16:24] = 300, 2
+    picture = np.arange(480, dtype=np.uint8).reshape(1, 20, 24)
+    source = source_of(
+        np.zeros((8, 1, 10, 16), np.uint8),
+        splits=["train"] * 4 + ["val"] * 4,
+        has_instances=True,
+        parts=[range(4), range(4, 8)],
+        cut_from=[(20, 24)] * 2,
+        decode=lambda part: cut(picture, labels, cells, (10, 16)),
+    )
+    dataset = open_dataset(write(source, tmp_path))
+    expected = 2 * (40 / np.pi) ** 0.5  # 4 x 10 pixels
+    assert dataset.object_edges == pytest.approx((expected, expected))
+    median = round(expected, 1)
+    assert dataset.about["objects"] == {"cell": {"count": 2, "median_diameter": median}}
+    assert dataset.cut_images_of("val").tolist() == [1]
+    for image in (0, 1):
+        found = dataset.labels_of(image)
+        np.testing.assert_array_equal(found[0], labels)
+        np.testing.assert_array_equal(found[1], cells)
+
+
+def test_without_an_object_that_is_whole_there_is_no_median(tmp_path):
+    masks = np.ones((3, 4, 4), np.uint8)
+    dataset = open_dataset(write(source_of(levels(9, 8, 7), masks), tmp_path))
+    assert dataset.about["objects"] == {"cell": {"count": 2, "median_diameter": None}}
+    assert dataset.object_edges == (0, 0)
 
 
 def test_classes_without_names_are_counted_from_the_masks(tmp_path):
@@ -227,7 +262,7 @@ def test_who_comes_at_the_same_time_waits_and_does_not_decode_again(tmp_path):
     assert sorted(decoded) == [0, 1, 2]
 
 
-def _cut(folder: Path) -> None:
+def _shorten(folder: Path) -> None:
     with (folder / "images.npy").open("r+b") as file:
         file.truncate(100)
 
@@ -240,7 +275,7 @@ def _as_of_before(folder: Path) -> None:
 
 
 DAMAGES = {
-    "images.npy has 100 bytes": _cut,
+    "images.npy has 100 bytes": _shorten,
     "masks.npy is missing": lambda folder: (folder / "masks.npy").unlink(),
     "meta.json is missing": lambda folder: (folder / "meta.json").unlink(),
     "another version prepared them": _as_of_before,

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from trainables import surfaces
 from trainables.metrics import METRICS, split_scores
-from trainables.scores import Counted
+from trainables.scores import Counted, ObjectCounts
 from trainables.surfaces import NAMES, case_sums
 
 CLASSES = ["background", "organ", "lesion"]
@@ -20,7 +20,8 @@ CLASSES = ["background", "organ", "lesion"]
 def case_scores(sums, counts, classes):
     """All that is scored of whole volumes."""
     nothing = np.zeros((len(classes), len(classes)), int)
-    found = split_scores(Counted(classes, nothing, np.zeros((3, 3), int), sums, counts))
+    objects = ObjectCounts(np.zeros((4, 4), int), np.zeros((len(classes), 2), int))
+    found = split_scores(Counted(classes, nothing, objects, sums, counts))
     return {name: value for name, value in found.items() if name.split("/")[0] in NAMES}
 
 

@@ -7,7 +7,7 @@ import torch
 from trainables.config import TrialConfig
 from trainables.mae import build_mae
 from trainables.metrics import split_scores
-from trainables.scores import Counted, confusion
+from trainables.scores import Counted, ObjectCounts, confusion
 from trainables.segment import dice_cross_entropy
 from trainables.unetr import _resized, build_unetr
 
@@ -197,5 +197,6 @@ def test_one_image_is_learnt_by_heart():
         optimizer.step()
         optimizer.zero_grad()
     pixels = confusion(truth, model(images).argmax(1), 3).numpy()
-    scores = split_scores(Counted(["a", "b", "c"], pixels, np.zeros((3, 3), int)))
+    objects = ObjectCounts(np.zeros((4, 4), int), np.zeros((3, 2), int))
+    scores = split_scores(Counted(["a", "b", "c"], pixels, objects))
     assert scores["miou"] > 0.9

@@ -119,7 +119,8 @@ def test_the_whole_way_from_the_study_file_to_arrays(study):
 def test_spacing_and_sizes_of_objects_are_in_millimetres(study):
     for number in range(6):
         replace_volume(study, number, noise(number, 8, 10, 12), np.diag([2.0, 1, 0.75, 1]))
-        save(study / f"data/masks/v{number}.nii.gz", box(8, 10, 12), np.diag([2.0, 1, 0.75, 1]))
+        inside = np.roll(box(8, 10, 12), (1, 1, 1), axis=(0, 1, 2))  # no border cuts it off
+        save(study / f"data/masks/v{number}.nii.gz", inside, np.diag([2.0, 1, 0.75, 1]))
     dataset = open_dataset(prepare(config(), study, study / "cache"))
     assert dataset.volumes.spacings.tolist() == [[2.0, 1.0, 0.75]] * 6
     cubic_millimetres = 3 * 4 * 5 * 2.0 * 1.0 * 0.75

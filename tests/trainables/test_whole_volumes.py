@@ -147,7 +147,7 @@ def test_whole_volumes_are_scored_in_millimetres_and_learnt(tmp_path):
 
 
 def test_objects_are_small_or_large_in_millimetres(tmp_path, monkeypatch):
-    dataset = balls(tmp_path, spacing=(2.0, 2.0, 2.0))
+    dataset = balls(tmp_path, [(14, 16, 12)] * 6, spacing=(2.0, 2.0, 2.0))  # no border is near
     settings, model = unetr(dataset)
     monkeypatch.setattr(
         "trainables.segment.predict_volume",

@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.source import NOT_LABELLED, Array, Source, Whole, rows_of
+from trainables.data.rows import joined
+from trainables.data.source import NOT_LABELLED, Array, Source, Whole, rows_of, tile_corners
 from trainables.errors import UserError
-from trainables.late import Late
-from trainables.scores import diameter
-
-if TYPE_CHECKING:
-    from scipy import ndimage
-else:
-    ndimage = Late("scipy.ndimage")
+from trainables.scores import diameter, objects_in
 
 PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
 SPOTS = 256  # voxels of each class and volume that are remembered
 
 
-def measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
+class Sizes(NamedTuple):
+    """The objects of a class in whole images."""
+
+    total: int
+    diameters: npt.NDArray[np.float64]  # of those that no border of an image cuts off
+
+
+def measure(source: Source, images: Array, masks: Array, instances: Array | None) -> dict[str, Any]:
     """Everything in meta.json that has to be counted; windows the images in place."""
     splits = np.array(source.splits)
     training, labelled = rows_of(splits, "pretrain"), rows_of(splits, "train")
@@ -54,8 +56,8 @@ def measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
     largest = int(np.flatnonzero(shares[:NOT_LABELLED]).max(initial=0))
     classes = source.classes or ["background", *(f"class {i}" for i in range(1, largest + 1))]
     share = _histogram(source, masks, labelled, 1)[0, : len(classes)]
-    diameters = _diameters(source, masks, labelled, len(classes))
-    every_diameter = np.concatenate([*diameters, np.zeros(0)])
+    sizes = _sizes(source, masks, instances, len(classes))
+    every_diameter = np.concatenate([np.zeros(0), *(found.diameters for found in sizes)])
     edges = np.quantile(every_diameter, [1 / 3, 2 / 3]) if len(every_diameter) else np.zeros(2)
     return {
         "name": source.name,
@@ -90,9 +92,9 @@ def measure(source: Source, images: Array, masks: Array) -> dict[str, Any]:
                 if source.is_labelled
             },
             "objects": {
-                name: {"count": len(found), "median_diameter": round(float(np.median(found)), 1)}
-                for name, found in zip(classes[1:], diameters, strict=True)
-                if len(found)
+                name: {"count": found.total, "median_diameter": _median(found.diameters)}
+                for name, found in zip(classes[1:], sizes, strict=True)
+                if found.total
             },
             "object_edges": [round(edge, 1) for edge in edges.tolist()],
             **(
@@ -136,7 +138,7 @@ def _chunks(
             yield voxels[:, start : start + PIXELS_AT_ONCE]
 
 
-def _row(source: Source, array: Array, row: int, channels: int = 1) -> Array:
+def _row(source: Source, array: Array, row: int | np.int64, channels: int = 1) -> Array:
     """One row of the arrays, (C, *S), or (*S) where there is one channel."""
     if source.whole is None:
         pixels: Array = array[row]
@@ -146,24 +148,51 @@ def _row(source: Source, array: Array, row: int, channels: int = 1) -> Array:
     return part.reshape((channels, *shape) if channels > 1 else shape)
 
 
-def _diameters(
-    source: Source, masks: Array, rows: npt.NDArray[np.int64], num_classes: int
-) -> list[npt.NDArray[np.float64]]:
-    """Diameters of discs (or balls) as large as each class's objects: pixels that touch.
+def _sizes(source: Source, masks: Array, instances: Array | None, num_classes: int) -> list[Sizes]:
+    """The training objects of each class but the background, as scores.py counts them.
 
-    In pixels, of volumes in mm. Corners count as touching, as where objects are scored.
+    Diameters are those of discs (or balls) as large, in pixels, of volumes in mm.
     """
-    sizes: list[list[Array]] = [[np.zeros(0)] for _ in range(1, num_classes)]
-    for row in rows:
-        labels = _row(source, masks, row)
-        voxel = math.prod(source.whole.spacings[row]) if source.whole else 1.0
-        present = np.unique(labels)
-        for label in range(1, num_classes):
-            if label in present:
-                touching = np.ones((3,) * labels.ndim)
-                objects, _ = ndimage.label(labels == label, structure=touching)
-                sizes[label - 1].append(np.bincount(objects.ravel())[1:] * voxel)
-    return [diameter(np.concatenate(found), len(source.size)) for found in sizes]
+    counts = np.zeros(num_classes, np.int64)
+    diameters: list[list[Array]] = [[np.zeros(0)] for _ in range(num_classes)]
+    for part, rows in enumerate(source.parts):
+        if source.splits[rows.start] != "train":
+            continue
+        labels, objects = _whole_labels(source, masks, instances, part)
+        voxel = math.prod(source.whole.spacings[part]) if source.whole else 1.0
+        found = objects_in(labels, num_classes, objects)
+        counts += np.bincount(found.label_N, minlength=num_classes)
+        diameter_N = diameter(found.area_N, len(source.size), voxel)
+        for label in np.unique(found.label_N):
+            diameters[label].append(diameter_N[(found.label_N == label) & ~found.is_cut_N])
+    return [
+        Sizes(int(count), np.concatenate(found))
+        for count, found in zip(counts[1:], diameters[1:], strict=True)
+    ]
+
+
+def _whole_labels(
+    source: Source, masks: Array, instances: Array | None, part: int
+) -> tuple[Array, Array | None]:
+    """Labels and instances, if there are any, of a part's whole images or its volume (n, *S)."""
+    rows = source.parts[part]
+    if source.whole is not None:
+        return _row(source, masks, rows.start)[None], None
+    labels = masks[rows.start : rows.stop]
+    objects = None if instances is None else instances[rows.start : rows.stop]
+    if source.cut_from is None:
+        return labels, objects
+    shape = source.cut_from[part]
+    corners = np.array(tile_corners(shape, source.size))
+    return (
+        joined(labels, corners, shape, NOT_LABELLED)[None],
+        None if objects is None else joined(objects, corners, shape, 0)[None],
+    )
+
+
+def _median(diameters: npt.NDArray[np.float64]) -> float | None:
+    """For people; None if every object is cut off."""
+    return round(float(np.median(diameters)), 1) if len(diameters) else None
 
 
 def spots_of(

@@ -99,7 +99,8 @@ class Dataset:
     std: tuple[float, ...]
     low: float  # the intensity that maps to 0
     high: float  # the intensity that maps to 1
-    object_edges: tuple[float, float]  # diameters in px or mm: thirds of the training objects
+    # diameters in px or mm: thirds of the training objects that no border cuts off
+    object_edges: tuple[float, float]
     is_labelled: bool
     images: Array  # (N, C, *S) uint8 or uint16; of volumes flat
     masks: Array  # (N, *S) uint8, 255 = not labelled; of volumes flat
@@ -345,7 +346,7 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
     with ThreadPoolExecutor(at_once) as pool:
         refuse([problem for problem in pool.map(fill, range(len(source.parts))) if problem])
 
-    meta = measure(source, images, masks)
+    meta = measure(source, images, masks, instances)
     rows: dict[str, Any] = {
         "names": source.names,
         "groups": source.groups,
