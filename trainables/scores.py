@@ -360,8 +360,9 @@ def _matched(
     covered_N = np.bincount(true_P, shared_P, minlength=len(true.area_N))
     piece_P = seen.area_N[seen_P]
     if may_touch:
-        piece_P = _shared_out(true, seen, true_P, seen_P)
-        piece_P, shared_P = _of_parted(true, true_P, piece_P, shared_P)
+        may_match_P = (covered_N >= MATCH_IOU * true.area_N)[true_P]  # or the rest is in vain
+        piece_P = _shared_out(true, seen, true_P, seen_P, may_match_P)
+        piece_P, shared_P = _of_parted(true, true_P, piece_P, shared_P, may_match_P)
     is_match_P = shared_P >= MATCH_IOU * (true.area_N[true_P] + piece_P - shared_P)
     # A predicted object, or piece, reaches 0.5 with one true object at most. So does a true one,
     # but for two halves that fill it, and for its own parts: it is found once all the same.
@@ -383,8 +384,14 @@ def _overlapping(true: Objects, seen: Objects) -> tuple[Counts, Counts, Counts]:
     return true_P, seen_P, shared_P
 
 
-def _shared_out(true: Objects, seen: Objects, true_P: Counts, seen_P: Counts) -> Counts:
-    """How many pixels (P,) of each pair's predicted object belong to its true one.
+def _shared_out(
+    true: Objects,
+    seen: Objects,
+    true_P: Counts,
+    seen_P: Counts,
+    may_match_P: npt.NDArray[np.bool_],
+) -> Counts:
+    """How many pixels (P,) of each pair's predicted object belong to its true one, if it may match.
 
     All, if it overlaps no other true object of its class. Else each goes to the nearest of them, by
     the pixels that the two share. A prediction is thus spared for merging what it may not have been
@@ -393,11 +400,12 @@ def _shared_out(true: Objects, seen: Objects, true_P: Counts, seen_P: Counts) ->
     piece of it matches. This rule is ours.
     """
     piece_P = seen.area_N[seen_P]
-    is_several_N = np.bincount(seen_P, minlength=len(seen.area_N)) > 1
-    if not is_several_N.any():
+    pairs_N = np.bincount(seen_P, minlength=len(seen.area_N))
+    several = np.unique(seen_P[may_match_P & (pairs_N[seen_P] > 1)])
+    if not len(several):
         return piece_P
     boxes = ndimage.find_objects(seen.number_BS)
-    for which in np.flatnonzero(is_several_N):
+    for which in several:
         image, *window = boxes[which]
         box = (image.start, *window)
         is_seen = seen.number_BS[box] == which + 1
@@ -413,14 +421,18 @@ def _shared_out(true: Objects, seen: Objects, true_P: Counts, seen_P: Counts) ->
 
 
 def _of_parted(
-    true: Objects, true_P: Counts, piece_P: Counts, shared_P: Counts
+    true: Objects,
+    true_P: Counts,
+    piece_P: Counts,
+    shared_P: Counts,
+    may_match_P: npt.NDArray[np.bool_],
 ) -> tuple[Counts, Counts]:
     """(pieces, shared pixels) of each pair; of a true object in several parts, over all its pairs.
 
     An instance that another one lies across is found by its parts together.
     """
     pieces_N = np.bincount(true_P, minlength=len(true.area_N))
-    several = np.flatnonzero(pieces_N > 1)
+    several = np.unique(true_P[may_match_P & (pieces_N[true_P] > 1)])
     if not len(several):
         return piece_P, shared_P
     boxes = ndimage.find_objects(true.number_BS)

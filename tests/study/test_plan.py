@@ -165,6 +165,9 @@ def test_what_only_the_data_can_tell_is_told():
     outside = case.model_copy(update={"metric": "segment/hd95/background"})
     spec = study().model_copy(update={"objectives": [outside]})
     assert data_problems(spec, volumes)[0].endswith("expected a class of the data: cell")
+    number = case.model_copy(update={"metric": "segment/count_error/background"})
+    spec = study().model_copy(update={"objectives": [number]})
+    assert data_problems(spec, LABELLED)[0].endswith("expected a class of the data: cell")
     odd = DataSize((60, 60), 3, 100, 50, ())
     assert any("does not divide the image size 60x60" in one for one in data_problems(study(), odd))
 

@@ -172,6 +172,7 @@ def test_what_came_before_bad_syntax_is_told_too():
         ("segment/miou", "pretrain/miou", 16, "did you mean 'segment/miou'?"),
         ("segment/miou", "miou", 16, "did you mean 'segment/miou'?"),
         ("segment/miou", "segment/loss", 16, "losses differ"),
+        ("segment/miou", "segment/detection", 16, "says nothing alone"),
         ("segment/miou", "pretrain/ratio", 16, "expected one of pretrain/"),
         ("probe_psnr@0.25", "probe_psnr@0.3", 17, "expected one of its ratios: 0.25, 0.5"),
         ("probe_psnr@0.25", "probe_gain@0.25", 17, "not measured per ratio"),
