@@ -273,7 +273,7 @@ def test_every_metric_of_classes_or_sizes_has_a_figure() -> None:
         for key, metric in METRICS.items()
         if metric.parts in ("class", "size") and metric.is_drawn and not metric.is_held_out
     }
-    assert drawn >= {"iou", "object_f1", "case_dice", "hd95", "nsd"}
+    assert drawn >= {"iou", "object_f1", "detection", "count_error", "case_dice", "hd95", "nsd"}
     for key in drawn:
         name = key if METRICS[key].parts == "size" else f"class_{key}"
         assert FIGURES[name].needs_volumes == METRICS[key].of_volumes

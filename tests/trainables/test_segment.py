@@ -401,6 +401,8 @@ def test_images_of_every_shape_are_judged_as_wholes(tmp_path):
             np.testing.assert_array_equal(judged.truth_BS[0], masks[image])
             np.testing.assert_array_equal(judged.predicted_BS[0] * 120, seen[image])
             np.testing.assert_array_equal(judged.instances_BS[0], cells[image])
+    idle = context(tmp_path, [], rank=4, world_size=5)
+    assert list(predictions(Reads(dataset), settings, dataset, "val", idle)) == []
 
 
 def test_where_tiles_overlap_the_mean_score_decides_and_a_pixel_counts_once(tmp_path):
