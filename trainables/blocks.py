@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,9 +42,25 @@ class Attention(nn.Module):
         batch, count, width = tokens_BND.shape
         split = self.qkv(tokens_BND).reshape(batch, count, 3, self.heads, width // self.heads)
         query_BHN, key_BHN, value_BHN = split.permute(2, 0, 3, 1, 4).unbind(0)
-        found_BHN = functional.scaled_dot_product_attention(query_BHN, key_BHN, value_BHN, is_key)
+        found_BHN = attention(query_BHN, key_BHN, value_BHN, is_key)
         projected: Tensor = self.proj(found_BHN.transpose(1, 2).reshape(batch, count, width))
         return projected
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, is_key: Tensor | None) -> Tensor:
+    """Scaled dot-product attention of heads (B, H, N, D); `is_key` (B, 1, 1, N), None: all.
+
+    In half precision on a CPU as plain products, since the backward pass of torch's fused kernel is
+    slow there: a step of pretraining takes 0.27 s in float32, 0.30 fused and 0.15 as products (size
+    nano, patch 4, 128 images of 32 pixels, one thread of a processor with AMX).
+    """
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return functional.scaled_dot_product_attention(query, key, value, is_key)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if is_key is not None:
+        scores = scores.masked_fill(~is_key, -math.inf)
+    found: Tensor = scores.softmax(dim=-1) @ value
+    return found
 
 
 class Block(nn.Module):

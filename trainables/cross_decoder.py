@@ -20,9 +20,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from trainables.blocks import layer_norm
+from trainables.blocks import attention, layer_norm
 
 HEAD_WIDTH = 64  # as attention kernels like it
 
@@ -48,7 +47,7 @@ class CrossBlock(nn.Module):
         """Questions and the mixture that answers them -> tokens_BXE."""
         query_BHX = _heads(self.question(self.question_norm(tokens_BXE)))
         key, value = self.key_value(self.source_norm(source_BND)).chunk(2, dim=-1)
-        found_BHX = scaled_dot_product_attention(query_BHX, _heads(key), _heads(value), is_key)
+        found_BHX = attention(query_BHX, _heads(key), _heads(value), is_key)
         tokens_BXE = tokens_BXE + self.project(found_BHX.transpose(1, 2).flatten(2))
         tokens_BXE = tokens_BXE + self.mlp(self.mlp_norm(tokens_BXE))
         return tokens_BXE
