@@ -21,23 +21,26 @@ class DataSize:
     channels: int
     pretrain_images: int
     train_images: int
+    train_groups: int
     classes: tuple[str, ...]  # empty without labels
 
 
 def data_size(dataset: Dataset) -> DataSize:
     """The numbers of a prepared data set."""
+    train = dataset.rows("train")
     return DataSize(
         size=tuple(dataset.size),
         channels=dataset.channels,
         pretrain_images=len(dataset.rows("pretrain")),
-        train_images=len(dataset.rows("train")),
+        train_images=len(train),
+        train_groups=len({dataset.groups[row] for row in train}),
         classes=tuple(dataset.classes) if dataset.is_labelled else (),
     )
 
 
 def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Why the study cannot run on these data, which the study file alone could not tell."""
-    problems = geometry_problems(spec, data.size)
+    problems = [*geometry_problems(spec, data.size), *_probe_problems(spec, data)]
     for objective in spec.objectives:
         name, metric = parse(objective.metric), metric_of(objective.metric)
         if name.phase == "segment" and not data.classes:
@@ -58,3 +61,22 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
                 f"{', '.join(scored)}"
             )
     return problems
+
+
+def _probe_problems(spec: StudySpec, data: DataSize) -> list[str]:
+    """Of what is measured in pretraining by labels."""
+    named = [("objectives", objective.metric) for objective in spec.objectives]
+    if isinstance(metric := spec.stopping.options().get("metric"), str):
+        named.append(("stopping", metric))
+    given = [f"{setting}: given {name!r}" for setting, name in named if metric_of(name).of_labels]
+    if not data.classes:
+        way_out = f"expected another metric such as {PSNR}, or data with masks"
+        return [f"{one}, but the data have no labels; {way_out}" for one in given]
+    if data.train_groups < 2:
+        way_out = f"expected another metric such as {PSNR}, or two groups or more"
+        return [
+            f"{one}, which is cross-validated over the groups of the train split, of which there "
+            f"is {data.train_groups}; {way_out}"
+            for one in given
+        ]
+    return []

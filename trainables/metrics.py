@@ -51,6 +51,7 @@ class Metric(NamedTuple):
     is_held_out: bool = False  # scored on the test split
     of_volumes: bool = False  # measured of whole volumes only
     of_background: bool = True  # if it is measured of each class, then of class 0 as well
+    of_labels: bool = False  # measured in pretraining, but only where the data are labelled
     # counted over a split -> score of the whole (""), or of each class or size; NaN: there is none
     of_split: Callable[[Counted], float | Mapping[str, float]] | None = None
     # (predicted (B, C, *S), truth, which pixels are hidden (B, *S)) -> (B,); the probe's mean over
@@ -165,6 +166,7 @@ _pretrain = partial(Metric, ("pretrain",))
 _segment = partial(Metric, ("segment",))
 _both = partial(Metric, PHASES)
 _volumes = partial(_segment, parts="class", of_volumes=True, of_background=False)
+_dense = partial(_pretrain, "maximize", "", of_labels=True)
 
 
 def _case(name: str) -> Callable[[Counted], Mapping[str, float]]:
@@ -201,6 +203,24 @@ _ON_VAL: dict[str, Metric] = {
         "dB",
         "gain over the mean fill",
         "probe PSNR above filling in the mean of visible pixels",
+    ),
+    "dense_miou": _dense(
+        title="dense probe",
+        explains="mIoU told by a linear map from the frozen encoder's tokens, cross-validated",
+    ),
+    "dense_knn_miou": _dense(
+        title="dense k-NN probe",
+        explains="mIoU told by the patches whose tokens of the frozen encoder are nearest",
+    ),
+    "dense_miou_random": _dense(
+        title="dense probe, random start",
+        explains="the dense probe of the same encoder before it has learnt anything",
+        is_objective=False,
+    ),
+    "dense_miou_pixels": _dense(
+        title="dense probe, raw pixels",
+        explains="the dense probe of the raw pixels of a patch instead of a token",
+        is_objective=False,
     ),
     "native_psnr_hidden": _pretrain(
         "maximize",

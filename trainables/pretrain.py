@@ -26,6 +26,7 @@ from trainables.cost import mae_flops
 from trainables.cross_decoder import CrossBlock
 from trainables.data import Dataset
 from trainables.data.batches import to_device
+from trainables.dense import Prober
 from trainables.edges import grid_of
 from trainables.endings import Ending
 from trainables.errors import UserError
@@ -86,6 +87,7 @@ def pretrain(
     )
     model, teacher = learner.model, learner.teacher
     judge = probing.Judge(config, dataset, probe, context)
+    prober = Prober(config, seed, dataset, dataset.rows("train"), context)
 
     def loss_of(images: Tensor, _: Tensor | None, step: int, samples_B: Tensor) -> Tensor:
         return batch_loss(learner, images, config, seed, plan, step, samples_B)
@@ -93,7 +95,7 @@ def pretrain(
     def evaluate(steps: range) -> dict[str, float]:
         hidden = plan.hidden_units[steps.start : steps.stop]
         ratio = sum(hidden) / len(hidden) / math.prod(plan.unit_grid)
-        return {"ratio": ratio} | judge.scores(model, teacher)
+        return {"ratio": ratio} | judge.scores(model, teacher) | prober.scores(model.encoder)
 
     def illustrate(progress: float) -> None:
         judge.draw_masks(model, teacher, progress)

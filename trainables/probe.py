@@ -21,17 +21,17 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainables import counter, distributed
 from trainables.atlas import draw_masks, masks_name
-from trainables.config import ProbeConfig, TrialConfig
+from trainables.config import PretrainConfig, ProbeConfig, TrialConfig
 from trainables.context import Context
 from trainables.data import Dataset
 from trainables.data.batches import to_device
@@ -162,23 +162,26 @@ class Judge:
         )
 
     def _reconstruct(self, model: MAE) -> Reconstruct:
-        """`model.reconstruct` in eval mode, at the trial's precision, never compiled."""
-        settings, device = self.config.pretrain, self.context.device
+        """`model.reconstruct`, at rest."""
 
         def reconstruct(images: Tensor, visible_BV: Tensor, hidden_BX: Tensor) -> Tensor:
-            # every ratio is another shape, which is not worth compiling for a few images
-            eager = (
-                torch.compiler.set_stance("force_eager")
-                if settings.compile
-                else contextlib.nullcontext()
-            )
-            model.eval()
-            with eager, distributed.autocast(settings.precision, device):
-                predicted = model.reconstruct(images, visible_BV, hidden_BX)
-            model.train()
-            return predicted
+            with at_rest(model, self.config.pretrain, self.context.device):
+                return model.reconstruct(images, visible_BV, hidden_BX)
 
         return reconstruct
+
+
+@contextlib.contextmanager
+def at_rest(model: nn.Module, settings: PretrainConfig, device: torch.device) -> Iterator[None]:
+    """The model in eval mode, at the trial's precision, never compiled; then in training mode."""
+    # every ratio is another shape, which is not worth compiling for a few images
+    eager = (
+        torch.compiler.set_stance("force_eager") if settings.compile else contextlib.nullcontext()
+    )
+    model.eval()
+    with eager, distributed.autocast(settings.precision, device):
+        yield
+    model.train()
 
 
 def probe_rows(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """What a study will take: counted by hand, and compared with the model itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from trainables.mae import build_mae
 
 torch.set_num_threads(1)
 
-DATA = DataSize((64, 64), 3, pretrain_images=100, train_images=50, classes=())
-LABELLED = DataSize((64, 64), 3, 100, 50, ("background", "cell"))
+DATA = DataSize((64, 64), 3, pretrain_images=100, train_images=50, train_groups=9, classes=())
+LABELLED = DataSize((64, 64), 3, 100, 50, 9, ("background", "cell"))
 
 
 def study(rest="", search="model.patch: {choices: [4, 8, 16]}", trials=10, sampler="grid"):
@@ -159,7 +160,7 @@ def test_what_only_the_data_can_tell_is_told():
     assert "expected a class of the data: background, cell" in data_problems(spec, LABELLED)[0]
     case = segment.model_copy(update={"metric": "segment/hd95/cell", "goal": "minimize"})
     spec = study().model_copy(update={"objectives": [case]})
-    volumes = DataSize((64, 64, 64), 1, 100, 50, ("background", "cell"))
+    volumes = DataSize((64, 64, 64), 1, 100, 50, 9, ("background", "cell"))
     assert data_problems(spec, volumes) == []
     assert "measured of volumes, but the images have 2 axes" in data_problems(spec, LABELLED)[0]
     outside = case.model_copy(update={"metric": "segment/hd95/background"})
@@ -168,8 +169,24 @@ def test_what_only_the_data_can_tell_is_told():
     number = case.model_copy(update={"metric": "segment/count_error/background"})
     spec = study().model_copy(update={"objectives": [number]})
     assert data_problems(spec, LABELLED)[0].endswith("expected a class of the data: cell")
-    odd = DataSize((60, 60), 3, 100, 50, ())
+    odd = DataSize((60, 60), 3, 100, 50, 9, ())
     assert any("does not divide the image size 60x60" in one for one in data_problems(study(), odd))
+
+
+@pytest.mark.parametrize("setting", ["objectives", "stopping"])
+def test_the_dense_probe_needs_labels_of_two_groups(setting):
+    dense = "metric: pretrain/dense_miou"
+    spec = study(f"stopping: {{name: halving, {dense}}}\n")
+    if setting == "objectives":
+        objective = spec.objectives[0].model_copy(update={"metric": "pretrain/dense_miou"})
+        spec = study().model_copy(update={"objectives": [objective]})
+    assert data_problems(spec, LABELLED) == []
+    for data, reason in [
+        (DATA, "but the data have no labels"),
+        (replace(LABELLED, train_groups=1), "of which there is 1; expected another metric such as"),
+    ]:
+        (problem,) = data_problems(spec, data)
+        assert problem.startswith(f"{setting}: given 'pretrain/dense_miou', ") and reason in problem
 
 
 def test_a_prepared_data_set_and_this_machine_are_enough(tmp_path):

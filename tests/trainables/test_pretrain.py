@@ -95,6 +95,7 @@ def test_a_rung_reports_what_was_agreed_and_costs_add_up(tmp_path):
         *("peak_memory", "probe_gain", *PROBED),
         *(f"{key}@{r}" for key in PROBED for r in (0.25, 0.5, 0.75)),
         *("native_psnr_hidden", "native_psnr_all"),
+        *("dense_miou", "dense_knn_miou", "dense_miou_random", "dense_miou_pixels"),
     }
     last = diary.values["pretrain", 14, "flops"]
     assert last["value"] == diary.values["pretrain", 14, "planned_flops"]["value"]
