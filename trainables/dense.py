@@ -20,7 +20,7 @@ N patches · D width · Q pixels of a patch · K classes · B batch · P patches
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from trainables.data.batches import to_device
 from trainables.mae import Encoder, build_mae, patchify
 from trainables.probe import at_rest, probe_rows
 from trainables.ridge import Patches, cross_validated, folds_of, out_of_fold
-from trainables.scores import IGNORED, Counted, miou
+from trainables.scores import IGNORED, miou_of
 
 ROWS, FEWEST_ROWS = 128, 16  # images or crops: at most, and even where they are large
 PIXELS = ROWS * 64 * 64  # that all of them should have together
@@ -80,6 +80,11 @@ class Prober:
         return everywhere
 
     def _measured(self, encoder: Encoder) -> dict[str, float]:
+        patches = self._patches(self._tokens(encoder))
+        if len(set(patches.fold_N.tolist())) < 2:
+            return {}
+        if not patches.values_ND.isfinite().all():
+            return {"dense_miou": math.nan}
         if self.baselines is None:
             size, channels, is_padded = (
                 self.dataset.size,
@@ -93,27 +98,19 @@ class Prober:
                 "dense_miou_random": self._ridge(tokens),
                 "dense_miou_pixels": self._ridge(pixels),
             }
-        patches = self._patches(self._tokens(encoder))
-        if not patches.values_ND.isfinite().all():
-            return {"dense_miou": math.nan}
         found = {"dense_miou": self._ridge(patches), "dense_knn_miou": self._nearest(patches)}
         found |= self.baselines
         return {key: value for key, value in found.items() if not math.isnan(value)}
 
     def _ridge(self, patches: Patches) -> float:
         self.context.alive()
-        scores_NQK = out_of_fold(patches, len(self.dataset.classes))
-        return self._miou(scores_NQK, patches)
+        return _miou(out_of_fold(patches, len(self.dataset.classes)), patches)
 
     def _nearest(self, patches: Patches) -> float:
         self.context.alive()
         order_N = counter.permutation(SEED, "dense", 0, len(patches.fold_N))
         some = patches.where(order_N[:MOST_COMPARED].sort().values.to(self.context.device))
-        return self._miou(neighbour_scores(some, len(self.dataset.classes)), some)
-
-    def _miou(self, scores_NQK: Tensor, patches: Patches) -> float:
-        pixels_KK = cross_validated(scores_NQK, patches.labels_NQ, patches.fold_N)
-        return miou(Counted(self.dataset.classes, pixels_KK, np.zeros((3, 3), np.int64)))
+        return _miou(neighbour_scores(some, len(self.dataset.classes)), some)
 
     def _tokens(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
         """(images (B, C, *S)) -> (B, P, D), at the trial's precision."""
@@ -126,8 +123,9 @@ class Prober:
         return tokens
 
     def _patches(self, values_of: Callable[[Tensor], Tensor]) -> Patches:
+        device, alive = self.context.device, self.context.alive
         return labelled_patches(
-            self.dataset, self.rows, self.patch, values_of, self.context, self.chunk
+            self.dataset, self.rows, self.patch, values_of, device, self.chunk, alive
         )
 
 
@@ -140,39 +138,43 @@ def probed(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def labelled_patches(
     dataset: Dataset,
     rows: NDArray[np.int64],
-    patch: tuple[int, ...],
+    patch: Sequence[int],
     values_of: Callable[[Tensor], Tensor],
-    context: Context,
+    device: torch.device,
     chunk: int,
+    alive: Callable[[], None] = lambda: None,
 ) -> Patches:
-    """All patches of these rows that have a label, with folds of their groups."""
-    fold = torch.from_numpy(folds_of([dataset.groups[row] for row in rows])).to(context.device)
+    """All patches of these rows that have a label, with folds of their groups.
+
+    `values_of`: images (B, C, *S) -> (B, P, D), `chunk` images at a time.
+    """
+    fold = torch.from_numpy(folds_of([dataset.groups[row] for row in rows])).to(device)
     parts = []
-    for places_B, images, labels_BPQ in batches(dataset, rows, patch, context, chunk):
-        values_BPD = values_of(images)
+    for places_B, images, labels_BPQ in batches(dataset, rows, patch, device, chunk, alive):
         fold_BP = fold[places_B, None].expand(labels_BPQ.shape[:2])
         has_label_BP = (labels_BPQ != IGNORED).any(dim=-1)
-        parts.append([each[has_label_BP] for each in (values_BPD, labels_BPQ, fold_BP)])
+        parts.append([each[has_label_BP] for each in (values_of(images), labels_BPQ, fold_BP)])
     return Patches(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def batches(
     dataset: Dataset,
     rows: NDArray[np.int64],
-    patch: tuple[int, ...],
-    context: Context,
+    patch: Sequence[int],
+    device: torch.device,
     chunk: int,
+    alive: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(places among the rows (B,), images (B, C, *S), labels uint8 (B, P, Q)) of labelled rows."""
-    resident = to_device(dataset, rows, context.device)
-    for places_B in torch.split(torch.arange(len(rows), device=context.device), chunk):
-        context.alive()
+    resident = to_device(dataset, rows, device)
+    for places_B in torch.split(torch.arange(len(rows), device=device), chunk):
+        alive()
         images, labels = resident.batch(places_B)
         assert labels is not None
         yield places_B, images, patchify(labels[:, None], patch).to(torch.uint8)
 
 
-def raw_values(images: Tensor, patch: tuple[int, ...]) -> Tensor:
+def raw_values(images: Tensor, patch: Sequence[int]) -> Tensor:
     """The raw pixels of each patch, 0 where there is padding: float32 (B, P, D).
 
     Averaged over blocks of 2, 4, ... pixels of edge where there would be more than MOST_VALUES.
@@ -198,3 +200,7 @@ def neighbour_scores(patches: Patches, num_classes: int) -> Tensor:
             for label in range(num_classes):
                 scores_NQK[some_N, :, label] = (near == label).float().mean(dim=1)
     return scores_NQK
+
+
+def _miou(scores_NQK: Tensor, patches: Patches) -> float:
+    return miou_of(cross_validated(scores_NQK, patches.labels_NQ, patches.fold_N))

@@ -49,6 +49,7 @@ class Metric(NamedTuple):
     is_objective: bool = True  # arms may be chosen by it
     is_comparable: bool = True  # it means the same for arms that differ in ratio or patch
     is_held_out: bool = False  # scored on the test split
+    is_trivial: bool = False  # of a segmenter without an encoder, the same for all arms of a patch
     of_volumes: bool = False  # measured of whole volumes only
     of_background: bool = True  # if it is measured of each class, then of class 0 as well
     of_labels: bool = False  # measured in pretraining, but only where the data are labelled
@@ -166,6 +167,7 @@ _pretrain = partial(Metric, ("pretrain",))
 _segment = partial(Metric, ("segment",))
 _both = partial(Metric, PHASES)
 _volumes = partial(_segment, parts="class", of_volumes=True, of_background=False)
+_trivial = partial(_segment, "maximize", "", is_objective=False, is_trivial=True)
 _dense = partial(_pretrain, "maximize", "", of_labels=True)
 
 
@@ -245,6 +247,14 @@ _ON_VAL: dict[str, Metric] = {
         "mIoU",
         "mean IoU of the classes without background",
         of_split=scores.miou,
+    ),
+    "threshold_miou": _trivial(
+        title="mIoU of a threshold",
+        explains="mIoU of thresholds on the luminance of each image, without any training",
+    ),
+    "ridge_pixels_miou": _trivial(
+        title="mIoU of raw pixels",
+        explains="mIoU of a linear map from the raw pixels of a patch, without an encoder",
     ),
     "miou_with_background": _segment(
         "maximize",
@@ -375,5 +385,5 @@ def _on_test(metric: Metric) -> Metric:
 METRICS: dict[str, Metric] = _ON_VAL | {
     f"{TEST}{key}": _on_test(metric)
     for key, metric in _ON_VAL.items()
-    if metric.of_split is not None
+    if metric.of_split is not None or metric.is_trivial
 }

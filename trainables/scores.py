@@ -140,22 +140,27 @@ def confusion(truth: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
 
 def iou(counted: Counted) -> dict[str, float]:
     """Intersection over union of every class."""
-    return _by_class(_overlaps(counted)[0], counted.classes)
+    return _by_class(_overlaps(counted.confusion_KK)[0], counted.classes)
 
 
 def miou(counted: Counted) -> float:
     """Mean IoU of the classes without background."""
-    return mean_of_present(_overlaps(counted)[0][1:])
+    return miou_of(counted.confusion_KK)
+
+
+def miou_of(confusion_KK: Counts) -> float:
+    """The same of a confusion matrix."""
+    return mean_of_present(_overlaps(confusion_KK)[0][1:])
 
 
 def miou_with_background(counted: Counted) -> float:
     """Mean IoU of all classes."""
-    return mean_of_present(_overlaps(counted)[0])
+    return mean_of_present(_overlaps(counted.confusion_KK)[0])
 
 
 def dice(counted: Counted) -> dict[str, float]:
     """Dice, mean of the classes without background, and of every class."""
-    values = _overlaps(counted)[1]
+    values = _overlaps(counted.confusion_KK)[1]
     return {"": mean_of_present(values[1:])} | _by_class(values, counted.classes)
 
 
@@ -280,10 +285,10 @@ def _blurred(values: Tensor, sigma: float) -> Tensor:
     return values
 
 
-def _overlaps(counted: Counted) -> tuple[Floats, Floats]:
+def _overlaps(confusion_KK: Counts) -> tuple[Floats, Floats]:
     """IoU and Dice of every class (K,)."""
-    hits = counted.confusion_KK.diagonal().astype(float)
-    true, predicted = counted.confusion_KK.sum(axis=1), counted.confusion_KK.sum(axis=0)
+    hits = confusion_KK.diagonal().astype(float)
+    true, predicted = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     with np.errstate(invalid="ignore"):  # 0 / 0: the class occurs nowhere
         return hits / (true + predicted - hits), 2 * hits / (true + predicted)
 

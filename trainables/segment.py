@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from trainables import counter, distributed, surfaces
+from trainables import counter, distributed, surfaces, trivial
 from trainables.augment import AUGMENTATIONS
 from trainables.checkpoint import Saved
 from trainables.config import (
@@ -61,7 +61,7 @@ class Judged(NamedTuple):
 
     truth_BS: Tensor  # labels
     predicted_BS: Tensor  # classes
-    instances_BS: npt.NDArray[Any] | None  # of the truth, if the data have them
+    instances_BS: NDArray[Any] | None  # of the truth, if the data have them
     spacing: tuple[float, ...]  # mm per voxel; of images 1, as pixels are the unit
 
 
@@ -95,9 +95,11 @@ def segment(
 
     def measure(steps: range) -> dict[str, float]:
         values = evaluate(model, settings, dataset, "val", context)
-        if steps.stop == plan.steps and len(dataset.rows("test")) > 0:
-            on_test = evaluate(model, settings, dataset, "test", context)
-            values |= {f"{TEST}{name}": value for name, value in on_test.items()}
+        if steps.stop == plan.steps:
+            if len(dataset.rows("test")) > 0:
+                on_test = evaluate(model, settings, dataset, "test", context)
+                values |= {f"{TEST}{name}": value for name, value in on_test.items()}
+            values |= without_encoder(config, dataset, rows, context)
         return values
 
     phase = Phase(
@@ -114,6 +116,16 @@ def segment(
         draw(model, settings, dataset, context, context.folder / "pictures")
         context.keep("pictures")
     return ending
+
+
+def without_encoder(
+    config: TrialConfig, dataset: Dataset, rows: NDArray[np.int64], context: Context
+) -> dict[str, float]:
+    """Scores of trivial segmenters that may use the labels of `rows`; the same on every rank."""
+    patch = config.patch_edges(len(dataset.size))
+    found = context.is_main and trivial.scores(dataset, rows, patch, context.device, context.alive)
+    everywhere: dict[str, float] = distributed.decided_by_main(found, context)
+    return everywhere
 
 
 def make_learner(
@@ -178,7 +190,7 @@ def make_plan(config: TrialConfig, dataset: Dataset, context: Context, num_image
     )
 
 
-def labelled_rows(settings: SegmentConfig, dataset: Dataset, seed: int) -> npt.NDArray[np.int64]:
+def labelled_rows(settings: SegmentConfig, dataset: Dataset, seed: int) -> NDArray[np.int64]:
     """The training rows that segmentation learns from, of `segment.labels` groups.
 
     Groups come in an order that the seed draws, so that few labels are among more of them, and
@@ -310,7 +322,7 @@ def _stitched(
     model: UNETR,
     settings: SegmentConfig,
     dataset: Dataset,
-    images: npt.NDArray[np.int64],
+    images: NDArray[np.int64],
     context: Context,
 ) -> Iterator[Judged]:
     """Images that were cut into tiles, whole again, one after the other.

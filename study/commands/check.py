@@ -10,6 +10,9 @@ from study.commands.data import dataset_of
 from study.commands.finding import begun
 from study.commands.terminal import console, say
 from study.loading import load_spec
+from trainables.metrics import metric_of
+
+SOLVED = 0.8  # mIoU of a segmenter without an encoder from which on a warning is due
 
 
 def check_study(path: Path) -> None:
@@ -25,9 +28,14 @@ def check_study(path: Path) -> None:
     import torch
 
     from study.plan import plan
+    from trainables import trivial
     from trainables.speed import flops_per_second
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dataset.is_labelled:
+        patch = spec.trial.patch_edges(len(dataset.size))
+        without = trivial.scores(dataset, dataset.rows("train"), patch, device, splits=["val"])
+        _print_pairs("without an encoder, on val", _trivial_words(without))
     threads = max(1, int(spec.resources.cpus_per_worker))
     speed = flops_per_second(spec.trial, dataset, device, threads=threads)
     asked = requests.grown(spec, requests.expected(folder, spec))
@@ -36,6 +44,18 @@ def check_study(path: Path) -> None:
         more = asked.budget.trials - spec.budget.trials
         say(f"  (with {more} trials that were asked for since the study was begun)")
     say(f"  (at {speed:.2e} FLOP/s, measured here on one worker of the control arm)")
+
+
+def _trivial_words(scores: Mapping[str, float]) -> dict[str, str]:
+    """Segmenters without an encoder, and a warning if one of them solves the task."""
+    words = {metric_of(key).title: f"{value:.3f}" for key, value in scores.items()}
+    best = max(scores, key=lambda key: scores[key], default=None)
+    if best is not None and scores[best] >= SOLVED:
+        words["warning"] = (
+            f"the {metric_of(best).title} is {scores[best]:.2f}: such data cannot tell encoders "
+            f"apart; take objects that are harder to tell from their surroundings"
+        )
+    return words
 
 
 def _print_pairs(title: str, pairs: Mapping[str, object]) -> None:

@@ -150,6 +150,21 @@ def test_check_prints_the_plan(blood: Path, capsys: Capture) -> None:
         assert word in printed
 
 
+def test_check_warns_of_data_that_a_threshold_segments(blood: Path, capsys: Capture) -> None:
+    assert call("check", blood) == 0
+    printed = capsys.readouterr().out
+    assert "mIoU of a threshold" in printed and "mIoU of raw pixels" in printed
+    assert "warning" not in printed.partition("without an encoder")[2].partition("plan")[0]
+    for index in range(8):
+        mask = np.array(Image.open(blood.parent / f"m{index}.png"))
+        grey = 40 + 90 * mask + index  # no two images are the same
+        image = np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
+        Image.fromarray(image).save(blood.parent / f"i{index}.png")
+    assert call("check", blood) == 0
+    printed = capsys.readouterr().out
+    assert "the mIoU of a threshold is 1.00: such data cannot tell encoders apart" in printed
+
+
 def test_try_runs_both_phases_in_this_process(blood: Path, capsys: Capture) -> None:
     assert call("try", blood, "--images", "4") == 0
     printed = capsys.readouterr().out

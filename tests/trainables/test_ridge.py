@@ -18,18 +18,11 @@ from trainables.ridge import (
     out_of_fold,
     segmenter,
 )
-from trainables.scores import IGNORED, Counted, confusion, miou
-
-NOTHING = np.zeros((3, 3), int)
+from trainables.scores import IGNORED, confusion, miou_of
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def miou_of(pixels_KK):
-    names = [str(number) for number in range(len(pixels_KK))]
-    return miou(Counted(names, pixels_KK, NOTHING))
 
 
 def planted(patches=400, width=6, pixels=4, num_classes=3, seed=0, groups=20):
