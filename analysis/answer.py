@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -9,8 +10,17 @@ import pandas as pd
 from analysis.figures.differences import differences_numbers, p_words, values_by_seed
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.statistics import FEWEST_SEEDS, detectable_difference, difference
-from analysis.tables import OUTCOMES, Measure, StudyTables, arm_scores, by_size
-from trainables.metrics import on_test
+from analysis.tables import (
+    OUTCOMES,
+    Measure,
+    StudyTables,
+    arm_scores,
+    by_size,
+    trivial_scores,
+)
+from trainables.metrics import MIOU, on_test
+
+SOLVED_SHARE = 0.95  # of the control's mIoU: a segmenter without an encoder all but does its work
 
 
 class Answer(NamedTuple):
@@ -48,9 +58,10 @@ def answer(tables: StudyTables) -> Answer:
         is_shown = is_beyond_chance(verdict) and (verdict["mean"] > 0) == goal.maximize
         headline = _beside_the_control(line, control.iloc[0], verdict, goal, is_shown)
         sentences.append(_certainty(verdict, goal, tables))
-    sentences.append(_comparability_sentence(tables))
+    sentences += [_trivial_sentence(tables), _comparability_sentence(tables)]
     sentences.append(_random_weights_sentence(tables, ranks, goal))
-    sentences += [_pretraining_sentence(ranks, against, goal), _test_sentence(tables, best, goal)]
+    sentences += [_pretraining_sentence(ranks, against, goal), _dense_sentence(tables)]
+    sentences.append(_test_sentence(tables, best, goal))
     sentences += [_by_patch_sentence(tables, goal), _other_objectives(tables, ranks)]
     sentences.append(_progress_sentence(tables))
     return Answer(headline, [sentence for sentence in sentences if sentence], is_shown)
@@ -133,6 +144,33 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
     return f"The difference is {interval} ({how}): not told apart from none.{missed}"
 
 
+def _trivial_sentence(tables: StudyTables) -> str | None:
+    """Told only where a segmenter without an encoder comes close to the arms, whoever is asked for.
+
+    That is: at SOLVED_SHARE of the control's mIoU, or level with the highest of all arms.
+    """
+    trivial = trivial_scores(tables)
+    means = arm_scores(tables, MIOU).groupby("arm")["value"].mean()
+    if not trivial or means.empty:
+        return None
+    measure, value = trivial[0]
+    miou, highest = tables.measure(MIOU), float(means.max())
+    control = [means[arm] for arm in means.index if tables.arms.at[arm, "group"] == "control"]
+    own, others = miou.show(value), miou.show(highest)
+    if own == others or value > highest:
+        words = f"is {'level with' if own == others else 'ahead of'} the best arm"
+        return (
+            f"A segmenter without an encoder {words}: {measure.title} {own}, "
+            f"{tables.label(str(means.idxmax()))} {others}. Such data cannot tell encoders apart."
+        )
+    if control and value >= SOLVED_SHARE * control[0]:
+        return (
+            f"A segmenter without an encoder comes close: {measure.title} {own} against mIoU "
+            f"{miou.show(control[0])} of the control. Such data hardly tell encoders apart."
+        )
+    return None
+
+
 def _comparability_sentence(tables: StudyTables) -> str | None:
     """Told only where the study asks for metrics that not all arms share."""
     titles = [measure.title for measure in tables.objectives if not measure.is_comparable]
@@ -192,6 +230,32 @@ def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Meas
     helps = (verdict["mean"] < 0) == goal.maximize
     word = "helps" if helps else "hurts"
     return f"Pretraining {word} (control's settings): {values}; {interval}."
+
+
+def _dense_sentence(tables: StudyTables) -> str | None:
+    """The control's frozen encoder against its random start and against raw pixels."""
+    groups = tables.arms["group"]
+    control = next((str(arm) for arm in groups.index[groups == "control"]), "")
+    names = ("pretrain/dense_miou", "pretrain/dense_miou_random", "pretrain/dense_miou_pixels")
+    by_seed = [values_by_seed(tables, name).get(control, {}) for name in names]
+    if not all(by_seed):
+        return None
+    measure = tables.measure(names[0])
+    trained, start, pixels = (fmean(values.values()) for values in by_seed)
+    words = (
+        f"Before fine-tuning (control's settings, frozen): {measure.title} "
+        f"{measure.show(trained)}, {measure.show(start)} at the random start, "
+        f"{measure.show(pixels)} of raw pixels"
+    )
+    found = difference(by_seed[0], by_seed[1])
+    if found is None:
+        gap = measure.show(trained - start, signed=True)
+        return f"{words}; pretraining {gap}, one seed, so no interval."
+    return (
+        f"{words}; pretraining {measure.show(found.mean, signed=True)}, 95 % interval "
+        f"{measure.show(found.low, signed=True)} to {measure.show(found.high, signed=True)}, "
+        f"{found.n} seeds."
+    )
 
 
 def _test_sentence(tables: StudyTables, best: str, goal: Measure) -> str | None:

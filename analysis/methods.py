@@ -28,6 +28,19 @@ def methods(tables: StudyTables) -> list[str]:
         "out there; one that only one of them has scores Dice 0, surface Dice 0, and as HD95 the "
         "length of the volume's diagonal."
     ]
+    of_dense = [
+        "Dense probe. From the frozen encoder's tokens, all patches visible, the class of every "
+        "pixel is told by ridge regression, on labelled training images that are split into folds "
+        "by group; mIoU counts what each fold is told by the others. The same of the encoder at "
+        "its random start and of the raw pixels of a patch says what of it pretraining has "
+        "brought. k-NN: the classes of the nearest patches, by the cosine of their tokens."
+    ]
+    of_trivial = [
+        "Without an encoder. Thresholds on the luminance of each image (Otsu), whose classes are "
+        "given by the training images, and ridge regression on the raw pixels of a patch are "
+        "judged as the arms are. Where they are level with the arms, the data cannot tell one "
+        "encoder from another."
+    ]
     return [
         f"Probe PSNR. Each trial reconstructs the same validation images with the same regions "
         f"hidden. The regions are fixed in pixels and do not depend on the trial's own ratio, "
@@ -40,11 +53,13 @@ def methods(tables: StudyTables) -> list[str]:
         f"gains 4.77 dB with no better model.",
         "Training losses are not compared. The loss is averaged over a trial's own hidden pixels, "
         "so it changes with ratio, patch size and target even for the same model.",
+        *(of_dense if any(metric.of_labels for metric in metrics) else []),
         "Segmentation. The pretrained encoder is fine-tuned with a U-Net Transformer. mIoU is the "
         "mean over classes without background. Objects of whole images are matched at an IoU of "
         "0.5, and their F1 is split by size; those that the border of an image cuts off are in no "
         "size. The controls are the study file's own trial (control), the same network from "
         "random weights (random-init), and with the encoder fixed (frozen).",
+        *(of_trivial if any(metric.is_trivial for metric in metrics) else []),
         *(of_volumes if has_volumes else []),
         "Intervals are 95 % Student t intervals over seeds; differences are paired by seed where "
         "two or more seeds are common, else Welch's. p values are Holm-adjusted over all arms "

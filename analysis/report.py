@@ -32,9 +32,10 @@ from analysis.page import (
     write_page,
 )
 from analysis.results import results_csv
-from analysis.tables import StudyTables, load
+from analysis.tables import StudyTables, load, trivial_scores
 from analysis.theme import plain
 from study.folder import StudyFolder
+from trainables.metrics import MIOU
 
 
 def build_report(folder: Path | StudyFolder, output: Path | None = None) -> Path:
@@ -133,6 +134,9 @@ def _tiles(tables: StudyTables) -> list[dict[str, str]]:
                 tiles.append(
                     {"title": f"{goal.title}, {title}", "value": goal.show(mean), "note": note}
                 )
+    for measure, reached in trivial_scores(tables) if MIOU in tables.measured else ():
+        note = "on validation images, without an encoder"
+        tiles.append({"title": measure.title, "value": measure.show(reached), "note": note})
     complete = int((tables.results["outcome"] == "complete").sum())
     tiles.append(
         {

@@ -15,6 +15,8 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 FEWEST_SEEDS = 3  # fewer never carry a claim: with two, chance alone looks certain too often
+FEWEST_ARMS = 5  # whose order is compared: of four, one of 24 orders is right by chance
+RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
@@ -37,6 +39,15 @@ class Difference(NamedTuple):
     n: int
     sd: float
     paired: bool
+
+
+class Correlation(NamedTuple):
+    """Spearman's, with its interval; n pairs."""
+
+    value: float
+    low: float
+    high: float
+    n: int
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -100,6 +111,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0
+) -> Correlation | None:
+    """Spearman's rank correlation of pairs, ties at their mean rank, and a bootstrap interval.
+
+    The interval lies between percentiles of resamples of the pairs; those in which one side is
+    all alike have no correlation and are left out. Of 800 normal samples it covered the truth in
+    88 to 92 % with 5 pairs, in 95 to 98 % with 8 to 20. None for fewer than FEWEST_ARMS pairs, or
+    where one side is all alike.
+    """
+    pairs, n = np.array([x, y], float), len(x)
+    if n < FEWEST_ARMS or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    value = _rank_correlations(pairs[:, None])[0]
+    drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    found = _rank_correlations(pairs[:, drawn])
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(found, [tail, 1 - tail])
+    return Correlation(float(value), float(low), float(high), n)
+
+
+def _rank_correlations(pairs: np.ndarray) -> np.ndarray:
+    """Of each of many samples, (2, samples, n) -> (samples,); NaN where one side is all alike."""
+    ranks = stats.rankdata(pairs, axis=2)
+    x, y = ranks - ranks.mean(axis=2, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1)))
 
 
 def detectable_difference(sd: float, n: int, power: float = 0.8, level: float = 0.05) -> float:

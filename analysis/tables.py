@@ -29,7 +29,7 @@ from study.ledger import (
 from study.reader import describe, read_document
 from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
-from trainables.metrics import MIOU, PHASES, PSNR, known, parse, title_of
+from trainables.metrics import METRICS, MIOU, PHASES, PSNR, known, parse, title_of
 from trainables.schedules import MIDPOINTS, SCHEDULES
 from trainables.settings import flatten, short
 
@@ -268,6 +268,18 @@ def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None
     groups = found["arm"].map(tables.arms["group"])
     picked = found["arm"].isin(confirmed) & ~found["fresh"] & (groups == "search")
     return found.loc[~picked, ["arm", "seed", "trial", "value", "fresh"]].reset_index(drop=True)
+
+
+def trivial_scores(tables: StudyTables) -> list[tuple[Measure, float]]:
+    """Segmenters without an encoder, the best first; where one depends on the patch, its best."""
+    found = []
+    for key, metric in METRICS.items():
+        if metric.is_trivial and not metric.is_held_out:
+            name = f"segment/{key}"
+            means = arm_scores(tables, name).groupby("arm")["value"].mean()
+            if len(means):
+                found.append((tables.measure(name), float(means.max())))
+    return sorted(found, key=lambda one: -one[1])
 
 
 def parts_of(tables: StudyTables, metric: str) -> list[str]:

@@ -221,7 +221,10 @@ def _described(environment: dict[str, Any], classes: tuple[str, ...]) -> dict[st
 
 
 def hand_made(*trials: dict[str, Any]) -> StudyTables:
-    """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, flops, origin, outcome}."""
+    """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, flops, origin, outcome}.
+
+    Any other metric by its name, as "segment/threshold_miou".
+    """
     suggestions, results, rows = [], {}, []
     for number, given in enumerate(trials):
         trial = {"seed": 0, "patch": 8, "ratio": 0.5, "origin": "search", "miou": None}
@@ -241,6 +244,7 @@ def hand_made(*trials: dict[str, Any]) -> StudyTables:
             ("pretrain", "probe_psnr", trial["psnr"]),
             ("segment", "miou", trial["miou"]),
             ("pretrain", "planned_flops", trial["flops"]),
+            *((*name.split("/", 1), value) for name, value in given.items() if "/" in name),
         ):
             if value is not None:
                 about = ["study", name, trial["arm"], seed, phase, 10, 1.0, progress, metric]
@@ -411,6 +415,10 @@ def _pretrain_values(config: dict[str, Any], rung: float, luck: float) -> dict[s
         values[f"probe_psnr@{probe}"] = psnr + shift
     return values | {
         "probe_ssim": 0.5 + psnr / 80,
+        "dense_miou": psnr / 50,
+        "dense_knn_miou": 0.4 - psnr / 200,
+        "dense_miou_random": 0.42,
+        "dense_miou_pixels": 0.36,
         "native_psnr_hidden": psnr - 3 * (share - 0.5),
         "native_psnr_all": psnr - 3 * (share - 0.5) - 10 * math.log10(share),
         "ratio": share,
@@ -449,8 +457,10 @@ def _segment_values(
         "planned_flops": 2e11 * tokens * 20,
         "peak_memory": 9e6 * tokens + 7e8,
     }
+    if rung == 1:
+        values |= {"threshold_miou": 0.31, "ridge_pixels_miou": 0.28}
     if rung == 1 and test_split:
-        values["test_miou"] = miou - 0.012
+        values |= {"test_miou": miou - 0.012, "test_threshold_miou": 0.3}
     return dict.fromkeys(_scores(classes), miou) | values
 
 

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainables.scores import IGNORED, confusion, miou_of
+from trainables.scores import IGNORED, confusion, mious_of
 
 FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-6, 2))  # in units of the mean eigenvalue
@@ -207,8 +207,8 @@ def _best_weight(scores_MK: Tensor, labels_M: Tensor, weights_K: Tensor, label: 
     moved_WKK = counts.view(-1, num_classes, num_classes).cumsum(dim=0).cpu().numpy()
     pixels_WKK = moved_WKK[-1] - moved_WKK
     pixels_WKK[..., label] += moved_WKK.sum(axis=2)
-    found = [miou_of(pixels_KK) for pixels_KK in pixels_WKK[: last + 1]]
-    highest = np.flatnonzero(np.array(found) == max(found))
+    found_W = mious_of(pixels_WKK[: last + 1])
+    highest = np.flatnonzero(found_W == found_W.max())
     if len(highest) == 0:
         return 1.0  # no class but the background is there
     best = highest[np.abs(highest - last // 2).argmin()]

@@ -153,6 +153,15 @@ def miou_of(confusion_KK: Counts) -> float:
     return mean_of_present(_overlaps(confusion_KK)[0][1:])
 
 
+def mious_of(confusion_NKK: Counts) -> Floats:
+    """The same of many (N,)."""
+    overlap_NK = _overlaps(confusion_NKK)[0][:, 1:]
+    is_there_NK = ~np.isnan(overlap_NK)
+    with np.errstate(invalid="ignore"):  # 0 / 0: there is no class but the background
+        means_N = np.where(is_there_NK, overlap_NK, 0.0).sum(axis=1) / is_there_NK.sum(axis=1)
+    return np.asarray(means_N, np.float64)
+
+
 def miou_with_background(counted: Counted) -> float:
     """Mean IoU of all classes."""
     return mean_of_present(_overlaps(counted.confusion_KK)[0])
@@ -286,9 +295,9 @@ def _blurred(values: Tensor, sigma: float) -> Tensor:
 
 
 def _overlaps(confusion_KK: Counts) -> tuple[Floats, Floats]:
-    """IoU and Dice of every class (K,)."""
-    hits = confusion_KK.diagonal().astype(float)
-    true, predicted = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
+    """IoU and Dice of every class (K,); of several matrices (..., K)."""
+    hits = confusion_KK.diagonal(axis1=-2, axis2=-1).astype(float)
+    true, predicted = confusion_KK.sum(axis=-1), confusion_KK.sum(axis=-2)
     with np.errstate(invalid="ignore"):  # 0 / 0: the class occurs nowhere
         return hits / (true + predicted - hits), 2 * hits / (true + predicted)
 

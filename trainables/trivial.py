@@ -32,7 +32,7 @@ from trainables.dense import PIXELS, batches, labelled_patches, probed, raw_valu
 from trainables.metrics import TEST
 from trainables.probe import probe_rows
 from trainables.ridge import segmenter
-from trainables.scores import IGNORED, Counts, confusion, miou_of
+from trainables.scores import IGNORED, Counts, confusion, miou_of, mious_of
 
 LEVELS = 256
 RED_GREEN_BLUE = (0.299, 0.587, 0.114)  # ITU-R BT.601; of other channels the mean
@@ -193,16 +193,16 @@ def best_classes(counts_RK: Counts) -> NDArray[np.int64]:
     class_of_R = np.asarray(counts_RK.argmax(axis=1), np.int64)
     best = miou_of(_named(counts_RK, class_of_R))
     while True:
-        options = []
+        others = []
         for pair in itertools.combinations(range(num_classes), 2):
             for labels in itertools.product(range(num_classes), repeat=2):
                 other_R = class_of_R.copy()
                 other_R[list(pair)] = labels
-                options.append((miou_of(_named(counts_RK, other_R)), other_R))
-        highest, other_R = max(options, key=lambda option: option[0])
-        if not highest > best:  # nor where there is nothing but background
+                others.append(other_R)
+        found = mious_of(np.stack([_named(counts_RK, other_R) for other_R in others]))
+        if not found.max() > best:  # nor where there is nothing but background
             return class_of_R
-        best, class_of_R = highest, other_R
+        best, class_of_R = found.max(), others[int(found.argmax())]
 
 
 def _named(counts_RK: Counts, class_of_R: NDArray[np.int64]) -> Counts:

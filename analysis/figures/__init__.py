@@ -20,6 +20,7 @@ from analysis.figures import (
     differences,
     labels,
     pareto,
+    probes,
     ranking,
     ratio_patch,
     schedules,
@@ -54,6 +55,7 @@ SECTIONS: dict[str, Section] = {
     "trade-offs": Section("Trade-offs", "Trade-offs"),
     "cost": Section("Cost", "What the arms cost", "Means over the complete trials of an arm."),
     "control": Section("Control", "Against the control"),
+    "probes": Section("Probes", "What probes of pretraining foretell"),
     "segmentation": Section("Segmentation", "Segmentation in detail"),
     "more": Section("More", "More figures"),
 }
@@ -74,6 +76,7 @@ FIGURES: dict[str, Figure] = {
     "cost_speed": Figure(partial(cost.cost, metric="images_per_second"), "cost"),
     "differences": Figure(differences.differences, "control"),
     "labels": Figure(labels.labels, "control"),
+    "probes": Figure(probes.probes, "probes"),
     **{
         key if metric.parts == "size" else f"class_{key}": Figure(
             partial(classes.classes, metric=f"segment/{key}"),

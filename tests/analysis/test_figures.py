@@ -21,6 +21,7 @@ from analysis.figures.curves import curves
 from analysis.figures.differences import differences_numbers
 from analysis.figures.labels import labels, labels_numbers
 from analysis.figures.pareto import pareto_front, pareto_numbers
+from analysis.figures.probes import probes, probes_numbers
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.figures.ratio_patch import ratio_patch_numbers
 from analysis.figures.schedules import schedules_numbers
@@ -392,3 +393,47 @@ def test_what_pretraining_is_worth_by_labels() -> None:
     assert numbers["gain"].notna().sum() == 2
     says = labels(tables).says
     assert "16 labels +0.100 [+0.075, +0.125]; all labels +0.000" in says
+
+
+def probed(count: int, told: Callable[[int], float], **changes: Any) -> list[dict[str, Any]]:
+    """So many arms of two seeds, with rising mIoU, and what the dense probe tells of each."""
+    return [
+        {"arm": f"a{arm}", "seed": seed, "miou": 0.5 + arm / 50 + seed / 100, "psnr": 20.0}
+        | {"pretrain/dense_miou": told(arm) + (-0.3 if seed else 0.3), **changes}
+        for arm in range(count)
+        for seed in (0, 1)
+    ]
+
+
+def test_a_probe_that_orders_the_arms_as_fine_tuning_does_is_told() -> None:
+    tables = hand_made(*probed(6, lambda arm: arm / 100))
+    numbers = probes_numbers(tables)
+    # only means over seeds have that order; PSNR is alike for all arms and has none
+    assert numbers["metric"].tolist() == ["pretrain/dense_miou"]
+    assert numbers[["n", "mean", "low", "high"]].iloc[0].tolist() == [6, 1.0, 1.0, 1.0]
+    drawn = probes(tables)
+    assert drawn.title == "Do probes foretell mIoU?"
+    assert drawn.says.startswith(
+        "The dense probe orders the arms most as mIoU does (+1.00, 95 % interval +1.00 to +1.00)."
+    )
+
+
+def test_a_probe_that_does_not_is_told_as_well() -> None:
+    tables = hand_made(*probed(6, lambda arm: arm * 5 % 6 / 100))
+    drawn = probes(tables)
+    assert drawn.numbers["mean"].iloc[0] < 0.5
+    assert drawn.says.startswith("No probe is shown to order the arms as mIoU does; closest comes")
+
+
+def test_four_arms_and_controls_of_another_kind_are_no_order() -> None:
+    four = probed(4, lambda arm: arm / 100)
+    others = [
+        {"arm": f"f{seed}", "seed": seed, "origin": "control:frozen", "miou": 0.9}
+        | {"pretrain/dense_miou": seed / 10}
+        for seed in range(5)
+    ]
+    drawn = probes(hand_made(*four, *others))
+    assert drawn.numbers.empty and drawn.figure is None
+    assert drawn.says.startswith("Fewer than 5 complete arms")
+    stopped = probed(2, lambda arm: arm / 100, outcome="stopped")
+    assert probes(hand_made(*four, *[one | {"arm": "s"} for one in stopped])).figure is None

@@ -579,3 +579,63 @@ def test_a_broken_a_large_and_no_sheet_are_told_apart(
 def test_json_in_the_page_cannot_end_its_element() -> None:
     written = as_json({"a": "</script>&", "b": [float("nan"), 0.123456789, np.float64(2)]})
     assert written == '{"a":"\\u003c/script\\u003e\\u0026","b":[null,0.123457,2.0]}'
+
+
+def without_an_encoder(*, control: float, best: float, **trivial: float) -> list[str]:
+    """What the first screen says of segmenters that have none."""
+    scores = {f"segment/{key}_miou": value for key, value in trivial.items()}
+    found = answer(
+        hand_made(
+            {"arm": "c", "origin": "control", "miou": control, **scores},
+            {"arm": "a", "patch": 4, "miou": best, **scores},
+        )
+    )
+    return [words for words in found.sentences if "without an encoder" in words]
+
+
+def test_data_that_a_threshold_solves_are_told_on_the_first_screen() -> None:
+    (words,) = without_an_encoder(control=0.83, best=0.853, threshold=0.888, ridge_pixels=0.75)
+    assert words == (
+        "A segmenter without an encoder is ahead of the best arm: mIoU of a threshold 0.888, "
+        "patch 4, ratio 0.50 0.853. Such data cannot tell encoders apart."
+    )
+    (words,) = without_an_encoder(control=0.83, best=0.8531, threshold=0.1, ridge_pixels=0.8529)
+    assert "is level with the best arm: mIoU of raw pixels 0.853" in words
+    (words,) = without_an_encoder(control=0.80, best=0.85, threshold=0.76, ridge_pixels=0.1)
+    assert words == (
+        "A segmenter without an encoder comes close: mIoU of a threshold 0.760 against mIoU "
+        "0.800 of the control. Such data hardly tell encoders apart."
+    )
+
+
+def test_data_that_it_does_not_solve_are_not_spoken_of() -> None:
+    assert without_an_encoder(control=0.80, best=0.85, threshold=0.759, ridge_pixels=0.7) == []
+    assert without_an_encoder(control=0.80, best=0.85) == []
+
+
+def test_the_arms_stand_beside_segmenters_without_an_encoder(tmp_path: Path) -> None:
+    page = build_report(write_study(tmp_path / "s").root, tmp_path / "r.html").read_text()
+    text = Page(page).text
+    assert "mIoU of a threshold" in text and "0.310" in text
+    assert "Without an encoder. Thresholds" in text and "Dense probe. From the frozen" in text
+    assert "Do probes foretell mIoU?" in text
+
+
+def frozen_words(*seeds: float) -> str:
+    trials = [
+        {"arm": "c", "origin": "control", "seed": seed, "miou": 0.6, "pretrain/dense_miou": value}
+        | {"pretrain/dense_miou_random": 0.5, "pretrain/dense_miou_pixels": 0.4}
+        for seed, value in enumerate(seeds)
+    ]
+    sentences = answer(hand_made(*trials)).sentences
+    return next(words for words in sentences if words.startswith("Before fine-tuning"))
+
+
+def test_the_frozen_encoder_is_told_beside_its_random_start_and_raw_pixels() -> None:
+    assert frozen_words(0.56) == (
+        "Before fine-tuning (control's settings, frozen): dense probe 0.560, 0.500 at the random "
+        "start, 0.400 of raw pixels; pretraining +0.060, one seed, so no interval."
+    )
+    assert "pretraining +0.060, 95 % interval +0.010 to +0.110, 3 seeds." in frozen_words(
+        0.54, 0.56, 0.58
+    )

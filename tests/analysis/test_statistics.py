@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.statistics import detectable_difference, difference, holm, t_interval
+from analysis.statistics import (
+    FEWEST_ARMS,
+    detectable_difference,
+    difference,
+    holm,
+    rank_correlation,
+    t_interval,
+)
 
 
 def test_t_interval_by_hand() -> None:
@@ -92,3 +99,44 @@ def test_detectable_difference_is_found_in_four_of_five_studies() -> None:
     rng = np.random.default_rng(0)
     gaps = rng.normal(effect, 0.02, size=(4000, 5))
     assert np.mean(stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("n", [5, 8, 30])
+def test_rank_correlation_is_that_of_scipy_also_with_ties(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        x, y = rng.integers(0, 6, n).tolist(), rng.normal(size=n).tolist()
+        found = rank_correlation(x, y)
+        if found is None:
+            assert len(set(x)) == 1
+            continue
+        assert found.value == pytest.approx(stats.spearmanr(x, y).statistic)
+        assert -1 <= found.low <= found.value <= found.high <= 1 and found.n == n
+
+
+def test_the_interval_of_a_rank_correlation_is_that_of_scipys_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=25)
+    y = x + rng.normal(size=25)
+    found = rank_correlation(x.tolist(), y.tolist())
+    expected = stats.bootstrap(
+        (x, y),
+        lambda a, b: stats.spearmanr(a, b).statistic,
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        n_resamples=1500,
+        rng=1,
+    ).confidence_interval
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=0.04)
+    assert rank_correlation(x.tolist(), y.tolist()) == found  # the same resamples each time
+
+
+def test_an_order_of_few_or_of_equals_is_not_compared() -> None:
+    rising = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert rank_correlation(rising[:4], rising[:4]) is None and FEWEST_ARMS == 5
+    assert rank_correlation([], []) is None
+    assert rank_correlation(rising, [1.0] * 5) is None
+    found = rank_correlation(rising, rising)
+    assert found is not None and (found.value, found.low, found.high) == (1.0, 1.0, 1.0)

@@ -21,7 +21,15 @@ from trainables.metrics import (
     split_scores,
     title_of,
 )
-from trainables.scores import Counted, ObjectCounts, confusion, object_counts, psnr
+from trainables.scores import (
+    Counted,
+    ObjectCounts,
+    confusion,
+    miou_of,
+    mious_of,
+    object_counts,
+    psnr,
+)
 from trainables.surfaces import case_sums
 
 CLASSES = ["background", "cell", "platelet"]
@@ -87,6 +95,14 @@ def test_a_class_that_occurs_nowhere_is_left_out_of_names_and_means():
         "iou/background": 1.0,
         "dice/background": 1.0,
     }
+
+
+def test_many_confusion_matrices_score_as_each_alone():
+    counts = np.random.default_rng(0).integers(0, 9, (20, 4, 4))
+    counts[5], counts[6, 2], counts[6, :, 2] = 0, 0, 0
+    found = mious_of(counts)
+    assert found == pytest.approx([miou_of(one) for one in counts], nan_ok=True)
+    assert np.isnan(found).tolist() == [number == 5 for number in range(20)]
 
 
 def test_a_missing_class_that_is_predicted_scores_zero():
