@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,21 +87,22 @@ class Prober:
         if not patches.values_ND.isfinite().all():
             return {"dense_miou": math.nan}
         if self.baselines is None:
-            size, channels, is_padded = (
-                self.dataset.size,
-                self.dataset.channels,
-                self.dataset.is_padded,
-            )
-            start = build_mae(self.config, size, channels, self.seed, is_padded=is_padded).encoder
-            tokens = self._patches(self._tokens(start.to(self.context.device)))
-            pixels = self._patches(lambda images: raw_values(images, self.patch))
-            self.baselines = {
-                "dense_miou_random": self._ridge(tokens),
-                "dense_miou_pixels": self._ridge(pixels),
-            }
+            self.baselines = self._untrained()
         found = {"dense_miou": self._ridge(patches), "dense_knn_miou": self._nearest(patches)}
         found |= self.baselines
         return {key: value for key, value in found.items() if not math.isnan(value)}
+
+    def _untrained(self) -> dict[str, float]:
+        """What no training changes."""
+        data = self.dataset
+        start = build_mae(
+            self.config, data.size, data.channels, self.seed, is_padded=data.is_padded
+        ).encoder.to(self.context.device)
+        pixels = self._patches(partial(raw_values, patch=self.patch))
+        return {
+            "dense_miou_random": self._ridge(self._patches(self._tokens(start))),
+            "dense_miou_pixels": self._ridge(pixels),
+        }
 
     def _ridge(self, patches: Patches) -> float:
         self.context.alive()

@@ -7,11 +7,11 @@
    is the one with the least squared error on the other folds, each told without itself (by
    regressions that have seen this one, as in stacking: Wolpert 1992; it moves a single number).
 3. A decision by weighted scores. Least squares hardly minds rare classes, but a score estimates how
-   probable a class is, and the best decision for a mean of IoUs is the class with the highest of
-   some linear functions of these probabilities (Narasimhan et al. 2015, section 3); of two classes
-   it is a threshold, half the best Dice (Lipton, Elkan & Naryanaswamy 2014, section 4).
-   Interpretation: one weight for each class instead of a matrix. For a fold the weights are those
-   of the highest mIoU on the other folds, class after class, SWEEPS times.
+   probable a class is, and what is best for a function of the confusion matrix is the class with
+   the highest of some linear functions of these probabilities (Narasimhan et al. 2015); of two
+   classes it is a threshold, half the best Dice (Lipton, Elkan & Naryanaswamy 2014).
+   Interpretation: one weight for each class instead of a matrix, for a mean of IoUs too. For a fold
+   the weights are those of the highest mIoU on the other folds, class after class, SWEEPS times.
 
 A pixel without a label is scored nowhere, and is told the mean of its patch's labelled ones;
 patches without any are to be left out.
