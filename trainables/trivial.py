@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 
 from trainables.data import Dataset
-from trainables.data.source import Array, Split, untiled
+from trainables.data.rows import joined
+from trainables.data.source import Array, Split
 from trainables.dense import PIXELS, batches, labelled_patches, probed, raw_values
 from trainables.metrics import TEST
 from trainables.probe import probe_rows
@@ -122,20 +123,27 @@ SEGMENTERS: dict[str, Segmenter] = {
 def images_of(
     dataset: Dataset, rows: NDArray[np.int64], most: int | None = None
 ) -> Iterator[tuple[Array, Array]]:
-    """(luminance (M,), labels (M,)) of each whole image of these rows; evenly spread if too many.
-
-    Of an image that is cut into tiles, the tiles among the rows.
-    """
+    """(luminance (M,), labels (M,)) of each whole image of these rows, or `most` of them."""
     if dataset.volumes is not None:
         for volume in _some(np.unique(dataset.volumes.owner[rows]), most):
             levels = dataset.image_of(int(volume)).reshape(dataset.channels, -1)
             yield luminance(levels, dataset), dataset.mask_of(int(volume)).ravel()
         return
-    image_of_row = np.array([untiled(dataset.names[row]) for row in rows])
-    for name in _some(np.unique(image_of_row), most):
-        tiles = rows[image_of_row == name]
-        levels = dataset.images[tiles].swapaxes(0, 1).reshape(dataset.channels, -1)
-        yield luminance(levels, dataset), dataset.masks[tiles].ravel()
+    if dataset.tiles is None:
+        for row in _some(rows, most):
+            levels = dataset.images[row].reshape(dataset.channels, -1)
+            yield luminance(levels, dataset), dataset.masks[row].ravel()
+        return
+    tiles = dataset.tiles
+    for image in _some(np.unique(tiles.owner[rows]), most):
+        own, shape = np.flatnonzero(tiles.owner == image), tiles.shapes[image].tolist()
+        levels = np.stack(
+            [
+                joined(dataset.images[own, channel], tiles.corners[own], shape, 0).ravel()
+                for channel in range(dataset.channels)
+            ]
+        )
+        yield luminance(levels, dataset), dataset.labels_of(int(image))[0].ravel()
 
 
 def luminance(levels_CM: Array, dataset: Dataset) -> NDArray[np.uint8]:

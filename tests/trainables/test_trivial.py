@@ -11,7 +11,7 @@ import torch
 from tests import toy
 from tests.trainables.test_whole_volumes import balls
 from trainables import trivial
-from trainables.data.source import tile_names, untiled
+from trainables.data.store import Tiles
 from trainables.metrics import METRICS
 from trainables.scores import confusion, miou_of
 from trainables.trivial import best_classes, images_of, luminance, otsu, scores
@@ -129,13 +129,16 @@ def test_ranks_are_named_as_no_other_names_would_do_better():
 def test_thresholds_are_those_of_a_whole_image_not_of_its_tiles():
     """One of two tiles is of one class: by itself it would be cut through its noise."""
     data = toy.discs(num_images=24)
-    names = [name for image in range(12) for name in tile_names(f"{image}.png", [(0, 0), (0, 16)])]
+    tiles = Tiles(
+        shapes=np.array([[16, 32]] * 12),
+        owner=np.arange(24) // 2,
+        corners=np.array([[0, 0], [0, 16]] * 12),
+    )
     data.masks[::2] = 0
     data.images[::2] = np.random.default_rng(0).normal(50, 4, data.images[::2].shape).clip(0, 255)
-    assert scored(replace(data, names=names))["threshold_miou"] > 0.98
+    assert scored(replace(data, tiles=tiles))["threshold_miou"] > 0.98
     assert scored(data)["threshold_miou"] < 0.5
-    assert untiled("a@b@3,14.png@0,64") == "a@b@3,14.png" and untiled("x.png") == "x.png"
-    found = list(images_of(replace(data, names=names), data.rows("val")))
+    found = list(images_of(replace(data, tiles=tiles), data.rows("val")))
     assert [len(level_M) for level_M, _ in found] == [512, 512, 512]
     assert len(list(images_of(data, data.rows("train"), 5))) == 5
 

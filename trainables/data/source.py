@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,11 +139,6 @@ def tile_names(name: str, corners: Sequence[Sequence[int]]) -> list[str]:
     return [f"{name}@{','.join(map(str, corner))}" for corner in corners if len(corners) > 1] or [
         name
     ]
-
-
-def untiled(name: str) -> str:
-    """The name of the image that a tile, or a whole image, was called after."""
-    return re.sub(r"@\d+(,\d+)*$", "", name)
 
 
 def begins(shapes: Sequence[Sequence[int]] | Array) -> npt.NDArray[np.int64]:
