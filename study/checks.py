@@ -19,6 +19,7 @@ from study.reader import Document, Where
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
+from trainables.fillings import FILLINGS
 from trainables.metrics import METRICS, PHASES, PSNR, metric_of, objective_names, parse
 from trainables.named import Choice
 from trainables.scores import SIZE_BINS
@@ -76,7 +77,7 @@ def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
             f"given {name!r}; expected a metric that compares arms, such as {PSNR}: "
             f"{metric.explains}"
         )
-    mark = {"class": "/", "size": "/", "ratio": "@", None: ""}[metric.parts]
+    mark = {"class": "/", "size": "/", "filling": "/", "ratio": "@", None: ""}[metric.parts]
     whole, one = f"{phase}/{key}", f"{phase}/{key}{mark}<{metric.parts}>"
     if part and part[0] != mark:
         kind = "ratio" if part[0] == "@" else "class"
@@ -88,6 +89,8 @@ def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
     known_parts: list[str] = []
     if metric.parts == "size":
         known_parts = list(SIZE_BINS)
+    elif metric.parts == "filling":
+        known_parts = list(FILLINGS)
     elif metric.parts == "ratio" and probe is not None:
         known_parts = [f"{ratio:g}" for ratio in probe.ratios]
     if known_parts and part[1:] not in known_parts:

@@ -5,7 +5,8 @@ that the probe hides, names its function there (`of_split`, `of_probe`): nothing
 One that is measured of each class or size gets a figure in the report.
 
 A metric is named `<phase>/<key>`; its value of one class or size `<phase>/<key>/<class or size>`,
-of one ratio `<phase>/<key>@<ratio>`. What a whole trial has of a cost is named `<key>`.
+against one trivial filling `<phase>/<key>/<filling>`, of one ratio `<phase>/<key>@<ratio>`. What a
+whole trial has of a cost is named `<key>`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 Phase = Literal["pretrain", "segment"]
 PHASES: tuple[Phase, ...] = ("pretrain", "segment")  # in the order of a trial
 Goal = Literal["minimize", "maximize", "none"]
-Part = Literal["class", "size", "ratio"]
+Part = Literal["class", "size", "ratio", "filling"]
 
+GAIN = "pretrain/probe_gain"  # whether pretraining has learnt anything
 PSNR, MIOU = "pretrain/probe_psnr", "segment/miou"  # by which arms are compared unless asked
 STOPPED_HERE = "stopped_here"  # key of the row that keeps the decision to stop beside the values
 SPEED = "images_per_second"  # key of what is shown of a trial that runs
@@ -65,11 +67,11 @@ class Name(NamedTuple):
 
     phase: str  # "" of the whole trial
     key: str  # of METRICS, if there is such a metric
-    part: str  # "" of the whole; else "/" or "@" and the class, size or ratio
+    part: str  # "" of the whole; else "/" or "@" and the class, size, filling or ratio
 
     @property
     def of(self) -> str:
-        """The class, size or ratio."""
+        """The class, size, filling or ratio."""
         return self.part[1:]
 
 
@@ -203,8 +205,10 @@ _ON_VAL: dict[str, Metric] = {
     "probe_gain": _pretrain(
         "maximize",
         "dB",
-        "gain over the mean fill",
-        "probe PSNR above filling in the mean of visible pixels",
+        "probe gain",
+        "probe PSNR above the best trivial filling of hidden pixels (the mean of the visible ones, "
+        "the nearest, harmonic inpainting), or above one of them; below 0 nothing is learnt yet",
+        parts="filling",
     ),
     "dense_miou": _dense(
         title="dense probe",

@@ -6,14 +6,18 @@ on each of them the same hidden regions in *pixels*, for every trial of a study.
 
     probe_psnr@r   dB on hidden pixels of the probe with a share r hidden
     probe_ssim@r   structural similarity, its map averaged over those pixels
-    probe_gain     dB above filling each hidden pixel with the mean of the image's visible pixels
+    probe_gain     dB above the best trivial filling: at each ratio, the one of FILLINGS whose PSNR,
+                   mean over the probe's images, is highest; then the mean over the ratios
+    probe_gain/f   dB above the filling f at every ratio
     native_psnr_*  dB at the trial's own unit, strategy and final ratio, as papers plot them
 
 Intensities are in [0, 1], 1 is the data range; PSNR is taken per image, then averaged over images.
 Padding is neither hidden nor visible. An image of which nothing is hidden, or nothing visible, is
 left out of that number's mean; which images these are of the probe is alike for every trial.
 
-B batch · C channels · S pixels along every axis · U mask units · P patches
+The trivial fillings depend on data and probe alone: a process computes what they reach once.
+
+B batch · C channels · S pixels along every axis · U mask units · P patches · F fillings · R ratios
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +41,7 @@ from trainables.context import Context
 from trainables.data import Dataset
 from trainables.data.batches import to_device
 from trainables.edges import grid_of
+from trainables.fillings import FILLINGS
 from trainables.hiding import hide, request_at
 from trainables.mae import MAE
 from trainables.masking import (
@@ -51,14 +57,29 @@ from trainables.pictures import (
     save_reconstruction_slices,
     to_intensity,
 )
-from trainables.scores import mean_where, psnr
+from trainables.scores import psnr
 
 # key -> its score of hidden pixels
 PROBED = {key: metric.of_probe for key, metric in METRICS.items() if metric.of_probe is not None}
 PICTURES = 4  # validation images that are drawn
+MOST_KEPT = 8  # data sets and probes whose trivial fillings are remembered
 
 # (standardised images (B, C, *S), visible_BV, hidden_BX) -> predicted images, every patch
 Reconstruct = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Trivial(NamedTuple):
+    """What the trivial fillings reach on some of the probe's images."""
+
+    psnr_FRB: Tensor  # dB, of FILLINGS and the probe's ratios in their orders
+    best_R: Tensor  # which filling has the highest mean over all of the probe's images
+
+    def of(self, places_B: Tensor) -> Trivial:
+        """That of these images alone."""
+        return self._replace(psnr_FRB=self.psnr_FRB[:, :, places_B])
+
+
+_kept: dict[tuple[object, ...], Trivial] = {}
 
 
 class Judge:
@@ -79,6 +100,7 @@ class Judge:
         rank, world_size = self.context.rank, self.context.world_size
         mine = torch.arange(rank, len(self.rows), world_size, device=self.context.device)
         names = metric_names(self.probe, self.config)
+        trivial = self._trivial()
         zero = torch.zeros((), dtype=torch.float64, device=self.context.device)
         sums, counts = dict.fromkeys(names, zero), dict.fromkeys(names, zero)
         for places_B in torch.split(mine, self.chunk):
@@ -90,6 +112,7 @@ class Judge:
                 self.rows[places_B],
                 self.config,
                 self.probe,
+                trivial.of(places_B),
                 self.dataset.mean,
                 self.dataset.std,
                 is_padded=self.dataset.is_padded,
@@ -161,6 +184,32 @@ class Judge:
             is_padded=self.dataset.is_padded,
         )
 
+    def _trivial(self) -> Trivial:
+        """What trivial fillings reach, on the device; every worker computes it, as all need it."""
+        data = self.dataset
+        rows = self.rows.cpu()
+        key = (data.fingerprint, data.size, self.probe.model_dump_json(), tuple(rows.tolist()))
+        if key not in _kept:
+            if len(_kept) == MOST_KEPT:
+                del _kept[next(iter(_kept))]
+            parts = []
+            for places_B in torch.split(torch.arange(len(rows)), self.chunk):
+                self.context.alive()
+                images = self.images.batch(places_B.to(self.context.device))[0].cpu()
+                parts.append(
+                    trivial_psnr(
+                        images,
+                        rows[places_B],
+                        self.probe,
+                        data.mean,
+                        data.std,
+                        is_padded=data.is_padded,
+                    )
+                )
+            _kept[key] = best_of(torch.cat(parts, dim=2))
+        kept = _kept[key]
+        return Trivial(*(each.to(self.context.device) for each in kept))
+
     def _reconstruct(self, model: MAE) -> Reconstruct:
         """`model.reconstruct`, at rest."""
 
@@ -223,7 +272,7 @@ def native_mask(
 def metric_names(probe: ProbeConfig, config: TrialConfig) -> list[str]:
     """What `measure` measures."""
     per_ratio = [f"{key}@{ratio:g}" for key in PROBED for ratio in probe.ratios]
-    means = [*PROBED, "probe_gain"]
+    means = [*PROBED, "probe_gain", *(f"probe_gain/{key}" for key in FILLINGS)]
     native = ["native_psnr_hidden"]
     if config.model.decoder.attention == "self":  # the other one predicts no visible patch
         native.append("native_psnr_all")
@@ -237,6 +286,7 @@ def measure(
     rows_B: Tensor,
     config: TrialConfig,
     probe: ProbeConfig,
+    trivial: Trivial,
     mean: Sequence[float],
     std: Sequence[float],
     *,
@@ -244,7 +294,8 @@ def measure(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every metric of these images, name -> (B,), 0 where it does not count; and whether it does.
 
-    `images` are standardised (B, C, *S). `asked`: whom the trial's strategy asks where to hide.
+    `images` are standardised (B, C, *S), `trivial` is what trivial fillings reach on them. `asked`:
+    whom the trial's strategy asks where to hide.
     """
     size = images.shape[2:]
     patch = config.patch_edges(len(size))
@@ -258,7 +309,7 @@ def measure(
     def note(name: str, values_B: Tensor, is_counted_B: Tensor) -> None:
         values[name], is_counted[name] = torch.where(is_counted_B, values_B, 0.0), is_counted_B
 
-    gains, counted = [], []
+    reached, counted = [], []
     for ratio in probe.ratios:
         is_hidden_BP, hidden = probe_mask(probe, ratio, size, patch, rows_B)
         is_hidden_BS, is_visible_BS = _both(pixels_hidden(is_hidden_BP, grid, patch), is_real_BS)
@@ -266,14 +317,14 @@ def measure(
         predicted = _predict(reconstruct, images, is_hidden_BP, hidden, mean, std)
         for key, score in PROBED.items():
             note(f"{key}@{ratio:g}", score(predicted, truth, is_hidden_BS), is_counted_B)
-        filled = mean_of_visible(truth, ~is_visible_BS)
-        gains.append(psnr(predicted, truth, is_hidden_BS) - psnr(filled, truth, is_hidden_BS))
+        reached.append(psnr(predicted, truth, is_hidden_BS))
         counted.append(is_counted_B)
     at_every_B = torch.stack(counted).all(dim=0)
     for key in PROBED:
         found = torch.stack([values[f"{key}@{r:g}"] for r in probe.ratios])
         note(key, found.mean(0), at_every_B)
-    note("probe_gain", torch.stack(gains).mean(0), at_every_B)
+    for name, gain_B in gains(torch.stack(reached), trivial).items():
+        note(name, gain_B, at_every_B)
 
     with distributed.autocast(config.pretrain.precision, images.device):
         is_hidden_BP, hidden = native_mask(
@@ -288,12 +339,52 @@ def measure(
     return values, is_counted
 
 
-def mean_of_visible(truth: Tensor, is_hidden_BS: Tensor) -> Tensor:
-    """The trivial filling: each channel's mean over the image's visible pixels, everywhere."""
-    channels = truth.shape[1]
-    means = [mean_where(truth[:, channel], ~is_hidden_BS) for channel in range(channels)]
-    level_BC = torch.stack(means, dim=1)
-    return level_BC.reshape(*level_BC.shape, *[1] * (truth.ndim - 2)).expand_as(truth)
+def trivial_psnr(
+    images: Tensor,
+    rows_B: Tensor,
+    probe: ProbeConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    is_padded: bool = False,
+) -> Tensor:
+    """dB of each trivial filling on the probe's hidden pixels (F, R, B); NaN where none counts.
+
+    `images` are standardised (B, C, *S), on the CPU.
+    """
+    size = images.shape[2:]
+    unit = probe.unit_edges(len(size))
+    truth = to_intensity(images, mean, std)
+    is_real_BS = ~images[:, 0].isnan() if is_padded else None
+    found_RFB = []
+    for ratio in probe.ratios:
+        is_hidden_BU, _ = probe_mask(probe, ratio, size, unit, rows_B)
+        both = _both(pixels_hidden(is_hidden_BU, grid_of(size, unit), unit), is_real_BS)
+        is_counted_B = _counts(*both)
+        arrays = [each.numpy() for each in (truth, both[1], both[0])]
+        at_ratio_FB = []
+        for filling in FILLINGS.values():
+            filled = truth.clone()
+            for place in is_counted_B.nonzero()[:, 0].tolist():
+                image = filling.fill(*(array[place] for array in arrays))
+                filled[place] = torch.from_numpy(np.ascontiguousarray(image))
+            at_ratio_FB.append(psnr(filled, truth, both[0]).masked_fill(~is_counted_B, math.nan))
+        found_RFB.append(torch.stack(at_ratio_FB))
+    return torch.stack(found_RFB, dim=1)
+
+
+def best_of(psnr_FRB: Tensor) -> Trivial:
+    """The best filling at each ratio, for all of the probe's images."""
+    return Trivial(psnr_FRB, psnr_FRB.nanmean(dim=2).argmax(dim=0))
+
+
+def gains(psnr_RB: Tensor, trivial: Trivial) -> dict[str, Tensor]:
+    """dB above the trivial fillings (B,), means over the ratios: above the best, and above each."""
+    ratios_R = torch.arange(len(psnr_RB), device=psnr_RB.device)
+    best_B = (psnr_RB - trivial.psnr_FRB[trivial.best_R, ratios_R]).mean(dim=0)
+    each_FB = (psnr_RB - trivial.psnr_FRB).mean(dim=1)
+    named = {f"probe_gain/{key}": gain_B for key, gain_B in zip(FILLINGS, each_FB, strict=True)}
+    return {"probe_gain": best_B, **named}
 
 
 def _both(is_hidden_BS: Tensor, is_real_BS: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,21 @@ def read_part(path: Path) -> pa.Table:
     trials = table["trial"].unique().to_pylist()
     if trials != [path.parent.parent.name]:
         raise LedgerError(f"{path}: holds rows of {', '.join(trials)}. {RESTORE_PART}")
-    return table
+    return _in_words_of_today(table)
+
+
+def _in_words_of_today(table: pa.Table) -> pa.Table:
+    """A part by version 0.1 calls `probe_gain` what is the gain over the mean filling alone.
+
+    Told by the part itself: a study that 0.1 began may go on under another version, which writes
+    both names, and a part that is measured again then adds its `probe_gain` beside the old row.
+    """
+    metrics = table["metric"].to_pylist()
+    if "probe_gain" not in metrics or "probe_gain/mean" in metrics:
+        return table
+    named = ["probe_gain/mean" if name == "probe_gain" else name for name in metrics]
+    place = table.schema.get_field_index("metric")
+    return table.set_column(place, SCHEMA.field("metric"), pa.array(named, pa.string()))
 
 
 def table_of(rows: list[dict[str, Any]], common: dict[str, Any]) -> pa.Table:

@@ -28,6 +28,7 @@ from study.ledger import (
     read_rows,
     read_suggestions,
 )
+from study.ledger.parts import REPORTED
 from study.loading import changes, load_spec, spec_of
 from study.resume import Continue
 from study.state import State, outlook_of, state_of
@@ -84,6 +85,32 @@ def test_it_is_read_as_it_was_written(folder: StudyFolder) -> None:
     assert (planted.infrastructure_failures, lost.infrastructure_failures) == (0, 2)
     found = outlook_of(folder)
     assert found.total == 9 and state_of(folder, found) is State.INTERRUPTED
+
+
+def test_its_gain_over_the_mean_filling_is_called_so(folder: StudyFolder, tmp_path: Path) -> None:
+    """Version 0.1 called it probe_gain, which now is the gain over the best trivial filling."""
+    rows = read_rows(folder)
+    gains = rows[rows["metric"].str.startswith("probe_gain")]
+    assert set(gains["metric"]) == {"probe_gain/mean"} and len(gains) == 6
+    trial = next(each for each in read_suggestions(folder) if each.origin == "control")
+    old = gains[gains["trial"] == trial.trial].iloc[0]
+    with Ledger.open(folder, {}) as ledger:  # the same rung, measured again today
+        row = {name: old[name] for name in REPORTED} | {"step": int(old["step"])}
+        again = [
+            {**row, "metric": "probe_gain", "value": -1.5},
+            {**row, "metric": "probe_gain/mean", "value": 9.0},
+            {**row, "metric": "probe_gain/laplace", "value": -1.5},
+        ]
+        ledger.commit(trial, again, "000002-0001")
+    rows = read_rows(folder, trial.trial)
+    mine = rows[(rows["step"] == old["step"]) & rows["metric"].str.startswith("probe_gain")]
+    found = dict(zip(mine["metric"], mine["value"], strict=True))
+    assert found == {
+        "probe_gain": -1.5,
+        "probe_gain/mean": old["value"],  # the first committed one counts
+        "probe_gain/laplace": -1.5,
+    }
+    assert "probe_gain" not in set(rows.loc[rows["step"] != old["step"], "metric"])
 
 
 def test_it_goes_on_to_its_end_and_is_reported(folder: StudyFolder, tmp_path: Path) -> None:

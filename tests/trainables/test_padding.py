@@ -31,7 +31,7 @@ from trainables.masking.lesions import (
 from trainables.masking.request import mean_of_real
 from trainables.pictures import to_intensity
 from trainables.pretrain import choose_patches, make_learner, make_plan, train_step
-from trainables.probe import Judge, measure, metric_names
+from trainables.probe import Judge, Trivial, best_of, measure, metric_names, trivial_psnr
 from trainables.unetr import build_unetr
 
 torch.set_num_threads(1)
@@ -597,6 +597,11 @@ MEAN, STD = [0.5], [0.2]
 PROBE = ProbeConfig(unit=(4, 2, 4), ratios=(0.25, 0.5), images=4, seed=3)
 
 
+def trivial_of(images, rows):
+    is_padded = bool(images.isnan().any())
+    return best_of(trivial_psnr(images, rows, PROBE, MEAN, STD, is_padded=is_padded))
+
+
 def test_probe_numbers_are_those_of_the_volume(monkeypatch):
     """The same voxels are hidden; PSNR and gain are the same, the padding is no part of them."""
     images, size, grid = volumes(SIZE, channels=1) * 0.5, (8, 8, 16), (2, 4, 4)
@@ -608,7 +613,8 @@ def test_probe_numbers_are_those_of_the_volume(monkeypatch):
     def guess(images, visible_BV, hidden_BX):
         return images.nan_to_num(nan=9.0) * 0.7 + 0.1  # far off in padding
 
-    expected, counted = measure(guess, None, images, rows, config, PROBE, MEAN, STD)
+    trivial = trivial_of(images, rows)
+    expected, counted = measure(guess, None, images, rows, config, PROBE, trivial, MEAN, STD)
     assert all(is_counted.all() for is_counted in counted.values())
 
     def in_crop(is_hidden_BU):
@@ -626,7 +632,10 @@ def test_probe_numbers_are_those_of_the_volume(monkeypatch):
     monkeypatch.setattr(probe, "probe_mask", probe_mask)
     monkeypatch.setattr(probe, "native_mask", native_mask)
     crop = padded(images, size)
-    found, counted = measure(guess, None, crop, rows, config, PROBE, MEAN, STD, is_padded=True)
+    trivial = trivial_of(crop, rows)
+    found, counted = measure(
+        guess, None, crop, rows, config, PROBE, trivial, MEAN, STD, is_padded=True
+    )
     assert all(is_counted.all() for is_counted in counted.values())
     assert found.keys() == expected.keys() == set(metric_names(PROBE, config))
     for name, values_B in expected.items():
@@ -638,7 +647,7 @@ def test_probe_numbers_are_those_of_the_volume(monkeypatch):
     def truth(images, visible_BV, hidden_BX):
         return images.nan_to_num(nan=9.0)
 
-    perfect, _ = measure(truth, None, crop, rows, config, PROBE, MEAN, STD, is_padded=True)
+    perfect, _ = measure(truth, None, crop, rows, config, PROBE, trivial, MEAN, STD, is_padded=True)
     assert perfect["probe_ssim"].tolist() == pytest.approx([1] * 3)
     assert perfect["probe_psnr"].tolist() == pytest.approx([100] * 3)
 
@@ -648,8 +657,10 @@ def test_a_prediction_that_is_no_number_is_not_taken_for_black():
         return torch.full_like(images, math.nan)
 
     images = padded(volumes((8, 6, 7), channels=1), SIZE)
+    rows = torch.arange(3)
+    trivial = trivial_of(images, rows)
     found, _ = measure(
-        broken, None, images, torch.arange(3), config_of(), PROBE, MEAN, STD, is_padded=True
+        broken, None, images, rows, config_of(), PROBE, trivial, MEAN, STD, is_padded=True
     )
     assert all(values_B.isnan().all() for values_B in found.values())
 
@@ -681,12 +692,16 @@ def test_a_volume_with_nothing_to_fill_in_is_left_out_of_the_mean(monkeypatch, b
     scores = Judge(config, data, PROBE, context()).scores(model, None)
     assert scores.keys() == set(metric_names(PROBE, config))
 
+    together = trivial_of(crop, torch.from_numpy(data.rows("val")))
+
     def alone(place):
         image, row = crop[place : place + 1], torch.tensor([data.rows("val")[place]])
+        trivial = Trivial(trivial_of(image, row).psnr_FRB, together.best_R)
+        ask = functools.partial(
+            measure, model.reconstruct, model, image, row, config, PROBE, trivial
+        )
         with torch.no_grad():
-            return measure(
-                model.reconstruct, model, image, row, config, PROBE, MEAN, STD, is_padded=True
-            )
+            return ask(MEAN, STD, is_padded=True)
 
     (first, _), (second, is_counted), (third, _) = (alone(place) for place in range(3))
     assert not any(is_counted.values()) and not any(second.values())

@@ -1,6 +1,7 @@
 """The probe asks every trial the same: `pytest tests/trainables/test_probe.py`."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,21 +9,25 @@ import torch
 from scipy import ndimage
 
 from tests import torchvision_mended, toy  # noqa: F401  (torchmetrics imports torchvision)
+from trainables import probe as probing
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.edges import grid_of, per_axis
 from trainables.errors import UserError
+from trainables.fillings import FILLINGS
 from trainables.mae import build_mae
 from trainables.masking import pixels_hidden
-from trainables.metrics import METRICS
+from trainables.metrics import METRICS, parse
 from trainables.pictures import to_intensity
 from trainables.probe import (
     Judge,
-    mean_of_visible,
+    best_of,
+    gains,
     measure,
     metric_names,
     native_mask,
     probe_mask,
     probe_rows,
+    trivial_psnr,
 )
 from trainables.scores import ssim
 
@@ -113,14 +118,6 @@ def test_the_native_mask_is_the_trials_own_at_the_end_of_its_schedule():
     assert blocks.all(dim=(2, 4)).sum(dim=(1, 2)).tolist() == [12, 12, 12]
 
 
-def test_the_trivial_filling_is_the_mean_of_visible_pixels_of_each_channel():
-    truth = torch.tensor([[[[0.0, 0.2], [0.4, 1.0]], [[1.0, 1.0], [0.4, 0.0]]]])
-    is_hidden = torch.tensor([[[False, False], [False, True]]])
-    filled = mean_of_visible(truth, is_hidden)
-    assert filled.shape == truth.shape
-    torch.testing.assert_close(filled[0, :, 1, 1], torch.tensor([0.2, 0.8]))
-
-
 def test_intensities_are_clipped_and_per_channel():
     images = torch.tensor([-9.0, 0.0, 1.0, 9.0]).reshape(1, 1, 2, 2).expand(1, 2, 2, 2)
     found = to_intensity(images, (0.5, 0.1), (0.25, 0.5))
@@ -199,15 +196,21 @@ def test_measures_by_hand():
         guess = torch.where(pixels_hidden(is_hidden, (8, 8), (8, 8))[:, None], truth + 0.1, 0.0)
         return (guess - 0.5) / 0.2
 
-    found, _ = measure(reconstruct, None, (truth - 0.5) / 0.2, ROWS, config, PROBE, mean, std)
+    images = (truth - 0.5) / 0.2
+    trivial = best_of(trivial_psnr(images, ROWS, PROBE, mean, std))
+    found, _ = measure(reconstruct, None, images, ROWS, config, PROBE, trivial, mean, std)
     assert calls == [(48, 16), (32, 32), (16, 48), (16, 48)]
     for name in ("probe_psnr@0.25", "probe_psnr@0.75", "probe_psnr", "native_psnr_hidden"):
         torch.testing.assert_close(found[name], torch.full((3,), 20.0), atol=1e-3, rtol=0)
-    # the trivial filling errs by the deviation of a uniform variable of width 0.7
-    trivial = -20 * math.log10(0.7 / math.sqrt(12))
-    torch.testing.assert_close(
-        found["probe_gain"], torch.full((3,), 20 - trivial), atol=0.3, rtol=0
-    )
+    # in noise nothing is better than the mean, which errs by the deviation of a uniform variable of
+    # width 0.7; another pixel errs by that of the difference of two
+    over_mean = 20 + 20 * math.log10(0.7 / math.sqrt(12))
+    over_nearest = 20 + 20 * math.log10(0.7 / math.sqrt(6))
+    for name, by_hand in [("", over_mean), ("/mean", over_mean), ("/nearest", over_nearest)]:
+        gain = found[f"probe_gain{name}"]
+        torch.testing.assert_close(gain, torch.full((3,), by_hand), atol=0.5, rtol=0)
+    between = found["probe_gain/laplace"]
+    assert (between > found["probe_gain"]).all() and (between < found["probe_gain/nearest"]).all()
     visible_error = (0.45**2 + 0.7**2 / 12) / 4
     expected = -10 * math.log10(visible_error + 0.75 * 0.01)
     torch.testing.assert_close(
@@ -215,7 +218,90 @@ def test_measures_by_hand():
     )
     assert found["probe_ssim@0.25"].lt(1).all() and found["probe_ssim@0.25"].gt(0.8).all()
     assert set(found) == set(metric_names(PROBE, config))
-    assert {name.split("@")[0] for name in found} <= set(METRICS)
+    assert {parse(f"pretrain/{name}").key for name in found} <= set(METRICS)
+
+
+MEAN, STD = (0.5, 0.5), (0.2, 0.2)
+
+
+def smooth(size):
+    """Three images of two channels that rise along the last axis, with some noise; standardised."""
+    rows = torch.linspace(0.1, 0.9, size[-1]).expand(3, 2, *size).clone()
+    rows[:, 1] = rows[:, 1].flip(-1)
+    rows[2] *= 0.5
+    rows += 0.02 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    return (rows - 0.5) / 0.2
+
+
+@pytest.mark.parametrize(("size", "unit"), [((48, 64), 16), ((8, 16, 24), (4, 8, 8))], ids=str)
+def test_a_model_that_fills_in_as_trivially_gains_nothing(size, unit):
+    """Each filling in the place of the model: 0 dB over itself, and over the best for the best."""
+    patch = (4,) * len(size)
+    config = TrialConfig.model_validate({"model": {"patch": patch}})
+    probe, images = ProbeConfig(unit=unit, seed=3), smooth(size)
+    trivial = best_of(trivial_psnr(images, ROWS, probe, MEAN, STD))
+    gained = {}
+    for key, filling in FILLINGS.items():
+
+        def reconstruct(images, visible_BV, hidden_BX, filling=filling):
+            is_hidden_BP = torch.zeros(3, math.prod(grid_of(size, patch)), dtype=torch.bool)
+            is_hidden_BP.scatter_(1, hidden_BX, True)
+            is_hidden = pixels_hidden(is_hidden_BP, grid_of(size, patch), patch).numpy()
+            pairs = zip(images.numpy(), is_hidden, strict=True)
+            filled = [filling.fill(image, ~hidden, hidden) for image, hidden in pairs]
+            return torch.from_numpy(np.stack(filled)).float()
+
+        found, _ = measure(reconstruct, None, images, ROWS, config, probe, trivial, MEAN, STD)
+        gained[key] = found["probe_gain"].mean().item()
+        torch.testing.assert_close(found[f"probe_gain/{key}"], torch.zeros(3), atol=2e-3, rtol=0)
+    assert gained["laplace"] == pytest.approx(0, abs=2e-3)
+    assert gained["mean"] < gained["nearest"] < -1
+
+
+def test_the_best_filling_is_chosen_at_each_ratio_for_all_images_together():
+    """mean, nearest, laplace at two ratios of three images, the last of which does not count."""
+    nothing = math.nan
+    psnr_FRB = torch.tensor(
+        [
+            [[20.0, 10.0, nothing], [11.0, 13.0, nothing]],
+            [[12.0, 12.0, nothing], [12.0, 14.0, nothing]],
+            [[14.0, 15.0, nothing], [9.0, 9.0, nothing]],
+        ]
+    )
+    trivial = best_of(psnr_FRB)
+    assert trivial.best_R.tolist() == [0, 1]  # 15 dB of the mean, 13 of the nearest
+    found = gains(torch.tensor([[21.0, 21.0, 0.0], [12.0, 12.0, 0.0]]), trivial)
+    assert found["probe_gain"][:2].tolist() == [0.5, 4.5]
+    assert found["probe_gain/mean"][:2].tolist() == [1.0, 5.0]
+    assert found["probe_gain/nearest"][:2].tolist() == [4.5, 3.5]
+    assert found["probe_gain/laplace"][:2].tolist() == [5.0, 4.5]
+    # of one image alone the same filling counts, though another is better on it
+    assert gains(torch.tensor([[21.0], [12.0]]), trivial.of(torch.tensor([1])))[
+        "probe_gain"
+    ].tolist() == [4.5]
+
+
+def test_trivial_fillings_are_computed_once_for_a_data_set_and_a_probe(tmp_path, monkeypatch):
+    config, data = toy.trial(), toy.discs(seed=77)
+    calls, usual = [], probing.trivial_psnr
+    monkeypatch.setattr(probing, "trivial_psnr", lambda *a, **k: calls.append(1) or usual(*a, **k))
+
+    def score(data, probe):
+        context = toy.context(tmp_path, toy.Diary())
+        before = len(calls)
+        scores = Judge(config, data, probe, context).scores(
+            build_mae(config, data.size, 1, 0), None
+        )
+        return scores, len(calls) > before
+
+    first, is_computed = score(data, toy.PROBE)
+    assert is_computed
+    assert score(data, toy.PROBE) == (first, False)
+    assert score(data, toy.PROBE.model_copy(update={"seed": 5}))[1]
+    assert score(toy.discs(seed=78), toy.PROBE)[1]
+    fewer = data.splits.copy()
+    fewer[-2:] = ""
+    assert score(replace(data, splits=fewer), toy.PROBE)[1]
 
 
 def test_what_the_trial_hides_is_asked_of_its_teacher(tmp_path):
@@ -226,6 +312,8 @@ def test_what_the_trial_hides_is_asked_of_its_teacher(tmp_path):
     judge = Judge(config, data, toy.PROBE, context)
     model, *teachers = (build_mae(config, data.size, 1, seed) for seed in (0, 1, 2))
     scores, pictures = [], []
+    judge.scores(model, None)  # which remembers the trivial fillings
+    signs.clear()
     for teacher in teachers:
         scores.append(judge.scores(model, teacher))
         judge.draw_masks(model, teacher, 0.5)
