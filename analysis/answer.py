@@ -18,6 +18,7 @@ from analysis.tables import (
     by_size,
     trivial_scores,
 )
+from study.gain import best_gain, in_words, warning
 from trainables.metrics import MIOU, on_test
 
 SOLVED_SHARE = 0.95  # of the control's mIoU: a segmenter without an encoder all but does its work
@@ -58,7 +59,8 @@ def answer(tables: StudyTables) -> Answer:
         is_shown = is_beyond_chance(verdict) and (verdict["mean"] > 0) == goal.maximize
         headline = _beside_the_control(line, control.iloc[0], verdict, goal, is_shown)
         sentences.append(_certainty(verdict, goal, tables))
-    sentences += [_trivial_sentence(tables), _comparability_sentence(tables)]
+    sentences += [_gain_sentence(tables), _trivial_sentence(tables)]
+    sentences.append(_comparability_sentence(tables))
     sentences.append(_random_weights_sentence(tables, ranks, goal))
     sentences += [_pretraining_sentence(ranks, against, goal), _dense_sentence(tables)]
     sentences.append(_test_sentence(tables, best, goal))
@@ -169,6 +171,18 @@ def _trivial_sentence(tables: StudyTables) -> str | None:
             f"{miou.show(control[0])} of the control. Such data hardly tell encoders apart."
         )
     return None
+
+
+def _gain_sentence(tables: StudyTables) -> str | None:
+    """Whether any encoder has learnt more than trivial fillings know."""
+    leader = best_gain(tables.gains)
+    if leader is None:
+        return None
+    trial, gain = leader
+    return warning(gain) or (
+        f"Hidden pixels are filled in best by an encoder of {tables.label(tables.arm_of(trial))}: "
+        f"{in_words(gain)}, which needs no learning."
+    )
 
 
 def _comparability_sentence(tables: StudyTables) -> str | None:

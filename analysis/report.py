@@ -35,6 +35,7 @@ from analysis.results import results_csv
 from analysis.tables import StudyTables, load, trivial_scores
 from analysis.theme import plain
 from study.folder import StudyFolder
+from study.gain import best_gain, decibels, rival
 from trainables.metrics import MIOU
 
 
@@ -137,6 +138,11 @@ def _tiles(tables: StudyTables) -> list[dict[str, str]]:
     for measure, reached in trivial_scores(tables) if MIOU in tables.measured else ():
         note = "on validation images, without an encoder"
         tiles.append({"title": measure.title, "value": measure.show(reached), "note": note})
+    leader = best_gain(tables.gains)
+    if leader is not None:
+        note = f"against {rival(leader[1])}"
+        title = "probe gain, best encoder"
+        tiles.append({"title": title, "value": decibels(leader[1]), "note": note})
     complete = int((tables.results["outcome"] == "complete").sum())
     tiles.append(
         {

@@ -17,6 +17,7 @@ import pandas as pd
 from analysis.theme import plain
 from study.best import Final, Standing, group_of, of_file
 from study.folder import StudyFolder
+from study.gain import OF_GAIN, gains
 from study.ledger import (
     Result,
     Suggestion,
@@ -26,9 +27,11 @@ from study.ledger import (
     read_spec,
     read_suggestions,
 )
+from study.measured import measure
 from study.reader import describe, read_document
 from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
+from trainables.fillings import Gain
 from trainables.metrics import METRICS, MIOU, PHASES, PSNR, known, parse, title_of
 from trainables.schedules import MIDPOINTS, SCHEDULES
 from trainables.settings import flatten, short
@@ -126,6 +129,10 @@ class StudyTables:
     def label(self, arm: str) -> str:
         return str(self.arms.at[arm, "label"])
 
+    def arm_of(self, trial: str) -> str:
+        drawn = self.suggestions
+        return str(drawn.loc[drawn["trial"] == trial, "arm"].iloc[0])
+
     def measure(self, name: str) -> Measure:
         """As METRICS has it, or else as its rows state."""
         return measure_of(name, *self.measured.get(name, ()))
@@ -148,6 +155,11 @@ class StudyTables:
         """Names of the data's classes, background first; empty where nothing is labelled."""
         named = _child(self.environment, "data").get("classes")
         return [str(name) for name in named] if isinstance(named, list) else []
+
+    @cached_property
+    def gains(self) -> dict[str, Gain]:
+        """Trial -> how much better its encoder fills in hidden pixels than trivial fillings."""
+        return gains(measure(self.rows[self.rows["metric"].isin(OF_GAIN)]))
 
     def standings(self, measure: Measure) -> list[Standing]:
         """The arms by a metric, best first."""

@@ -73,6 +73,11 @@ METRICS: dict[str, Metric] = {
         ("metric", "group"),
         "Best mean of an objective over an arm's complete trials: searched arms, each control",
     ),
+    "maskstudy_probe_gain": Metric(
+        "gauge",
+        (),
+        "Decibels by which the best encoder beats the best trivial filling of hidden pixels",
+    ),
     "maskstudy_images_per_second": Metric(
         "gauge", ("phase",), "Images trained on per second, over all running trials"
     ),

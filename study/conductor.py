@@ -13,6 +13,7 @@ from typing import Any
 
 from study import requests
 from study.best import in_short, of_study
+from study.gain import best_gain, gains
 from study.ledger import (
     Answer,
     Ledger,
@@ -43,6 +44,7 @@ from study.spec import StudySpec
 from study.stopping import goes_on
 from trainables.config import TrialConfig, arm_id, completed, trial_id
 from trainables.endings import Ending
+from trainables.fillings import Gain
 from trainables.job import make_job
 from trainables.metrics import STOPPED_HERE, metric_of
 
@@ -194,7 +196,8 @@ class Conductor:
         self.results[trial] = result
         self.optuna.tell(result)
         self.progress.best = self._best()
-        self.progress.finished(suggestion, result.outcome, error)
+        gain = gains({trial: self.measured.get(trial, {})}).get(trial)
+        self.progress.finished(suggestion, result.outcome, error, gain)
 
     def hand_back(self, suggestion: Suggestion) -> None:
         """Its slot has lost its workers: the trial is to be given out again; nothing is counted."""
@@ -204,6 +207,12 @@ class Conductor:
     @property
     def num_failed(self) -> int:
         return sum(result.outcome is Outcome.FAILED for result in self.results.values())
+
+    @property
+    def best_gain(self) -> Gain | None:
+        """How well the best encoder of the study fills in; None while there is none."""
+        found = best_gain(gains(self.measured.copy()))
+        return found and found[1]
 
     def _best(self) -> str:
         """The best arm so far, and who is ahead of it, for the log."""

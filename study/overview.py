@@ -7,6 +7,7 @@ from rich.table import Table
 
 from study import mirror
 from study.folder import Storage, StudyFolder, is_trial_id
+from study.gain import OF_GAIN, best_gain, decibels, gains, in_words, warning
 from study.ledger import (
     Outcome,
     is_held,
@@ -15,6 +16,7 @@ from study.ledger import (
     read_suggestions,
 )
 from study.loading import spec_of
+from study.measured import measure
 from study.progress import arm_text
 from study.state import State, outlook_of, state_of
 from trainables.errors import StorageError, UserError
@@ -58,9 +60,14 @@ def arms_table(folder: StudyFolder) -> Table:
     spec, found = spec_of(folder), outlook_of(folder)
     rows, results, drawn = read_rows(folder), read_results(folder), read_suggestions(folder)
     state = state_of(folder, found)
-    table = Table(title=f"{spec.study} ({state}, {len(drawn)} of {found.total} trials begun)")
+    table = Table(
+        caption_justify="left",
+        title=f"{spec.study} ({state}, {len(drawn)} of {found.total} trials begun)",
+    )
     metrics = [objective.metric for objective in spec.objectives]
-    for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *metrics):
+    found_gains = gains(measure(rows[rows.metric.isin(OF_GAIN)]))
+    heads = metrics + ["probe gain"] * bool(found_gains)
+    for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *heads):
         table.add_column(column)
     for suggestion in drawn:
         mine = rows[rows.trial == suggestion.trial]
@@ -68,6 +75,7 @@ def arms_table(folder: StudyFolder) -> Table:
         values = newest.value.last()
         result = results.get(suggestion.trial)
         last = mine.iloc[-1] if len(mine) else None
+        gain = found_gains.get(suggestion.trial)
         table.add_row(
             suggestion.trial[:6],
             suggestion.arm,
@@ -76,7 +84,12 @@ def arms_table(folder: StudyFolder) -> Table:
             result.outcome.value if result else "unfinished",
             f"{last.phase} {last.progress:.0%}" if last is not None else "",
             *(f"{values[metric]:.4g}" if metric in values else "" for metric in metrics),
+            *([decibels(gain) if gain else ""] if found_gains else []),
         )
+    leader = best_gain(found_gains)
+    if leader is not None:
+        said = [f"probe gain of the best encoder: {in_words(leader[1])}", warning(leader[1])]
+        table.caption = escape("\n".join(filter(None, said)))
     return table
 
 

@@ -14,7 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from study.gain import in_words
 from study.ledger import Outcome, Suggestion
+from trainables.fillings import Gain
 from trainables.settings import short
 
 MOMENT_SECONDS = 0.5  # that nobody needs to be told what they wait for
@@ -141,13 +143,20 @@ class Progress:
             f"{describe(suggestion)}: {phase} {progress:.0%}" + (f", {shown}" if shown else "")
         )
 
-    def finished(self, suggestion: Suggestion, outcome: Outcome, error: str | None) -> None:
+    def finished(
+        self,
+        suggestion: Suggestion,
+        outcome: Outcome,
+        error: str | None,
+        gain: Gain | None = None,
+    ) -> None:
         line = self.lines[suggestion.trial]
         line.outcome, line.seconds = outcome, time.monotonic() - line.began
         why = f" ({error.strip().splitlines()[-1]})" if error else ""
+        learnt = f" · probe gain {in_words(gain)}" if gain else ""
         self._event(
-            f"{outcome.value}: {describe(suggestion)}{why} · {self.num_done}/{self.total} trials"
-            f"{self._best_text()}{self._left_text()}"
+            f"{outcome.value}: {describe(suggestion)}{why}{learnt} "
+            f"· {self.num_done}/{self.total} trials{self._best_text()}{self._left_text()}"
         )
 
     def handed_back(self, suggestion: Suggestion) -> None:

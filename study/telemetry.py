@@ -57,6 +57,10 @@ class Telemetry:
                     yield Reading("maskstudy_best_objective", one.mean, labels)
                 told.add(one.group)
 
+        gain = conductor.best_gain
+        if gain is not None:
+            yield Reading("maskstudy_probe_gain", gain.decibels)
+
         lines = [line for line in list(conductor.progress.lines.values()) if not line.outcome]
         for phase in PHASES:
             speed = sum(line.images_per_second for line in lines if line.phase == phase)

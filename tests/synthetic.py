@@ -221,14 +221,14 @@ def _described(environment: dict[str, Any], classes: tuple[str, ...]) -> dict[st
 
 
 def hand_made(*trials: dict[str, Any]) -> StudyTables:
-    """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, flops, origin, outcome}.
+    """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, gain, flops, origin, ...}.
 
     Any other metric by its name, as "segment/threshold_miou".
     """
     suggestions, results, rows = [], {}, []
     for number, given in enumerate(trials):
         trial = {"seed": 0, "patch": 8, "ratio": 0.5, "origin": "search", "miou": None}
-        trial |= {"outcome": "complete", "psnr": None, "flops": None} | given
+        trial |= {"outcome": "complete", "psnr": None, "gain": None, "flops": None} | given
         schedule = trial["ratio"]
         if not isinstance(schedule, dict):
             schedule = {"name": "constant", "value": schedule}
@@ -242,6 +242,8 @@ def hand_made(*trials: dict[str, Any]) -> StudyTables:
         progress = 1.0 if outcome is Outcome.COMPLETE else 0.5
         for phase, metric, value in (
             ("pretrain", "probe_psnr", trial["psnr"]),
+            ("pretrain", "probe_gain", trial["gain"]),
+            ("pretrain", "probe_gain/nearest", trial["gain"]),
             ("segment", "miou", trial["miou"]),
             ("pretrain", "planned_flops", trial["flops"]),
             *((*name.split("/", 1), value) for name, value in given.items() if "/" in name),
@@ -291,12 +293,14 @@ def runs(
     error: str = "RuntimeError: the worker was lost",
     patches: tuple[int, ...] = (4, 8, 16),
     test_split: bool = True,
+    trivial: float = 22.0,
     seed: int = 7,
 ) -> list[Run]:
     """Control, random-init and frozen, then searched arms, then confirmation.
 
     Of each seven searched trials two are stopped at a rung; one of all fails. `gain` scales how far
-    settings move mIoU. `label` is what the study calls its second schedule.
+    settings move mIoU, `trivial` is the PSNR of harmonic inpainting, the best trivial filling.
+    `label` is what the study calls its second schedule.
     """
     rng = np.random.default_rng(seed)
     drawn = _suggestions(trials, rng, label, patches)
@@ -307,7 +311,7 @@ def runs(
             for fresh in range(1, confirm_seeds + 1):
                 again = (len(drawn), first.config, fresh, "confirm", first.labels)
                 drawn.append(_suggestion(*again))
-    return [_run(one, rng, gain, noise, classes, error, test_split) for one in drawn]
+    return [_run(one, rng, gain, noise, classes, error, test_split, trivial) for one in drawn]
 
 
 def _suggestions(
@@ -353,6 +357,7 @@ def _run(
     classes: tuple[str, ...],
     error: str,
     test_split: bool,
+    trivial: float,
 ) -> Run:
     outcome, phase_of_end, end = _ending(suggestion)
     luck = float(rng.normal(0, noise))
@@ -364,7 +369,7 @@ def _run(
         reached = [rung for rung in RUNGS if phase != phase_of_end or rung <= end]
         for rung in reached:
             values = (
-                _pretrain_values(suggestion.config, rung, luck)
+                _pretrain_values(suggestion.config, rung, luck, trivial)
                 if phase == "pretrain"
                 else _segment_values(suggestion.config, rung, luck, gain, classes, test_split)
             )
@@ -404,7 +409,9 @@ def _true_miou(config: dict[str, Any], gain: float) -> float:
     )
 
 
-def _pretrain_values(config: dict[str, Any], rung: float, luck: float) -> dict[str, float]:
+def _pretrain_values(
+    config: dict[str, Any], rung: float, luck: float, trivial: float
+) -> dict[str, float]:
     patch, share = config["model"]["patch"], _share(config)
     full = 27 - 1.1 * math.log2(patch / 4) - 5 * (share - 0.45) ** 2 + 30 * luck
     psnr = full - 4.5 * math.exp(-3 * rung)
@@ -413,6 +420,8 @@ def _pretrain_values(config: dict[str, Any], rung: float, luck: float) -> dict[s
     values = {"loss": 0.4 * math.exp(-2 * rung), "probe_psnr": psnr}
     for probe, shift in ((0.25, 1.6), (0.5, 0.0), (0.75, -1.9)):
         values[f"probe_psnr@{probe}"] = psnr + shift
+    for name, less in [("", 0.0), ("/laplace", 0.0), ("/nearest", 1.0), ("/mean", 2.5)]:
+        values[f"probe_gain{name}"] = psnr - trivial + less
     return values | {
         "probe_ssim": 0.5 + psnr / 80,
         "dense_miou": psnr / 50,

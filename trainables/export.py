@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trainables import durable
 from trainables.config import TrialConfig
 from trainables.errors import StorageError, UserError
+from trainables.fillings import gain_of
 from trainables.mae import Encoder
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def export_encoder(
             "config": config.model_dump(mode="json"),
             "seed": seed,
             "data": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+            "gain": _gain(results),
             "results": dict(results),
         },
     }
@@ -68,6 +70,14 @@ def export_encoder(
             aside.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise StorageError(f"{folder}: the encoder could not be written ({error})") from error
+
+
+def _gain(results: Mapping[str, float]) -> dict[str, Any] | None:
+    """How much better it fills in hidden pixels than trivial fillings; None if not measured."""
+    gain = gain_of(results)
+    if gain is None:
+        return None
+    return {"decibels": gain.decibels, "over": gain.over, "is_learnt": gain.is_learnt}
 
 
 def timm_kwargs(encoder: Encoder) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from analysis.figures import (
 )
 from analysis.figures.drawn import Drawn
 from analysis.tables import StudyTables
-from trainables.metrics import METRICS, MIOU, PSNR
+from trainables.metrics import GAIN, METRICS, MIOU, PSNR
 
 
 class Section(NamedTuple):
@@ -66,6 +66,7 @@ FIGURES: dict[str, Figure] = {
     "ratio_patch_miou": Figure(partial(ratio_patch.ratio_patch, metric=MIOU), "ratio-patch"),
     "schedules_psnr": Figure(partial(schedules.schedules, metric=PSNR), "schedules"),
     "schedules_miou": Figure(partial(schedules.schedules, metric=MIOU), "schedules"),
+    "curves_gain": Figure(partial(curves.curves, metric=GAIN), "curves"),
     "curves_psnr": Figure(partial(curves.curves, metric=PSNR), "curves"),
     "curves_miou": Figure(partial(curves.curves, metric=MIOU), "curves"),
     "pareto_quality": Figure(partial(pareto.pareto, x=PSNR, y=MIOU), "trade-offs"),

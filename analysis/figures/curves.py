@@ -12,7 +12,7 @@ from analysis.figures.drawn import Drawn, no_metric
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.tables import Measure, StudyTables, by_size, lines_of
 from analysis.theme import GROUPS, PATCHES, colour, figure, text
-from trainables.metrics import parse
+from trainables.metrics import GAIN, parse
 
 
 def curves_numbers(tables: StudyTables, metric: str) -> pd.DataFrame:
@@ -77,8 +77,13 @@ def curves(tables: StudyTables, metric: str) -> Drawn:
         traces, height=400, x="progress (% of planned budget)", y=measure.axis, legend=True
     )
     drawn.update_xaxes(range=[0, 104])
+    says = "One line per trial, measured at the rungs."
+    if metric == GAIN:
+        line = {"color": colour("ink"), "width": 1, "dash": "dot"}
+        drawn.add_hline(y=0, line=line, layer="below")
+        says += " Below 0 a trivial filling of hidden pixels is better than the encoder's."
     ended_words = f" × marks the {len(cut)} that ended early." if len(cut) else ""
-    return Drawn(numbers, drawn, title, f"One line per trial, measured at the rungs.{ended_words}")
+    return Drawn(numbers, drawn, title, f"{says}{ended_words}")
 
 
 def _curve(

@@ -16,19 +16,24 @@ from analysis.theme import text
 
 @lru_cache(maxsize=4)  # most figures ask for it
 def ranking_numbers(tables: StudyTables) -> pd.DataFrame:
-    """rank, arm, label, group, n, confirmed, mean, low, high, values: by the first objective.
+    """rank, arm, label, group, n, confirmed, mean, low, high, values, probe_gain.
+
+    By the first objective; the gain is the mean over the arm's encoders.
 
     In the order of study/best.py: arms confirmed with fresh seeds stand first, as a single lucky
     seed does not outrank them, then those with all their seeds.
     """
     columns = ["rank", "arm", "label", "group", "n", "confirmed", "mean", "low", "high", "values"]
+    columns.append("probe_gain")
+    gained = pd.Series({trial: gain.decibels for trial, gain in tables.gains.items()}, dtype=float)
+    gain_of_arm = gained.groupby(gained.index.map(tables.arm_of)).mean()
     if not tables.objectives:
         return pd.DataFrame(columns=columns)
     lines: list[list[Any]] = []
     for rank, one in enumerate(tables.standings(tables.objectives[0]), 1):
         values = sorted(one.values.values())
         about = [rank, one.arm, tables.label(one.arm), one.group, len(values), one.is_confirmed]
-        lines.append([*about, *mean_and_interval(values), values])
+        lines.append([*about, *mean_and_interval(values), values, gain_of_arm.get(one.arm)])
     return pd.DataFrame(lines, columns=columns)
 
 

@@ -12,6 +12,7 @@ from study.commands.finding import find_study
 from study.commands.terminal import say
 from study.conductor import Conductor, DataView
 from study.environment import environment
+from study.gain import in_words, warning
 from study.ledger import Ledger, read_environment, read_spec
 from study.loading import changes, load_spec, spec_of
 from study.loggers import Journal, check_packages
@@ -71,12 +72,18 @@ def _drive(
         finally:
             journal.close()
             ledger.compact()
-        return _conclude(conductor, folder, build_report)
+        return conclude(conductor, folder, build_report)
 
 
-def _conclude(conductor: Conductor, folder: StudyFolder, build_report: BuildReport | None) -> int:
+def conclude(conductor: Conductor, folder: StudyFolder, build_report: BuildReport | None) -> int:
     """Say what there is now; the exit code."""
     tell = conductor.progress.say
+    gain = conductor.best_gain
+    if gain is not None:
+        tell(f"probe gain of the best encoder: {in_words(gain)}")
+    problem = warning(gain)
+    if problem is not None:
+        tell(f"warning: {problem}")
     tell(f"study folder: {folder.where}")
     if build_report is not None:
         mirror.pull_pictures(folder)

@@ -228,6 +228,7 @@
           el("h1", {}, study.question || name),
           el("p", { class: "row" }, chip(study.state), el("span", {}, study.why), study.job ? link(study.job.link, `job in the dashboard (${study.job.status.toLowerCase()})`) : null),
           study.problem ? el("p", { class: "box bad" }, study.problem) : null,
+          study.gain?.warning ? el("p", { class: "box bad" }, study.gain.warning.replaceAll("`", "")) : null,
           study.read < study.suggested && !study.problem ? el("p", { class: "quiet", role: "status" }, `Reading what was measured: ${study.read} of ${study.suggested} trials.`) : null,
           bar(study),
           el("p", {}, link(path("report", name), "Open the report", { target: "_blank", rel: "noopener" }), el("span", { class: "quiet" }, " (made from the ledger as it is now; takes a moment)")));
@@ -237,6 +238,7 @@
           tile("trials ended", `${study.ended} of ${study.total}`, others.join(", ") || "none yet"),
           tile(`best ${study.best ? study.best.title : "searched trial"}`, study.best ? score(study.best.value) : "–", study.best ? study.best.label : "none is complete", behind(study)),
           tile("control", study.control ? score(study.control.value) : "–", study.control ? study.control.label : "not complete"),
+          study.gain ? tile("probe gain, best encoder", study.gain.shown, `against ${study.gain.rival}`) : null,
           tile("last written", ago(study.changed), study.state === "running" ? `${study.running.length} running` : study.waiting ? `${study.waiting} begun, not ended` : ""));
         runningBox.hidden = !study.running.length;
         fill(running, table("Trials that run now", [head("trial"), head("arm"), head("phase"), head("reached", true), head("images/s", true)],

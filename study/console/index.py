@@ -24,6 +24,7 @@ import pandas as pd
 from analysis.tables import Measure, StudyTables, arm_label, assemble, objectives_of, spec_of
 from study import mirror
 from study.folder import Storage, StudyFolder, is_study_name
+from study.gain import OF_GAIN, gains
 from study.ledger import (
     COLUMNS,
     RETRIABLE,
@@ -37,7 +38,9 @@ from study.ledger import (
     read_rows,
     read_suggestion,
 )
+from study.measured import measure
 from trainables.errors import StorageError, UserError
+from trainables.fillings import Gain
 from trainables.metrics import SPEED, place_of
 from trainables.storage import store
 
@@ -62,6 +65,7 @@ class Reached:
     progress: float = 0.0
     values: dict[str, float] = field(default_factory=dict)
     images_per_second: float | None = None
+    gain: Gain | None = None  # of its encoder, once it has pretrained to the end
 
 
 @dataclass(frozen=True)
@@ -379,12 +383,14 @@ def _reached(rows: pd.DataFrame, metrics: list[str]) -> dict[str, Reached]:
     for trial, phase, metric, progress, value in zip(*columns, strict=True):
         newest.setdefault(trial, {})[f"{phase}/{metric}"] = value
         last[trial] = (phase, progress)
+    learnt = gains(measure(rows[rows["metric"].isin(OF_GAIN)]))
     return {
         trial: Reached(
             phase,
             progress,
             {metric: newest[trial][metric] for metric in metrics if metric in newest[trial]},
             newest[trial].get(f"{phase}/{SPEED}"),
+            learnt.get(trial),
         )
         for trial, (phase, progress) in last.items()
     }

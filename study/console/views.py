@@ -24,6 +24,7 @@ from analysis.tables import OUTCOMES, StudyTables, measure_of
 from analysis.theme import GROUPS, colour, figure, plain, text
 from study.best import CONFIRM, IN_WORDS, Final, Standing, ahead, best, group_of, of_file
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
+from study.gain import best_gain, decibels, rival, warning
 from study.ledger import Outcome, Suggestion, read_rows
 from study.state import State
 from trainables.errors import StorageError
@@ -90,6 +91,7 @@ def summary(
         "best": _tile(found, best(ranked)),
         "control": _tile(found, next((one for one in ranked if one.group == "control"), None)),
         "ahead": [{"who": IN_WORDS[one.group], "value": one.mean} for one in ahead(ranked, goal)],
+        "gain": _gain(found),
         "changed": round(found.changed) or None,  # whole: JSON keeps six digits of others
         "job": job,
     }
@@ -375,6 +377,22 @@ def _tile(found: Snapshot, one: Standing | None) -> dict[str, Any] | None:
         "value": one.mean,
         "seeds": len(one.values),
         "title": measure.title,
+    }
+
+
+def _gain(found: Snapshot) -> dict[str, Any] | None:
+    """The encoder that fills in best, and what is wrong if none has learnt anything."""
+    known = {trial: reached.gain for trial, reached in found.reached.items() if reached.gain}
+    leader = best_gain(known)
+    if leader is None:
+        return None
+    trial, gain = leader
+    return {
+        "trial": trial,
+        "label": plain(found.labels.get(trial, trial), 200),
+        "shown": decibels(gain),
+        "rival": rival(gain),
+        "warning": warning(gain),
     }
 
 

@@ -121,7 +121,8 @@ def test_a_peak_that_is_given_counts_instead_of_the_measured_one(conductor: Cond
 def test_everything_that_is_read_is_a_metric_with_these_labels(conductor: Conductor) -> None:
     trial = begin(conductor)
     telemetry = Telemetry(conductor, list)
-    conductor.rows(trial, rung("pretrain", 1.0, flops=10.0, device_seconds=5.0), "a")
+    values = {"flops": 10.0, "device_seconds": 5.0, "probe_gain": -1.0}
+    conductor.rows(trial, rung("pretrain", 1.0, **values), "a")
     conductor.rows(trial, rung("segment", 1.0, miou=0.5), "a")
     conductor.done(trial, Ending.COMPLETE, None)
     readings = list(telemetry.readings([VITALS]))

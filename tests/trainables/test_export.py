@@ -72,6 +72,23 @@ def test_timm_computes_the_same(tmp_path, size, patch, channels):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
+def test_the_description_judges_what_was_learnt(tmp_path):
+    encoder = trained_encoder((16, 16), (8, 8), 1)
+    described = []
+    for results in (
+        {"probe_gain": -1.25, "probe_gain/mean": 2.0, "probe_gain/laplace": -1.25},
+        {"probe_gain": 0.5},
+        {"probe_psnr": 21.5},
+    ):
+        export_encoder(tmp_path, encoder, CONFIG, 7, dataset_of((16, 16), 1), results)
+        described.append(json.loads((tmp_path / "encoder.json").read_text())["pretraining"]["gain"])
+    assert described == [
+        {"decibels": -1.25, "over": "laplace", "is_learnt": False},
+        {"decibels": 0.5, "over": None, "is_learnt": True},
+        None,
+    ]
+
+
 def test_the_description_says_how_to_feed_and_load_it(tmp_path, monkeypatch):
     encoder = trained_encoder((16, 32), (8, 8), 1)
     export_encoder(tmp_path, encoder, CONFIG, 7, dataset_of((16, 32), 1), {"probe_psnr": 21.5})
