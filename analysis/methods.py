@@ -41,12 +41,20 @@ def methods(tables: StudyTables) -> list[str]:
         "judged as the arms are. Where they are level with the arms, the data cannot tell one "
         "encoder from another."
     ]
+    of_gain = [
+        "Probe gain. Without learning, hidden pixels can be filled in with the mean of the visible "
+        "ones, with the nearest visible one, or by harmonic inpainting (each pixel the mean of its "
+        "neighbours). Which of these has the highest mean PSNR is found for each "
+        "hidden share on the probe; the gain is an encoder's PSNR above it, averaged over the "
+        "shares. Below 0 dB pretraining has learnt less than such a filling uses."
+    ]
     return [
         f"Probe PSNR. Each trial reconstructs the same validation images with the same regions "
         f"hidden. The regions are fixed in pixels and do not depend on the trial's own ratio, "
         f"patch size or schedule. The hidden shares are {shares}; the mean over them is reported. "
         f"Only hidden pixels count, intensities run from 0 to 1, and PSNR is taken per image and "
         f"then averaged. Higher is better.",
+        *(of_gain if tables.gains else []),
         f"Native PSNR uses each trial's own ratio and patch, as papers plot it. It is in the CSV "
         f"and {native}: a smaller ratio makes the task easier, and pasting the visible "
         f"patches into the picture adds −10·log10(ratio) dB, so that going from 0.75 to 0.25 "

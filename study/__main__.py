@@ -42,11 +42,22 @@ Address = Annotated[
 
 
 @app.command()
-def check(study: StudyFile) -> None:
+def check(
+    study: StudyFile,
+    forecast: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="pretrain the study's own trial for so long, and forecast the steps it takes to "
+            "learn anything",
+        ),
+    ] = None,
+) -> None:
     """Check a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
     from study.commands.check import check_study
 
-    check_study(study)
+    check_study(study, forecast)
 
 
 @app.command(name="try")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,17 +19,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from study import space
+from study.rehearsal import planned_steps, rehearse
 from trainables.atlas import draw_masks, masks_name
 from trainables.config import TrialConfig, geometry_misfits
-from trainables.context import Context
 from trainables.data import Dataset
 from trainables.data.batches import to_device
 from trainables.errors import UserError
 from trainables.masking import MASKING
-from trainables.phase import batches
-from trainables.pretrain import make_learner, make_plan, num_pretrain, train_step
+from trainables.pretrain import num_pretrain
 from trainables.probe import probe_rows
-from trainables.schedules import parse, value_at
 from trainables.settings import canonical_json, short
 
 if TYPE_CHECKING:
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
 PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST_SECTIONS = 24
 MOST_WALKED = 2_000  # combinations that are looked at
-KNOTS = 21  # of a momentum that is made shorter
 
 
 class Section(NamedTuple):
@@ -91,7 +87,7 @@ def draw_atlas(
                 "patch": section.config.model.patch,
                 "masking": masking | {"unit": section.config.unit},
                 "trained": trained,
-                "planned": _planned_steps(section.config, dataset),
+                "planned": planned_steps(section.config, dataset),
                 "problem": problem,
             }
         )
@@ -190,11 +186,15 @@ def _draw(
             is_padded=dataset.is_padded,
         )
 
+    def draw_asked(progress: float, model: Any, teacher: Any) -> None:
+        draw(progress, teacher or model)
+
     try:
         for progress in PROGRESS:
             draw(progress, _Nobody())
     except _Asked:
-        _train(config, seed, dataset, steps, subjects.images.device, draw)
+        device = subjects.images.device
+        rehearse(config, seed, dataset, steps, device, PROGRESS, draw_asked)
         return steps
     return 0
 
@@ -208,60 +208,3 @@ class _Nobody:
 
     def __getattr__(self, name: str) -> Any:
         raise _Asked
-
-
-def _train(
-    config: TrialConfig,
-    seed: int,
-    dataset: Dataset,
-    steps: int,
-    device: torch.device,
-    draw: Callable[[float, Any], None],
-) -> None:
-    """The trial's pretraining in so many steps, which draws on its way."""
-    config = shortened(config, _planned_steps(config, dataset), steps)
-    context = Context(device, Path(), "masks", PROGRESS[1:], lambda _: False, lambda *_: None)
-    num_images = steps * config.pretrain.batch  # as if they were seen once each
-    plan = make_plan(config, dataset.size, dataset.channels, num_images, context.rungs, seed)
-    plan = replace(plan, num_images=num_pretrain(dataset))
-    images = to_device(dataset, dataset.rows("pretrain"), device, labels=False)
-    learner = make_learner(
-        config, dataset.size, dataset.channels, seed, context, is_padded=dataset.is_padded
-    )
-    samples_B = torch.arange(plan.batch, device=device)
-    places_B = samples_B.to(images.rows.device)
-    loss = torch.zeros((), device=device)
-    draw(0.0, learner.teacher or learner.model)
-    for step, positions in batches(seed, plan, 0, images.rows.device):
-        batch = images.draw(positions, seed, step, places_B)[0]
-        loss += train_step(learner, batch, config, seed, plan, step, samples_B)
-        if step + 1 in plan.rungs:
-            draw(plan.rungs[step + 1], learner.teacher or learner.model)
-    if not math.isfinite(loss.item()):
-        raise UserError("its loss was not finite, so that the model it asks is worth nothing")
-
-
-def shortened(config: TrialConfig, planned: int, steps: int) -> TrialConfig:
-    """The same run in `steps` steps: warm-up and the teacher's memory keep their share of it.
-
-    A teacher that keeps a part m of itself in one of `planned` steps keeps m^(planned / steps) in
-    one of `steps`, so that at every progress it has forgotten as much as it will have in the study.
-    """
-    warmup = config.pretrain.warmup_images
-    changes: dict[str, Any] = {"epochs": 1, "compile": False}
-    if warmup is not None:
-        changes["warmup_images"] = round(warmup * steps / planned)
-    update: dict[str, Any] = {"pretrain": config.pretrain.model_copy(update=changes)}
-    momentum = getattr(config.masking.strategy, "momentum", None)
-    if momentum is not None:
-        kept = [value_at(momentum, knot / (KNOTS - 1)) for knot in range(KNOTS)]
-        values = [value ** (planned / steps) for value in kept]
-        faster = {"momentum": parse({"name": "piecewise", "values": values})}
-        strategy = config.masking.strategy.model_copy(update=faster)
-        update["masking"] = config.masking.model_copy(update={"strategy": strategy})
-    return config.model_copy(update=update)
-
-
-def _planned_steps(config: TrialConfig, dataset: Dataset) -> int:
-    images = config.pretrain.epochs * len(dataset.rows("pretrain"))
-    return max(1, round(images / config.pretrain.batch))

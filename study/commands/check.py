@@ -15,8 +15,8 @@ from trainables.metrics import metric_of
 SOLVED = 0.8  # mIoU of a segmenter without an encoder from which on a warning is due
 
 
-def check_study(path: Path) -> None:
-    """Validate, prepare the data, print the plan."""
+def check_study(path: Path, forecast_seconds: float | None = None) -> None:
+    """Validate, prepare the data, print the plan; with seconds to spend, whether it is enough."""
     spec = load_spec(path)
     say(f"{path}: the settings are valid; now checking the data")
     folder = begun(spec.study_folder())
@@ -44,6 +44,10 @@ def check_study(path: Path) -> None:
         more = asked.budget.trials - spec.budget.trials
         say(f"  (with {more} trials that were asked for since the study was begun)")
     say(f"  (at {speed:.2e} FLOP/s, measured here on one worker of the control arm)")
+    if forecast_seconds is not None:
+        from study.commands.forecast import print_forecast
+
+        print_forecast(spec, dataset, device, threads, forecast_seconds)
 
 
 def _trivial_words(scores: Mapping[str, float]) -> dict[str, str]:

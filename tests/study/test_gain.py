@@ -125,6 +125,7 @@ def test_the_report_says_it_on_the_first_screen_in_the_table_and_in_curves(
     first_screen = page[: page.index('<section id="section-ranking">')]
     assert (NOT_LEARNT in first_screen) == (trivial == NOTHING)
     assert page.count(NOT_LEARNT) == (trivial == NOTHING)
+    assert "Probe gain. Without learning" in page
     assert "probe gain, best encoder" in first_screen and "against harmonic inpainting" in page
     sentences = " ".join(answer(tables).sentences)
     assert ("filled in best by an encoder of" in sentences) == (trivial == LEARNT)

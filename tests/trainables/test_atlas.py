@@ -20,8 +20,9 @@ from analysis import gallery
 from analysis.atlas import build_atlas
 from analysis.report import build_report
 from study.__main__ import main
-from study.atlas import MOST_SECTIONS, middle, sections, shortened
+from study.atlas import MOST_SECTIONS, middle, sections
 from study.loading import parse_spec
+from study.rehearsal import shortened
 from study.space import SearchItem
 from tests.analysis.test_browser import CHROMIUM, open_in_browser
 from tests.conftest import TINY_STUDY
