@@ -78,7 +78,9 @@ BEFORE_0_2: dict[str, Any] = {
 }
 
 
-# The same of options: (section, setting, name) -> option -> what it always did
+# Settings that it had with another default
+DEFAULTS_BEFORE_0_2: dict[str, Any] = {"segment.layer_decay": 0.75}
+# As BEFORE_0_2, of options: (section, setting, name) -> option -> what it always did
 OPTIONS_BEFORE_0_2: dict[tuple[str, str, str], dict[str, Any]] = {
     ("masking", "strategy", "amlp"): {"category_reads": "descriptors"},
     ("pretrain", "loss", "rrl"): {"relative_to": "patch"},
@@ -188,9 +190,9 @@ class SegmentConfig(Strict):
             description="share of the steps in which a pretrained encoder is held, and the decoder "
             "learns alone",
         ),
-    ] = 0.3
+    ] = 0.5
     optimizer: Optimizer = Field(default={"name": "adamw", "base_lr": 1e-2}, validate_default=True)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     warmup_images: Annotated[int, Field(ge=0)] | None = None
     foreground: Annotated[
         float,
@@ -202,7 +204,7 @@ class SegmentConfig(Strict):
         Field(description="whether the decoder sees the image beside what the encoder makes of it"),
     ] = True
     augment: Augmentation = Field(default={"name": "flips"}, validate_default=True)
-    clip: Clip = 1.0
+    clip: Clip = 0.3
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
@@ -380,7 +382,7 @@ def completed(trial: dict[str, Any]) -> dict[str, Any]:
     Sections that are left out stay so.
     """
     whole = dict(trial)
-    for path, before in BEFORE_0_2.items():
+    for path, before in (BEFORE_0_2 | DEFAULTS_BEFORE_0_2).items():
         section, setting = path.split(".")
         if isinstance(whole.get(section), dict):
             whole[section] = {setting: before} | whole[section]
