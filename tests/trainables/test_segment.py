@@ -327,7 +327,7 @@ def test_finetuning_begins_at_the_pretrained_encoder_and_the_control_at_a_fresh_
 
 
 def test_only_a_pretrained_encoder_is_spared_by_layer_decay():
-    assert layer_decay(config(encoder="finetune").segment) == 0.75
+    assert layer_decay(config(encoder="finetune", layer_decay=0.75).segment) == 0.75
     assert layer_decay(config(encoder="random-init").segment) is None
 
 
