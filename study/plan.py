@@ -114,6 +114,12 @@ def plan(
     costs = costs or [control]
     mean = fmean(one.flops for one in costs)
     flops = control.flops * num_controls + mean * (searched_trials + confirmations)
+    if all(path.startswith("segment.") for path in spec.search):
+        # all trials of a seed share one pretraining
+        seeds = spec.seeds + (spec.confirm.seeds if spec.confirm else 0)
+        mean = fmean(one.segment_flops for one in costs)
+        flops = control.pretrain_flops * seeds + control.segment_flops * num_controls
+        flops += mean * (searched_trials + confirmations)
 
     concurrent = _concurrent(spec, cpus, gpus)
     at_once = min(concurrent, num_controls + searched_trials)

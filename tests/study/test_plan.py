@@ -90,6 +90,13 @@ def test_hours_by_hand():
     assert made(two, flops_per_second=1e9, cpus=4).hours == pytest.approx(found.hours / 2)
 
 
+def test_pretraining_that_all_arms_share_is_paid_once_a_seed():
+    labels = "  segment.labels: {choices: [1, 2, 4]}"
+    found = made(study("seeds: 2\n", search=labels, sampler="grid", trials=8))
+    once = found.control.pretrain_flops + found.control.segment_flops * 4
+    assert found.flops == pytest.approx(2 * once)  # the control and three arms
+
+
 def test_confirmations_come_on_top():
     found = made(study("confirm: {arms: 5, seeds: 2}\n"))
     assert (found.trials, found.confirmations) == (3, 6)  # two searched arms and the control
