@@ -8,8 +8,9 @@
 The last two are what the first has to be compared with: what it is ahead of them, pretraining has
 brought. All are mean IoU without background, over predictions out of their fold (see ridge.py).
 
-Images, or crops of volumes, are evenly spread over the labelled ones that a trial's segmentation
-may see, never those of val and test; a row is the same for every trial of a study. All patches are
+Images, or crops of volumes, are evenly spread over all labelled ones of train, never those of val
+and test, and the same for every trial of a study, however few labels its segmentation learns from
+(`segment.labels`): the probe judges the encoder, which such trials share. All patches are
 visible, and tokens are those of the last block, normed, as an export gives them (as the linear and
 k-NN probes of Oquab et al. 2023, DINOv2, sections 7.1 and 7.4, which train by gradient descent, or
 on classes of images). Interpretation: nearest patches count alike, not by their likeness.
