@@ -136,14 +136,20 @@ class Conductor:
             rungs=list(self.spec.rungs),
             folder=self.ledger.folder.trial(suggestion.trial),
             remote=self._remote(suggestion),
-            # a mirror is one node's own
-            shared=None if self.ledger.folder.remote else self.ledger.folder.pretrained,
+            shared=self.ledger.folder.pretrained if self._shares_pretraining else None,
             data=self.spec.data,
             data_root=self.data.root,
             fingerprint=self.data.fingerprint,
         )
         attempt = self.ledger.new_attempt()
         return {**job, "attempt": attempt, "serial": attempt, "decided": time.time()}
+
+    @property
+    def _shares_pretraining(self) -> bool:
+        """Whether trials may differ in segmentation alone; a mirror is one node's own."""
+        is_alike = any(path.startswith("segment.") for path in self.spec.search)
+        is_alike = is_alike or "frozen" in self.spec.controls
+        return is_alike and not self.ledger.folder.remote
 
     def rows(self, suggestion: Suggestion, rows: list[dict[str, Any]], attempt: str) -> bool:
         """Keep a rung's rows; True when the trial is to stop there."""

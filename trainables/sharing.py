@@ -8,7 +8,8 @@ then. So score against labels, frozen against fine-tuned, cost one pretraining a
     pretrained/<key>/weights.safetensors
     pretrained/<key>/{pictures,encoder}/   as they are in the trial's folder
 
-A folder appears whole or not at all, and may be deleted: then the next trial pretrains anew.
+A folder appears whole or not at all, and may be deleted: then the next trial pretrains anew. Only
+studies keep them that search settings of segmentation or have the control `frozen`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, read_suggestions
 from study.loading import parse_spec
 from study.resume import RETRIES, Finished, Wait
+from study.space import SearchItem
 from study.spec import StudySpec
 from tests.conftest import TINY_STUDY
 from trainables.endings import Ending
@@ -190,3 +191,21 @@ def test_a_trial_that_is_to_be_run_again_does_not_count_as_done(
     assert resumed.progress.num_done == 0
     play(resumed, 0.5)
     assert resumed.progress.num_done == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_shared"),
+    [
+        ({}, False),
+        ({"controls": ["random-init", "frozen"]}, True),
+        ({"search": {"segment.labels": SearchItem(choices=[1, 2])}}, True),
+    ],
+)
+def test_pretraining_is_kept_for_others_only_where_there_are_any(
+    spec: StudySpec, folder: StudyFolder, changed: dict[str, Any], *, is_shared: bool
+) -> None:
+    with Ledger.open(folder, {}) as ledger:
+        conductor = Conductor(spec.model_copy(update=changed), ledger, DATA)
+        suggestion = conductor.next()
+        assert isinstance(suggestion, Suggestion)
+        assert (conductor.job(suggestion)["shared"] is not None) == is_shared
