@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis.figures.differences import differences_numbers, p_words, values_by_seed
+from analysis.figures.labels import labels_numbers, worth
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.statistics import FEWEST_SEEDS, detectable_difference, difference
 from analysis.tables import (
@@ -62,7 +63,8 @@ def answer(tables: StudyTables) -> Answer:
     sentences += [_gain_sentence(tables), _trivial_sentence(tables)]
     sentences.append(_comparability_sentence(tables))
     sentences.append(_random_weights_sentence(tables, ranks, goal))
-    sentences += [_pretraining_sentence(ranks, against, goal), _dense_sentence(tables)]
+    sentences += [_pretraining_sentence(ranks, against, goal), _labels_sentence(tables, goal)]
+    sentences.append(_dense_sentence(tables))
     sentences.append(_test_sentence(tables, best, goal))
     sentences += [_by_patch_sentence(tables, goal), _other_objectives(tables, ranks)]
     sentences.append(_progress_sentence(tables))
@@ -244,6 +246,12 @@ def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Meas
     helps = (verdict["mean"] < 0) == goal.maximize
     word = "helps" if helps else "hurts"
     return f"Pretraining {word} (control's settings): {values}; {interval}."
+
+
+def _labels_sentence(tables: StudyTables, goal: Measure) -> str | None:
+    """What pretraining is worth with few and with more labels, where they vary."""
+    numbers = labels_numbers(tables)
+    return worth(numbers, goal) if numbers["labels"].nunique() > 1 else None
 
 
 def _dense_sentence(tables: StudyTables) -> str | None:

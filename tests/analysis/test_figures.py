@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from analysis import theme
+from analysis.answer import answer
 from analysis.figures import FIGURES, Figure
 from analysis.figures.classes import classes_numbers
 from analysis.figures.cost import cost_numbers, scaled
@@ -392,6 +393,7 @@ def test_what_pretraining_is_worth_by_labels() -> None:
     assert line["gain_low"] == pytest.approx(0.1 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
     assert numbers["gain"].notna().sum() == 2
     says = labels(tables).says
+    assert any(says.endswith(sentence) for sentence in answer(tables).sentences)
     assert "16 labels +0.100 [+0.075, +0.125]; all labels +0.000" in says
 
 
