@@ -41,6 +41,7 @@ def data_size(dataset: Dataset) -> DataSize:
 def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Why the study cannot run on these data, which the study file alone could not tell."""
     problems = [*geometry_problems(spec, data.size), *_probe_problems(spec, data)]
+    problems += _label_problems(spec, data)
     for objective in spec.objectives:
         name, metric = parse(objective.metric), metric_of(objective.metric)
         if name.phase == "segment" and not data.classes:
@@ -61,6 +62,22 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
                 f"{', '.join(scored)}"
             )
     return problems
+
+
+def _label_problems(spec: StudySpec, data: DataSize) -> list[str]:
+    """Of counts of labelled groups that are larger than all there are."""
+    given = [("trial.segment.labels", spec.trial.segment.labels)]
+    item = spec.search.get("segment.labels")
+    if item is not None:
+        choices = item.choices if item.choices is not None else [item.high]
+        values = choices.values() if isinstance(choices, dict) else choices
+        given += [("search.segment.labels", value) for value in values]
+    return [
+        f"{setting}: given {value}, but the train split has {data.train_groups} labelled groups; "
+        f"expected at most as many, or null for all of them"
+        for setting, value in given
+        if data.classes and isinstance(value, int) and value > data.train_groups
+    ]
 
 
 def _probe_problems(spec: StudySpec, data: DataSize) -> list[str]:

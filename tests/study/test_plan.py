@@ -176,6 +176,11 @@ def test_what_only_the_data_can_tell_is_told():
     number = case.model_copy(update={"metric": "segment/count_error/background"})
     spec = study().model_copy(update={"objectives": [number]})
     assert data_problems(spec, LABELLED)[0].endswith("expected a class of the data: cell")
+    few = study(search="segment.labels: {choices: [2, 9, 10, null]}")
+    assert data_problems(few, DataSize((64, 64), 3, 100, 50, 9, ("background", "cell"))) == [
+        "search.segment.labels: given 10, but the train split has 9 labelled groups; expected at "
+        "most as many, or null for all of them"
+    ]
     odd = DataSize((60, 60), 3, 100, 50, 9, ())
     assert any("does not divide the image size 60x60" in one for one in data_problems(study(), odd))
 

@@ -65,7 +65,7 @@ def last_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, f
     settings: dict[str, Any] = {
         "model": {"size": "pico", "patch": PATTERN, "decoder": {"depth": 1, "width": 64}},
         "masking": {"ratio": {"name": "constant", "value": 0.5}},
-        "pretrain": {"epochs": 25, "batch": 32, "optimizer": {"name": "adamw", "base_lr": 1.6e-2}},
+        "pretrain": {"epochs": 20, "batch": 32, "optimizer": {"name": "adamw", "base_lr": 1.6e-2}},
     }
     found = {}
     for encoder in ("finetune", "frozen", "random-init"):
