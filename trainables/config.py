@@ -190,7 +190,7 @@ class SegmentConfig(Strict):
             description="share of the steps in which a pretrained encoder is held, and the decoder "
             "learns alone",
         ),
-    ] = 0.5
+    ] = 0.2
     optimizer: Optimizer = Field(default={"name": "adamw", "base_lr": 1e-2}, validate_default=True)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     warmup_images: Annotated[int, Field(ge=0)] | None = None

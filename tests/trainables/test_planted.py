@@ -77,6 +77,7 @@ def last_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, f
                     "encoder": encoder,
                     "epochs": 400,
                     "batch": 8,
+                    "decoder_first": 0.5,
                     "features": 8,
                     "optimizer": {"name": "adamw", "base_lr": 6e-2},
                 }
