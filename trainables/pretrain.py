@@ -8,20 +8,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainables import distributed, padding, sharing
+from trainables import distributed, padding
 from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
 from trainables.blocks import Block
 from trainables.checkpoint import Saved
 from trainables.config import ProbeConfig, TrialConfig, num_steps, warmup_images
-from trainables.context import Context, Row
+from trainables.context import Context
 from trainables.cost import mae_flops
 from trainables.cross_decoder import CrossBlock
 from trainables.data import Dataset
@@ -40,7 +40,7 @@ from trainables.masking import (
     split_indices,
 )
 from trainables.optimizers import OPTIMIZERS, parameter_groups
-from trainables.phase import Learner, Phase, Plan, rung_steps, told_to_stop, train, update
+from trainables.phase import Learner, Phase, Plan, rung_steps, train, update
 from trainables.schedules import value_at
 
 Weights = dict[str, Tensor]
@@ -62,22 +62,7 @@ def pretrain(
     context: Context,
     resume: Saved | None = None,
 ) -> tuple[Ending, Weights]:
-    """Train, or go on from a checkpoint; (how it ended, the encoder's weights).
-
-    Or take what another trial of the study has pretrained in the same way (see sharing.py).
-    """
-    key = sharing.key_of(config, seed, dataset.fingerprint, probe, context)
-    done = None if resume is not None else _shared(context, key)
-    if done is not None:
-        return _replayed(done, context)
-    told: list[list[Row]] = []
-    tell = context.report
-
-    def report(rows: list[Row]) -> bool:
-        told.append(rows)
-        return tell(rows)
-
-    context = replace(context, report=report)
+    """Train, or go on from a checkpoint; (how it ended, the encoder's weights)."""
     plan = make_plan(
         config, dataset.size, dataset.channels, num_pretrain(dataset), context.rungs, seed
     )
@@ -118,34 +103,7 @@ def pretrain(
         results = {row["metric"]: row["value"] for row in rows}
         export_encoder(context.folder / "encoder", model.encoder, config, seed, dataset, results)
         context.keep("encoder")
-        # what was resumed has told its earlier rungs elsewhere
-        if context.shared is not None and len(told) == len(plan.rungs):
-            weights = model.encoder.state_dict()
-            sharing.keep(context.shared, key, told, weights, context.folder)
     return ending, model.encoder.state_dict()
-
-
-def _shared(context: Context, key: str) -> sharing.Pretrained | None:
-    """What another trial has pretrained; rank 0 looks, so that all workers do the same."""
-    if context.shared is None:
-        return None
-    is_there = context.is_main and sharing.find(context.shared, key) is not None
-    if not distributed.decided_by_main(is_there, context):
-        return None
-    return sharing.find(context.shared, key)
-
-
-def _replayed(done: sharing.Pretrained, context: Context) -> tuple[Ending, Weights]:
-    """Report what another trial reported; the rule may stop this one where that went on."""
-    weights = done.weights()
-    for rows in done.rungs:
-        if told_to_stop(rows, context):
-            return Ending.STOPPED, weights
-    if context.is_main:
-        done.copy_to(context.folder)
-        for name in sharing.KEPT:
-            context.keep(name)
-    return Ending.COMPLETE, weights
 
 
 def num_pretrain(dataset: Dataset) -> int:

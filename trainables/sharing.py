@@ -17,38 +17,59 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from trainables import durable
+from trainables import distributed, durable
 from trainables.config import ProbeConfig, TrialConfig, content_of
 from trainables.context import Context, Row
+from trainables.data import Dataset
+from trainables.endings import Ending
+from trainables.phase import told_to_stop
+from trainables.pretrain import Weights, pretrain
 from trainables.settings import digest
 
 FORMAT = 1  # raise it when the same settings would train other weights or report other rows
 KEPT = ("pictures", "encoder")  # folders of a trial
 
 
-@dataclass(frozen=True)
-class Pretrained:
+class Pretrained(NamedTuple):
     """What a finished pretraining left."""
 
     folder: Path
     rungs: list[list[Row]]
+    weights: Weights  # the encoder's
 
-    def weights(self) -> dict[str, Tensor]:
-        """The encoder's."""
-        weights: dict[str, Tensor] = load_file(self.folder / "weights.safetensors")
-        return weights
 
-    def copy_to(self, trial: Path) -> None:
-        """Put its pictures and its exported encoder into a trial's folder."""
-        for name in KEPT:
-            if (self.folder / name).is_dir():
-                shutil.copytree(self.folder / name, trial / name, dirs_exist_ok=True)
+def pretrain_once(
+    config: TrialConfig, seed: int, dataset: Dataset, probe: ProbeConfig, context: Context
+) -> tuple[Ending, Weights]:
+    """What another trial of the study has pretrained in the same way; else pretrain, and keep it.
+
+    Rank 0 looks, so that all workers do the same.
+    """
+    if context.shared is None:
+        return pretrain(config, seed, dataset, probe, context)
+    key = key_of(config, seed, dataset.fingerprint, probe, context)
+    is_there = context.is_main and find(context.shared, key) is not None
+    if distributed.decided_by_main(is_there, context):
+        done = find(context.shared, key)
+        assert done is not None, f"{context.shared / key} can be read by one worker alone"
+        return _replayed(done, context)
+    told: list[list[Row]] = []
+
+    def report(rows: list[Row]) -> bool:
+        told.append(rows)
+        return context.report(rows)
+
+    ending, weights = pretrain(config, seed, dataset, probe, replace(context, report=report))
+    if ending is Ending.COMPLETE and context.is_main:
+        keep(context.shared, key, told, weights, context.folder)
+    return ending, weights
 
 
 def key_of(
@@ -76,14 +97,12 @@ def find(shared: Path, key: str) -> Pretrained | None:
     folder = shared / key
     try:
         rungs = json.loads((folder / "rows.json").read_text())
-    except (OSError, ValueError):
+        return Pretrained(folder, rungs, load_file(folder / "weights.safetensors"))
+    except (OSError, ValueError, SafetensorError):
         return None
-    return Pretrained(folder, rungs) if (folder / "weights.safetensors").is_file() else None
 
 
-def keep(
-    shared: Path, key: str, rungs: list[list[Row]], weights: dict[str, Tensor], trial: Path
-) -> None:
+def keep(shared: Path, key: str, rungs: list[list[Row]], weights: Weights, trial: Path) -> None:
     """Keep a finished pretraining for others; whoever comes second leaves the first one's.
 
     What cannot be read is replaced.
@@ -102,8 +121,21 @@ def keep(
     if find(shared, key) is None:
         shutil.rmtree(shared / key, ignore_errors=True)
     try:
-        durable.rename(aside, shared / key)
+        durable.publish_folder(aside, shared / key)
     except OSError:
         if not (shared / key).is_dir():
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replayed(done: Pretrained, context: Context) -> tuple[Ending, Weights]:
+    """Report what another trial reported; the rule may stop this one where that went on."""
+    for rows in done.rungs:
+        if told_to_stop(rows, context):
+            return Ending.STOPPED, done.weights
+    if context.is_main:
+        for name in KEPT:
+            if (done.folder / name).is_dir():
+                shutil.copytree(done.folder / name, context.folder / name, dirs_exist_ok=True)
+                context.keep(name)
+    return Ending.COMPLETE, done.weights

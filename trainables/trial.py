@@ -10,6 +10,7 @@ from trainables.data import Dataset
 from trainables.endings import Ending
 from trainables.pretrain import pretrain
 from trainables.segment import segment
+from trainables.sharing import pretrain_once
 
 
 def run_trial(
@@ -24,8 +25,11 @@ def run_trial(
 
     encoder_state = None
     if config.segment.encoder != "random-init" and phase != "segment":
-        ending, encoder_state = pretrain(config, seed, dataset, probe, context, resume)
-        resume = None
+        if resume is None:
+            ending, encoder_state = pretrain_once(config, seed, dataset, probe, context)
+        else:
+            ending, encoder_state = pretrain(config, seed, dataset, probe, context, resume)
+            resume = None
         if ending is not Ending.COMPLETE:
             return ending
 

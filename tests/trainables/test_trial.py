@@ -13,6 +13,7 @@ from torch import multiprocessing as workers
 from tests import toy
 from trainables import checkpoint, phase
 from trainables.endings import Ending
+from trainables.sharing import find
 from trainables.trial import run_trial
 
 torch.set_num_threads(1)
@@ -294,7 +295,10 @@ def test_only_what_is_whole_is_shared(tmp_path):
     assert not shared.exists()
     run(tmp_path / "b", toy.Diary(), shared=shared)
     (kept,) = shared.iterdir()
-    (kept / "rows.json").write_text("[")
-    again = toy.Diary()
-    assert run(tmp_path / "c", again, shared=shared) == "complete" and again.calls[0] == PRETRAIN[0]
-    assert json.loads((kept / "rows.json").read_text())
+    for place, broken in enumerate(("rows.json", "weights.safetensors")):
+        whole = (kept / broken).read_bytes()
+        (kept / broken).write_bytes(whole[: len(whole) // 2])
+        assert find(shared, kept.name) is None
+        assert run(tmp_path / f"again-{place}", toy.Diary(), shared=shared) == "complete"
+        assert (kept / broken).stat().st_size > len(whole) // 2
+        assert find(shared, kept.name) is not None
