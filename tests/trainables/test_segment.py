@@ -466,14 +466,22 @@ def cut_images(folder):
     return tiled(folder / "cache", masks, instances, [grey.astype(np.uint8) for grey in seen])
 
 
+HELD = {"batch": 4, "encoder": "finetune", "decoder_first": 0.5}
+
+
 def worker(rank, folder, told, scores):
-    """One of two workers of a run; `told` collects rank 0's rows, `scores` those of cut images."""
+    """One of two workers of two runs, from random and from held weights.
+
+    `told` collects rank 0's rows of both, `scores` those of cut images.
+    """
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
     try:
         here = context(folder / str(rank), told, rank=rank, world_size=2)
         assert segment(config(batch=4), 0, cells(), None, here, None) == "complete"
+        held = context(folder / f"held-{rank}", told, rank=rank, world_size=2)
+        assert segment(config(**HELD), 0, cells(), pretrained(), held, None) == "complete"
         dataset = cut_images(folder)
         scores |= evaluate(Reads(dataset), config(batch=4).segment, dataset, "val", here)
     finally:
@@ -482,6 +490,7 @@ def worker(rank, folder, told, scores):
 
 def test_two_workers_learn_what_one_learns(tmp_path):
     _, alone, tensors = run(tmp_path / "alone", batch=4)
+    _, held, held_tensors = run(tmp_path / "held", encoder_state=pretrained(), **HELD)
     other = multiprocessing.get_context("spawn").Process(
         target=worker, args=(1, tmp_path, [], {}), daemon=True
     )
@@ -492,11 +501,12 @@ def test_two_workers_learn_what_one_learns(tmp_path):
     other.join()
     assert other.exitcode == 0
     assert [values(rows) for rows in together] == [
-        pytest.approx(values(rows), rel=1e-3, abs=1e-3) for rows in alone
+        pytest.approx(values(rows), rel=1e-3, abs=1e-3) for rows in [*alone, *held]
     ]
-    shared, _, _ = checkpoint.load_latest(tmp_path / "0" / "checkpoints")
-    for name, value in tensors.items():
-        torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    for place, expected in (("0", tensors), ("held-0", held_tensors)):
+        shared, _, _ = checkpoint.load_latest(tmp_path / place / "checkpoints")
+        for name, value in expected.items():
+            torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=name)
     assert not (tmp_path / "1").exists()
     of_all = evaluate(Reads(dataset), config().segment, dataset, "val", context(tmp_path, []))
     assert scores == of_all and scores["count_error"] > 0
