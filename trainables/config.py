@@ -66,7 +66,6 @@ Clip = Annotated[
     Field(description="longest gradient, to which longer ones are scaled down; null: any"),
 ]
 
-
 # Settings that release 0.1 did not have: dotted path -> what it always did
 BEFORE_0_2: dict[str, Any] = {
     "model.positions": "pixels",
@@ -76,8 +75,6 @@ BEFORE_0_2: dict[str, Any] = {
     "segment.image_skip": True,
     "segment.clip": None,
 }
-
-
 # Settings that it had with another default
 DEFAULTS_BEFORE_0_2: dict[str, Any] = {"segment.layer_decay": 0.75}
 # As BEFORE_0_2, of options: (section, setting, name) -> option -> what it always did

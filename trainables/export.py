@@ -122,7 +122,7 @@ def own_kwargs(encoder: Encoder, config: TrialConfig, dataset: Dataset) -> dict[
         "patch": encoder.patch,
         "image_size": list(dataset.size),
         "channels": encoder.channels,
-        "count_in": config.model.positions,
+        "position_unit": config.model.positions,
         "is_padded": encoder.is_padded,
     }
 

@@ -66,7 +66,7 @@ def unpatchify(
 
 
 def positions(
-    grid: Sequence[int], patch: Sequence[int], width: int, count_in: PositionUnit
+    grid: Sequence[int], patch: Sequence[int], width: int, position_unit: PositionUnit
 ) -> Tensor:
     """float32 (P, width): sines and cosines of the patch centres, in patches or in 16 pixels.
 
@@ -75,12 +75,13 @@ def positions(
     keeps its code. Each axis has an equal part of the width; what is left over (only with three
     axes) is zero.
     """
-    steps = [edge / PIXELS_PER_POSITION for edge in patch] if count_in == "pixels" else [1.0] * 3
+    in_pixels = [edge / PIXELS_PER_POSITION for edge in patch]
+    steps = in_pixels if position_unit == "pixels" else [1.0] * len(grid)
     num_waves = width // (2 * len(grid))
     waves = 10000.0 ** (-torch.arange(num_waves, dtype=torch.float64) / num_waves)
     axes = [
         (torch.arange(cells, dtype=torch.float64) + 0.5) * step
-        for cells, step in zip(grid, steps, strict=False)
+        for cells, step in zip(grid, steps, strict=True)
     ]
     places = torch.meshgrid(*axes, indexing="ij")
     angles = [place.reshape(-1, 1) * waves for place in places]
@@ -100,7 +101,7 @@ class Encoder(nn.Module):
         image_size: Sequence[int],
         channels: int,
         *,
-        count_in: PositionUnit = "pixels",
+        position_unit: PositionUnit = "pixels",
         is_padded: bool = False,
     ) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Encoder(nn.Module):
         self.embed = nn.Linear(math.prod(patch) * channels, self.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, self.width))
         # Fixed, and computed again wherever a model is built
-        places = positions(self.grid, patch, self.width, count_in)
+        places = positions(self.grid, patch, self.width, position_unit)
         self.register_buffer("positions", places, persistent=False)
         self.blocks = nn.ModuleList(Block(self.width, self.heads) for _ in range(self.depth))
         self.norm = layer_norm(self.width)
@@ -277,7 +278,7 @@ class MAE(nn.Module):
             patch,
             image_size,
             channels,
-            count_in=model.positions,
+            position_unit=model.positions,
             is_padded=is_padded,
         )
         self.patches_per_unit = config.patches_per_unit(axes)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +57,12 @@ from trainables.pictures import (
     save_reconstruction_slices,
     to_intensity,
 )
+from trainables.remembered import remembered
 from trainables.scores import psnr
 
 # key -> its score of hidden pixels
 PROBED = {key: metric.of_probe for key, metric in METRICS.items() if metric.of_probe is not None}
 PICTURES = 4  # validation images that are drawn
-MOST_KEPT = 8  # data sets and probes whose trivial fillings are remembered
 
 # (standardised images (B, C, *S), visible_BV, hidden_BX) -> predicted images, every patch
 Reconstruct = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,7 +79,7 @@ class Trivial(NamedTuple):
         return self._replace(psnr_FRB=self.psnr_FRB[:, :, places_B])
 
 
-_kept: dict[tuple[object, ...], Trivial] = {}
+_kept: dict[Hashable, Trivial] = {}
 
 
 class Judge:
@@ -189,9 +189,8 @@ class Judge:
         data = self.dataset
         rows = self.rows.cpu()
         key = (data.fingerprint, data.size, self.probe.model_dump_json(), tuple(rows.tolist()))
-        if key not in _kept:
-            if len(_kept) == MOST_KEPT:
-                del _kept[next(iter(_kept))]
+
+        def compute() -> Trivial:
             parts = []
             for places_B in torch.split(torch.arange(len(rows)), self.chunk):
                 self.context.alive()
@@ -206,8 +205,9 @@ class Judge:
                         is_padded=data.is_padded,
                     )
                 )
-            _kept[key] = best_of(torch.cat(parts, dim=2))
-        kept = _kept[key]
+            return best_of(torch.cat(parts, dim=2))
+
+        kept = remembered(_kept, key, compute)
         return Trivial(*(each.to(self.context.device) for each in kept))
 
     def _reconstruct(self, model: MAE) -> Reconstruct:

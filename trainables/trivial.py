@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -27,17 +27,20 @@ import torch
 from numpy.typing import NDArray
 
 from trainables.data import Dataset
+from trainables.data.images import LUMINANCE
 from trainables.data.rows import joined
 from trainables.data.source import Array, Split
 from trainables.dense import PIXELS, batches, labelled_patches, probed, raw_values
 from trainables.metrics import TEST
 from trainables.probe import probe_rows
+from trainables.remembered import remembered
 from trainables.ridge import segmenter
 from trainables.scores import IGNORED, Counts, confusion, miou_of, mious_of
 
 LEVELS = 256
-RED_GREEN_BLUE = (0.299, 0.587, 0.114)  # ITU-R BT.601; of other channels the mean
 MOST_IMAGES = 256  # training images by which classes are given to ranks
+
+_kept: dict[Hashable, dict[str, float]] = {}
 
 Judge = Callable[[Split], Counts]  # the confusion matrix (K, K) over a split
 # (dataset, rows with labels to learn from, patch, device, alive) -> how it judges a split; None:
@@ -55,14 +58,22 @@ def scores(
     alive: Callable[[], None] = lambda: None,
     splits: Sequence[Split] = ("val", "test"),
 ) -> dict[str, float]:
-    """Key of METRICS -> mIoU of each segmenter on each split; what does not exist is left out."""
-    found: dict[str, float] = {}
-    for key, fit in SEGMENTERS.items() if len(rows) else ():
-        judge = fit(dataset, rows, patch, device, alive)
-        for split in splits:
-            if judge is not None and len(dataset.rows(split)) > 0:
-                found[f"{TEST if split == 'test' else ''}{key}"] = miou_of(judge(split))
-    return {key: value for key, value in found.items() if not math.isnan(value)}
+    """Key of METRICS -> mIoU of each segmenter on each split; what does not exist is left out.
+
+    A process computes them once for all trials that have these rows and patches.
+    """
+
+    def compute() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for key, fit in SEGMENTERS.items() if len(rows) else ():
+            judge = fit(dataset, rows, patch, device, alive)
+            for split in splits:
+                if judge is not None and len(dataset.rows(split)) > 0:
+                    found[f"{TEST if split == 'test' else ''}{key}"] = miou_of(judge(split))
+        return {key: value for key, value in found.items() if not math.isnan(value)}
+
+    about = (dataset, tuple(patch), rows.tobytes(), tuple(splits), device.type)
+    return remembered(_kept, about, compute)
 
 
 def threshold(
@@ -147,9 +158,9 @@ def images_of(
 
 
 def luminance(levels_CM: Array, dataset: Dataset) -> NDArray[np.uint8]:
-    """Of stored intensities, in LEVELS steps (M,)."""
+    """Of stored intensities, in LEVELS steps (M,); of other channels than RGB their mean."""
     channels = len(levels_CM)
-    weights = RED_GREEN_BLUE if channels == len(RED_GREEN_BLUE) else (1 / channels,) * channels
+    weights = LUMINANCE if channels == len(LUMINANCE) else (1 / channels,) * channels
     grey_M = np.zeros(levels_CM.shape[1], np.float32)
     for weight, level_M in zip(weights, levels_CM, strict=True):
         grey_M += np.float32(weight) * level_M

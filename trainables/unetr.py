@@ -146,7 +146,7 @@ def build_unetr(
             patch,
             image_size,
             channels,
-            count_in=config.model.positions,
+            position_unit=config.model.positions,
             is_padded=is_padded,
         )
         model = UNETR(

@@ -23,8 +23,9 @@ REAL = Path(__file__).parents[2] / "data" / "manifest.csv"  # where the examples
 
 
 def scored(data, patch=(4, 4), rows=None, **options):
+    """Of these data as they are now: another object, of which nothing is remembered."""
     rows = data.rows("train") if rows is None else rows
-    return scores(data, rows, patch, CPU, **options)
+    return scores(replace(data), rows, patch, CPU, **options)
 
 
 def textured(seed=0):
@@ -187,3 +188,24 @@ budget: {{trials: 4}}
     found = scored(data, (8, 8))
     assert found["threshold_miou"] == pytest.approx(0.888, abs=0.002)
     assert found["test_threshold_miou"] == pytest.approx(0.854, abs=0.002)
+
+
+def test_a_process_computes_them_once_for_the_same_data_rows_and_patch(monkeypatch):
+    data = toy.discs()
+    rows = data.rows("train")
+    first = scores(data, rows, (4, 4), CPU)
+    fitted = []
+
+    def fit(dataset, rows, patch, *_):
+        fitted.append((dataset, len(rows), patch))
+
+    monkeypatch.setattr("trainables.trivial.SEGMENTERS", {"threshold_miou": fit})
+    assert scores(data, rows.copy(), [4, 4], CPU) == first and not fitted
+    other = toy.discs()
+    for given in ((data, rows[:-1], (4, 4)), (data, rows, (8, 8)), (other, rows, (4, 4))):
+        scores(*given, CPU)
+    assert fitted == [
+        (data, len(rows) - 1, (4, 4)),
+        (data, len(rows), (8, 8)),
+        (other, len(rows), (4, 4)),
+    ]
