@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from analysis.figures import labels
 from analysis.figures.differences import differences_numbers, p_words, values_by_seed
 from analysis.figures.labels import labels_numbers, worth
 from analysis.figures.ranking import best_arm, ranking_numbers
-from analysis.statistics import FEWEST_SEEDS, detectable_difference, difference
+from analysis.statistics import FEWEST_SEEDS, LEVEL, detectable_difference, difference
 from analysis.tables import (
     OUTCOMES,
     Measure,
@@ -42,6 +43,12 @@ def answer(tables: StudyTables) -> Answer:
             "No answer yet: no trial is complete.", [_progress_sentence(tables)], is_shown=False
         )
     goal = tables.objectives[0]
+    by_labels = labels_numbers(tables)
+    if by_labels["labels"].nunique() > 1:  # arms that learnt from more labels are no better arms
+        told = [worth(by_labels, goal), _gain_sentence(tables), _trivial_sentence(tables)]
+        told += [_dense_sentence(tables), _progress_sentence(tables)]
+        is_shown = bool(labels.is_shown(by_labels).any())
+        return Answer(labels.headline(by_labels, goal), [each for each in told if each], is_shown)
     against = differences_numbers(tables)
     line = ranks[ranks["arm"] == best].iloc[0]
     control = ranks[ranks["group"] == "control"]
@@ -63,8 +70,7 @@ def answer(tables: StudyTables) -> Answer:
     sentences += [_gain_sentence(tables), _trivial_sentence(tables)]
     sentences.append(_comparability_sentence(tables))
     sentences.append(_random_weights_sentence(tables, ranks, goal))
-    sentences += [_pretraining_sentence(ranks, against, goal), _labels_sentence(tables, goal)]
-    sentences.append(_dense_sentence(tables))
+    sentences += [_pretraining_sentence(ranks, against, goal), _dense_sentence(tables)]
     sentences.append(_test_sentence(tables, best, goal))
     sentences += [_by_patch_sentence(tables, goal), _other_objectives(tables, ranks)]
     sentences.append(_progress_sentence(tables))
@@ -76,7 +82,7 @@ def is_beyond_chance(verdict: Any) -> bool:
     return bool(
         verdict["n"] >= FEWEST_SEEDS
         and (verdict["low"] > 0 or verdict["high"] < 0)
-        and verdict["p_holm"] < 0.05
+        and verdict["p_holm"] < LEVEL
     )
 
 
@@ -246,12 +252,6 @@ def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Meas
     helps = (verdict["mean"] < 0) == goal.maximize
     word = "helps" if helps else "hurts"
     return f"Pretraining {word} (control's settings): {values}; {interval}."
-
-
-def _labels_sentence(tables: StudyTables, goal: Measure) -> str | None:
-    """What pretraining is worth with few and with more labels, where they vary."""
-    numbers = labels_numbers(tables)
-    return worth(numbers, goal) if numbers["labels"].nunique() > 1 else None
 
 
 def _dense_sentence(tables: StudyTables) -> str | None:

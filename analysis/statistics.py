@@ -14,6 +14,7 @@ import numpy as np
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
+LEVEL = 0.05  # below which an adjusted p is a difference shown
 FEWEST_SEEDS = 3  # fewer never carry a claim: with two, chance alone looks certain too often
 FEWEST_ARMS = 5  # whose order is compared: of four, one of 24 orders is right by chance
 RESAMPLES = 2000
@@ -142,7 +143,7 @@ def _rank_correlations(pairs: np.ndarray) -> np.ndarray:
         return np.asarray((x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1)))
 
 
-def detectable_difference(sd: float, n: int, power: float = 0.8, level: float = 0.05) -> float:
+def detectable_difference(sd: float, n: int, power: float = 0.8, level: float = LEVEL) -> float:
     """Smallest true paired difference that n pairs show with this power; sd of one pair's."""
     if n < 2:
         raise ValueError(f"a detectable difference needs at least 2 seeds, got {n}")

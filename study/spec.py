@@ -99,7 +99,7 @@ class Resources(Strict):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[
         float | None,
-        Field(ge=0, description="null: one where the cluster has as many, else none"),
+        Field(ge=0, description="null: one if the cluster has as many at the start, else none"),
     ] = None
     concurrent: Annotated[
         Positive | None, Field(description="trials at once; null: as many as fit")

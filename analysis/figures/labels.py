@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from analysis.figures.drawn import Drawn, mark_of
 from analysis.figures.rows import error_bars
-from analysis.statistics import difference, mean_and_interval
+from analysis.statistics import FEWEST_SEEDS, LEVEL, difference, holm, mean_and_interval
 from analysis.tables import Measure, StudyTables, arm_scores, lines_of
 from analysis.theme import colour, figure
 
@@ -22,15 +22,15 @@ ENCODERS = {
     "random-init": ("random weights", "random-init"),
 }
 COLUMNS = ["labels", "encoder", "n", "mean", "low", "high"]
-GAINS = ["gain", "gain_low", "gain_high", "pairs"]
+GAINS = ["gain", "gain_low", "gain_high", "p", "p_holm", "pairs"]
 
 
 def labels_numbers(tables: StudyTables) -> pd.DataFrame:
     """One line per number of labels and encoder, few labels first.
 
     labels ("4", "5 %", "all"), encoder, n, mean, low, high; then what it is ahead of random weights
-    with as many labels: gain, gain_low, gain_high, paired by seed, and pairs. Of the arms that have
-    the control's settings in all else.
+    with as many labels: gain, gain_low, gain_high, p, Holm-adjusted p, paired by seed, and pairs.
+    Of the arms that have the control's settings in all else.
     """
     goal = tables.objectives[0] if tables.objectives else None
     controls = tables.arms[tables.arms["group"] == "control"]
@@ -58,10 +58,14 @@ def labels_numbers(tables: StudyTables) -> pd.DataFrame:
         if random is not None and encoder != "random-init":
             gain = difference(values, random)
         about = [labels, encoder, len(values), *mean_and_interval(values.values())]
-        of_gain = [None] * 3 + [0] if gain is None else [gain.mean, gain.low, gain.high, gain.n]
+        of_gain: list[Any] = [None] * 5 + [0]
+        if gain is not None:
+            of_gain = [gain.mean, gain.low, gain.high, gain.p, None, gain.n]
         lines.append([*about, *of_gain])
     numbers = pd.DataFrame(lines, columns=COLUMNS + GAINS)
-    numbers[GAINS[:3]] = numbers[GAINS[:3]].astype(float)
+    numbers[GAINS[:-1]] = numbers[GAINS[:-1]].astype(float)
+    is_tested = numbers["p"].notna()
+    numbers.loc[is_tested, "p_holm"] = holm(list(numbers.loc[is_tested, "p"]))
     return numbers
 
 
@@ -117,6 +121,25 @@ def worth(numbers: pd.DataFrame, goal: Measure) -> str:
     ]
     fewest = int(shown["pairs"].min())
     return f"Pretrained − random weights, paired by seed (n ≥ {fewest}): {'; '.join(gains)}."
+
+
+def is_shown(numbers: pd.DataFrame) -> pd.Series:
+    """Which fine-tuned lines differ from random weights beyond chance."""
+    is_enough = (numbers["encoder"] == "finetune") & (numbers["pairs"] >= FEWEST_SEEDS)
+    return is_enough & (numbers["p_holm"] < LEVEL)
+
+
+def headline(numbers: pd.DataFrame, goal: Measure) -> str:
+    """With how many labels pretraining is shown to pay, or to cost."""
+    shown = numbers[is_shown(numbers)]
+    is_better = shown["gain"] > 0 if goal.maximize else shown["gain"] < 0
+    pays, costs = (", ".join(shown.loc[which, "labels"]) for which in (is_better, ~is_better))
+    if not pays and not costs:
+        return "Pretraining is not shown to pay or to cost with any number of labels."
+    if not pays:
+        return f"Pretraining is shown to cost with {costs} labels, and to pay with none."
+    also = f", and to cost with {costs}" if costs else ""
+    return f"Pretraining is shown to pay with {pays} labels{also}."
 
 
 def _all_else(settings: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,12 @@ def fine_tuned(tables: StudyTables) -> Measure:
 def probes_numbers(tables: StudyTables) -> pd.DataFrame:
     """metric, title, n, mean (Spearman's correlation over arms), low, high, the highest first.
 
-    Of arms that are pretrained and fine-tuned, each the mean over its seeds.
+    Of arms that are pretrained, and segmented as the control is: what differs between them is what
+    the probes could tell. Each is the mean over its seeds.
     """
     goal = fine_tuned(tables)
     sign = 1 if goal.maximize else -1
-    arms = tables.arms.index[tables.arms["group"].isin(["search", "control"])]
+    arms = segmented_alike(tables)
     after = arm_scores(tables, goal.key).groupby("arm")["value"].mean()
     lines = []
     for name in PROBES:
@@ -40,6 +41,17 @@ def probes_numbers(tables: StudyTables) -> pd.DataFrame:
     columns = ["metric", "title", "n", "mean", "low", "high"]
     numbers = pd.DataFrame(lines, columns=columns)
     return numbers.sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+
+
+def segmented_alike(tables: StudyTables) -> list[str]:
+    """The arms with the control's settings of segmentation; all searched ones if there is none."""
+    arms = tables.arms[tables.arms["group"].isin(["search", "control"])]
+    ways = {
+        str(arm): {path: value for path, value in settings.items() if path.startswith("segment.")}
+        for arm, settings in arms["settings"].items()
+    }
+    control = next((str(arm) for arm in arms.index[arms["group"] == "control"]), None)
+    return [arm for arm, way in ways.items() if control is None or way == ways[control]]
 
 
 def probes(tables: StudyTables) -> Drawn:

@@ -393,7 +393,9 @@ def test_what_pretraining_is_worth_by_labels() -> None:
     assert line["gain_low"] == pytest.approx(0.1 - 4.302653 * 0.01 / 3**0.5, abs=1e-6)
     assert numbers["gain"].notna().sum() == 2
     says = labels(tables).says
-    assert any(says.endswith(sentence) for sentence in answer(tables).sentences)
+    found = answer(tables)
+    assert any(says.endswith(sentence) for sentence in found.sentences)
+    assert found.headline == "Pretraining is shown to pay with 16 labels." and found.is_shown
     assert "16 labels +0.100 [+0.075, +0.125]; all labels +0.000" in says
 
 
@@ -439,3 +441,30 @@ def test_four_arms_and_controls_of_another_kind_are_no_order() -> None:
     assert drawn.says.startswith("Fewer than 5 complete arms")
     stopped = probed(2, lambda arm: arm / 100, outcome="stopped")
     assert probes(hand_made(*four, *[one | {"arm": "s"} for one in stopped])).figure is None
+
+
+def test_that_pretraining_costs_or_does_nothing_is_the_answer_too() -> None:
+    """Arms that learnt from more labels are not told as better ones."""
+    none = with_labels("b", None, "random-init", 0.8, 0.81, 0.82)
+    few = with_labels("d", 4, "random-init", 0.6, 0.63, 0.63)
+    same = with_labels("a", None, "finetune", 0.81, 0.8, 0.82)
+    worse = with_labels("c", 4, "finetune", 0.50, 0.53, 0.54)
+    better = with_labels("e", 4, "finetune", 0.62, 0.60, 0.66)
+    found = answer(hand_made(*none, *few, *same, *worse))
+    assert found.headline == "Pretraining is shown to cost with 4 labels, and to pay with none."
+    found = answer(hand_made(*none, *few, *same, *better))
+    assert "not shown to pay or to cost" in found.headline and not found.is_shown
+    assert not any("ahead of the best" in sentence for sentence in found.sentences)
+
+
+def test_only_arms_that_are_segmented_alike_tell_whether_probes_foretell() -> None:
+    """Those with few labels score less, whatever their encoders are."""
+    alike = probed(6, lambda arm: arm / 100)
+    few = [
+        {"arm": f"few{arm}", "miou": 0.1, "pretrain/dense_miou": 0.9 + arm / 100}
+        | {"config": {"segment": {"labels": 4}}}
+        for arm in range(6)
+    ]
+    control = [one | {"origin": "control"} if one["arm"] == "a0" else one for one in alike]
+    numbers = probes_numbers(hand_made(*control, *few))
+    assert numbers[["n", "mean"]].iloc[0].tolist() == [6, 1.0]
