@@ -76,7 +76,10 @@ BEFORE_0_2: dict[str, Any] = {
     "segment.clip": None,
 }
 # Settings that it had with another default
-DEFAULTS_BEFORE_0_2: dict[str, Any] = {"segment.layer_decay": 0.75}
+DEFAULTS_BEFORE_0_2: dict[str, Any] = {
+    "segment.layer_decay": 0.75,
+    "segment.augment": {"name": "flips"},
+}
 # As BEFORE_0_2, of options: (section, setting, name) -> option -> what it always did
 OPTIONS_BEFORE_0_2: dict[tuple[str, str, str], dict[str, Any]] = {
     ("masking", "strategy", "amlp"): {"category_reads": "descriptors"},
@@ -200,7 +203,9 @@ class SegmentConfig(Strict):
         bool,
         Field(description="whether the decoder sees the image beside what the encoder makes of it"),
     ] = True
-    augment: Augmentation = Field(default={"name": "flips"}, validate_default=True)
+    augment: Augmentation = Field(
+        default={"name": "crops", "scale": (0.5, 1.0)}, validate_default=True
+    )
     clip: Clip = 0.3
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 

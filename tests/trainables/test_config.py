@@ -55,11 +55,16 @@ def test_a_number_for_all_axes_stays_a_number():
     before = TrialConfig.model_validate(
         {
             "model": {"positions": "pixels"},
-            "segment": {"decoder_first": 0.0, "clip": None, "layer_decay": 0.75},
+            "segment": {
+                "decoder_first": 0.0,
+                "clip": None,
+                "layer_decay": 0.75,
+                "augment": "flips",
+            },
         }
     )
     assert arm_id(before) == "8d89ebdf"
-    assert arm_id(TrialConfig()) == "145f98ed"
+    assert arm_id(TrialConfig()) == "e76caa39"
 
 
 def test_equal_edges_along_all_axes_are_the_same_trial_however_spelt():
