@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainables.data import images, smears, volumes
+from trainables.data import images, smears, textures, volumes
 from trainables.data.source import SourceKind
 from trainables.data.store import Dataset, Hears, open_dataset, write
 from trainables.named import Choice, named
@@ -20,6 +20,7 @@ from trainables.storage import default_cache
 
 SOURCES = {
     "smears": SourceKind(smears.smears, smears.example),
+    "textures": SourceKind(textures.textures, textures.example),
     "images": SourceKind(images.images, images.example),
     "volumes": SourceKind(volumes.volumes, volumes.example),
 }
