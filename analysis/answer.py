@@ -67,6 +67,11 @@ def answer(tables: StudyTables) -> Answer:
         is_shown = is_beyond_chance(verdict) and (verdict["mean"] > 0) == goal.maximize
         headline = _beside_the_control(line, control.iloc[0], verdict, goal, is_shown)
         sentences.append(_certainty(verdict, goal, tables))
+        effect = _effect_of_pretraining(against, goal)
+        if not is_shown and effect:
+            sentences.insert(0, headline)
+            headline = f"Pretraining {effect}; no arm is shown to be better than the control."
+            is_shown = True
     sentences += [_gain_sentence(tables), _trivial_sentence(tables)]
     sentences.append(_comparability_sentence(tables))
     sentences.append(_random_weights_sentence(tables, ranks, goal))
@@ -231,6 +236,14 @@ def _random_weights_sentence(tables: StudyTables, ranks: pd.DataFrame, goal: Mea
     return f"{words}." if is_shown else f"{words}: not told apart from none."
 
 
+def _effect_of_pretraining(against: pd.DataFrame, goal: Measure) -> str | None:
+    """What is shown of the control's: "helps", "hurts"; None: nothing."""
+    scratch = against[against["group"] == "random-init"]
+    if scratch.empty or not is_beyond_chance(scratch.iloc[0]):
+        return None
+    return "helps" if (scratch.iloc[0]["mean"] < 0) == goal.maximize else "hurts"
+
+
 def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Measure) -> str | None:
     """The control against the same network from random weights."""
     scratch = against[against["group"] == "random-init"]
@@ -247,11 +260,10 @@ def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Meas
         f"difference {goal.show(-verdict['mean'], signed=True)}, 95 % interval "
         f"{goal.show(low, signed=True)} to {goal.show(high, signed=True)}, {verdict['n']} seeds"
     )
-    if not is_beyond_chance(verdict):
+    effect = _effect_of_pretraining(against, goal)
+    if effect is None:
         return f"Pretraining (control's settings): {values}; {interval}: no effect shown."
-    helps = (verdict["mean"] < 0) == goal.maximize
-    word = "helps" if helps else "hurts"
-    return f"Pretraining {word} (control's settings): {values}; {interval}."
+    return f"Pretraining {effect} (control's settings): {values}; {interval}."
 
 
 def _dense_sentence(tables: StudyTables) -> str | None:
