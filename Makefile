@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cloud,tensorboard,mlflow]'
 	touch $@
 
-demo: $(STAMP) ## run the quickstart study and write its report (about 2 minutes on 2 cores)
+demo: $(STAMP) ## run the quickstart study and write its report (about 4 minutes on 2 cores)
 	$(BIN)/maskstudy run study/examples/quickstart.yaml
 
 test: $(STAMP) ## run the tests: two files at a time, then those that start Ray, one by one
