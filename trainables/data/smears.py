@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from trainables.data.source import Decoded, Source
+from trainables.data.generated import Count, Edge, Picture, generated
+from trainables.data.source import Source
 from trainables.late import Late
 
 if TYPE_CHECKING:
@@ -27,8 +29,6 @@ else:
 Floats = npt.NDArray[np.float32]
 Placed = tuple[Floats, Floats]  # radii (N,), centres (N, 2)
 Window = tuple[slice, slice]
-Count = Annotated[int, Field(ge=0)]
-Edge = Annotated[int, Field(ge=8, le=4096)]
 Diameter = Annotated[float, Field(ge=1.0, le=1024.0)]
 Mean = Annotated[
     float | None, Field(ge=0.0, le=5000.0, description="mean count per image; null: by area")
@@ -45,7 +45,6 @@ AZURE = (0.42, 0.60, 0.17)
 BULGE = 1.35  # farthest that an outline reaches, in radii
 BEYOND = 0.03  # how far outside the picture a centre may lie, in picture edges
 DARTS = 24  # tries to place an object
-SPLITS = ("train", "val", "test", "pretrain")
 
 
 def smears(
@@ -83,36 +82,16 @@ def smears(
         light=light,
         noise=noise,
     )
-    numbers = zip(SPLITS, (images, val, test, unlabelled), strict=True)
-    rows = [(split, index) for split, number in numbers for index in range(number)]
-
-    def decode(row: int) -> Decoded:
-        split, index = rows[row]
-        picture, mask, instances = smear(
-            look, np.random.default_rng([seed, SPLITS.index(split), index])
-        )
-        if split == "pretrain":
-            mask, instances = np.full_like(mask, 255), np.zeros_like(instances)
-        return Decoded(picture[None], mask[None], instances[None])
-
-    names = [f"{split}-{index:05d}" for split, index in rows]
-    return Source(
-        name="smears",
-        identity={"seed": seed, **look.as_json()},
+    return generated(
+        "smears",
+        partial(smear, look),
+        counts={"train": images, "val": val, "test": test, "pretrain": unlabelled},
+        seed=seed,
+        about=look.as_json(),
         size=height_width,
         channels=3,
-        dtype="uint8",
         classes=list(CLASSES),
         small_classes=[PLATELET],
-        window=None,
-        is_labelled=True,
-        has_instances=True,
-        names=names,
-        groups=names,
-        splits=[split for split, _ in rows],
-        parts=[range(row, row + 1) for row in range(len(rows))],
-        decode=decode,
-        notes=[],
     )
 
 
@@ -164,10 +143,8 @@ class Look:
         return COVER[label] * math.prod(self.size) / (math.pi / 4 * self.diameters[label] ** 2)
 
 
-def smear(
-    look: Look, rng: np.random.Generator
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], npt.NDArray[np.uint16]]:
-    """One picture (3, H, W), its classes (H, W) and its instances (H, W), 1 and up."""
+def smear(look: Look, rng: np.random.Generator) -> Picture:
+    """One picture, with its classes and its cells."""
     placed: dict[int, Placed] = {}
     for label in (WHITE, RED, PLATELET):  # white cells push the others aside
         placed[label] = _place(look, label, placed, rng)
@@ -176,7 +153,8 @@ def smear(
     canvas = Canvas(look, margin, rng)
     for label, draw in DRAW.items():  # later ones lie on top
         draw(canvas, *placed[label], rng)
-    return _expose(look, canvas, rng), canvas.inner(canvas.classes), canvas.inner(canvas.instances)
+    picture = _expose(look, canvas, rng)
+    return Picture(picture, canvas.inner(canvas.classes), canvas.inner(canvas.instances))
 
 
 class Canvas:

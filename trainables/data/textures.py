@@ -16,13 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from trainables.data.source import NOT_LABELLED, Decoded, Source
-
-Count = Annotated[int, Field(ge=0)]
-Edge = Annotated[int, Field(ge=8, le=4096)]
+from trainables.data.generated import Count, Edge, Picture, generated
+from trainables.data.source import Source
 
 CLASSES = ["background", "lesion"]
-SPLITS = ("train", "val", "test", "pretrain")
 GREY, CONTRAST = 128.0, 32.0  # of the mean, and of a standard deviation of the noise, in 0 to 255
 SPREAD = 0.15  # standard deviation of diameters, relative
 
@@ -36,7 +33,7 @@ def textures(
     test: Count = 64,
     unlabelled: Count = 1000,
     seed: Count = 0,
-    diameter: Annotated[float, Field(ge=1, le=1024, description="of a lesion, on average")] = 16.0,
+    diameter: Annotated[float, Field(ge=3, le=1024, description="of a lesion, on average")] = 16.0,
     lesions: Annotated[float, Field(ge=0, le=5000, description="mean count, at least one")] = 1.5,
     pattern: Annotated[
         int, Field(ge=2, le=64, multiple_of=2, description="edge of what repeats, even")
@@ -47,29 +44,23 @@ def textures(
 ) -> Source:
     """Lesions, generated, that differ from their ground by their texture alone."""
     height_width = (size, size) if isinstance(size, int) else size
-    numbers = zip(SPLITS, (images, val, test, unlabelled), strict=True)
-    rows = [(split, index) for split, number in numbers for index in range(number)]
     patterns_2HW = _tiled(_patterns(pattern, np.random.default_rng(seed)), height_width)
 
-    def decode(row: int) -> Decoded:
-        split, index = rows[row]
-        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    def draw(rng: np.random.Generator) -> Picture:
         instances = _lesions(height_width, lesions, diameter, rng)
         is_lesion = instances > 0
         signs = rng.choice([-1.0, 1.0], 2)
         texture = np.where(is_lesion, signs[1] * patterns_2HW[1], signs[0] * patterns_2HW[0])
-        picture = GREY + CONTRAST * (strength * texture + rng.standard_normal(height_width))
-        image = np.clip(picture.round(), 0, 255).astype(np.uint8)
-        mask = is_lesion.astype(np.uint8)
-        if split == "pretrain":
-            mask, instances = np.full_like(mask, NOT_LABELLED), np.zeros_like(instances)
-        return Decoded(image[None, None], mask[None], instances[None])
+        levels = GREY + CONTRAST * (strength * texture + rng.standard_normal(height_width))
+        image = np.clip(levels.round(), 0, 255).astype(np.uint8)
+        return Picture(image[None], is_lesion.astype(np.uint8), instances)
 
-    names = [f"{split}-{index:05d}" for split, index in rows]
-    return Source(
-        name="textures",
-        identity={
-            "seed": seed,
+    return generated(
+        "textures",
+        draw,
+        counts={"train": images, "val": val, "test": test, "pretrain": unlabelled},
+        seed=seed,
+        about={
             "diameter": diameter,
             "lesions": lesions,
             "pattern": pattern,
@@ -77,18 +68,8 @@ def textures(
         },
         size=height_width,
         channels=1,
-        dtype="uint8",
         classes=list(CLASSES),
         small_classes=[1],
-        window=None,
-        is_labelled=True,
-        has_instances=True,
-        names=names,
-        groups=names,
-        splits=[split for split, _ in rows],
-        parts=[range(row, row + 1) for row in range(len(rows))],
-        decode=decode,
-        notes=[],
     )
 
 
@@ -116,7 +97,7 @@ def _tiled(patterns: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDAr
 def _lesions(
     size: tuple[int, int], mean: float, diameter: float, rng: np.random.Generator
 ) -> npt.NDArray[np.uint16]:
-    """Discs anywhere in the image, numbered from 1; later ones lie on top. There is always one."""
+    """Discs anywhere in the image, numbered from 1; later ones lie on top. At least one is seen."""
     instances = np.zeros(size, np.uint16)
     y, x = np.mgrid[: size[0], : size[1]] + 0.5
     for number in range(1, max(1, rng.poisson(mean)) + 1):
