@@ -39,6 +39,7 @@ from study.resume import (
     is_unfinished,
     next_step,
     num_planned,
+    num_pretrainings,
 )
 from study.spec import StudySpec
 from study.stopping import goes_on
@@ -80,6 +81,7 @@ class Conductor:
             total=num_planned(self.spec),
             done=sum(not is_unfinished(result) for result in self.results.values()),
             metrics=[objective.metric for objective in spec.objectives],
+            pretrainings=None if ledger.folder.remote else num_pretrainings(self.spec),
         )
         self.progress.best = self._best()
         self._finish_stopped()

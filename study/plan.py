@@ -16,6 +16,7 @@ import torch
 from cluster.placement import Room, WorkerGroup, num_groups, worker_group
 from study import space
 from study.fit import DataSize, data_size
+from study.resume import num_pretrainings
 from trainables import cost
 from trainables.config import TrialConfig, arm_id, num_steps
 from trainables.edges import Edges, grid_of, in_words
@@ -114,11 +115,10 @@ def plan(
     costs = costs or [control]
     mean = fmean(one.flops for one in costs)
     flops = control.flops * num_controls + mean * (searched_trials + confirmations)
-    if all(path.startswith("segment.") for path in spec.search):
-        # all trials of a seed share one pretraining
-        seeds = spec.seeds + (spec.confirm.seeds if spec.confirm else 0)
+    pretrainings = num_pretrainings(spec)
+    if pretrainings is not None:
         mean = fmean(one.segment_flops for one in costs)
-        flops = control.pretrain_flops * seeds + control.segment_flops * num_controls
+        flops = control.pretrain_flops * pretrainings + control.segment_flops * num_controls
         flops += mean * (searched_trials + confirmations)
 
     concurrent = _concurrent(spec, cpus, gpus)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,6 +35,7 @@ class Line:
     values: dict[str, float] = field(default_factory=dict)
     outcome: Outcome | None = None
     seconds: float = 0.0
+    pretraining: float = 0.0  # seconds of them until its encoder was pretrained
     reminded: float = 0.0  # when a log last said what it waits for
 
 
@@ -80,9 +81,18 @@ class Patience(AbstractContextManager["Patience"]):
 class Progress:
     """Collects events; `start` and `stop` bracket the live table."""
 
-    def __init__(self, *, study: str, total: int, done: int, metrics: list[str]):
+    def __init__(
+        self,
+        *,
+        study: str,
+        total: int,
+        done: int,
+        metrics: list[str],
+        pretrainings: int | None = None,
+    ):
         self.study, self.total, self.done_before = study, total, done
         self.metrics = metrics
+        self.pretrainings = pretrainings  # of all trials, one for a seed; None: of each its own
         self.best = ""  # the best arm so far, in a few words
         self.lines: dict[str, Line] = {}
         self.began = time.monotonic()
@@ -137,6 +147,8 @@ class Progress:
     ) -> None:
         line = self.lines[suggestion.trial]
         line.phase, line.progress = phase, progress
+        if phase == "pretrain" and progress >= 1:
+            line.pretraining = time.monotonic() - line.began
         line.values.update(values)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._event(
@@ -181,15 +193,27 @@ class Progress:
         return self.done_before + sum(line.outcome is not None for line in self.lines.values())
 
     def seconds_left(self) -> float | None:
-        """Remaining trials at the mean duration of those that finished in this run."""
+        """Remaining trials at the mean duration of those that finished in this run.
+
+        Where pretraining is shared, the first of each seed has the one that it takes.
+        """
         finished = [line for line in self.lines.values() if line.outcome is not None]
         if not finished:
             return None
-        mean = sum(line.seconds for line in finished) / len(finished)
         running = [line for line in self.lines.values() if line.outcome is None]
-        waiting = self.total - self.num_done - len(running)
-        started = sum(max(0.0, mean - (time.monotonic() - line.began)) for line in running)
-        return (max(0, waiting) * mean + started) / self.slots
+        waiting = max(0, self.total - self.num_done - len(running))
+        is_shared = self.pretrainings is not None
+        newest_first = reversed(self.lines.values())
+        firsts = {line.suggestion.seed: line for line in newest_first} if is_shared else {}
+        paid = [line.pretraining for line in firsts.values() if line.pretraining]
+        extra = fmean(paid) if paid else 0.0
+        lacking = max(0, (self.pretrainings or 0) - len(firsts))
+        mean = fmean(line.seconds - is_shared * line.pretraining for line in finished)
+        now, started = time.monotonic(), 0.0
+        for line in running:
+            is_first = firsts.get(line.suggestion.seed) is line
+            started += max(0.0, mean + is_first * extra - (now - line.began))
+        return (waiting * mean + lacking * extra + started) / self.slots
 
     def table(self) -> Group:
         """The live view: what runs, the latest that finished, best so far, time left."""

@@ -130,6 +130,16 @@ def num_planned(spec: StudySpec) -> int:
     return spec.budget.trials + ((confirm.arms + 1) * confirm.seeds if confirm else 0)
 
 
+def num_pretrainings(spec: StudySpec) -> int | None:
+    """How many the whole study takes where trials that pretrain alike do so once.
+
+    None: each trial may have one of its own.
+    """
+    if not all(path.startswith("segment.") for path in spec.search):
+        return None
+    return spec.seeds + (spec.confirm.seeds if spec.confirm else 0)
+
+
 def twin(spec: StudySpec, control: str) -> TrialConfig:
     """The control arm with another encoder: `random-init` or `frozen`."""
     segment = spec.trial.segment.model_copy(update={"encoder": control})

@@ -12,12 +12,12 @@ from study.progress import Patience, Progress, duration
 from tests.machine import wait_until
 
 
-def suggestion(number: int, origin: str = "search") -> Suggestion:
+def suggestion(number: int, origin: str = "search", seed: int = 0) -> Suggestion:
     return Suggestion(
         number=number,
         trial=f"{number:012x}",
         arm=f"{number:08x}",
-        seed=0,
+        seed=seed,
         origin=origin,
         config={},
         params={"model.patch": 4, "masking.ratio": "constant"},
@@ -53,6 +53,24 @@ def test_time_left_is_the_mean_duration_of_what_is_left() -> None:
     assert abs(left - (10 + 6)) < 1  # one waits, one has 6 s to go
     progress.slots = 2
     assert abs(progress.seconds_left() - 8) < 1  # type: ignore[operator]
+
+
+def test_pretraining_that_trials_share_is_expected_once_a_seed() -> None:
+    progress = Progress(study="cells", total=9, done=0, metrics=[], pretrainings=3)
+    progress.console = Console(file=io.StringIO())
+    for number, seed in enumerate((0, 0, 1)):
+        one = suggestion(number, seed=seed)
+        progress.suggested(one, resumed=False)
+        progress.rung(one, "pretrain", 1.0, {})
+        if number < 2:
+            progress.finished(one, Outcome.COMPLETE, None)
+    first, second, third = progress.lines.values()
+    first.seconds, first.pretraining = 110.0, 100.0
+    second.seconds, second.pretraining = 10.5, 0.5
+    third.pretraining = 100.0
+    third.began -= 40
+    # six trials at 10 s, the pretraining of the last seed, and 110 - 40 s of the third
+    assert progress.seconds_left() == pytest.approx(6 * 10 + 100 + 70, abs=1)
 
 
 def test_the_table_shows_arm_phase_best_and_time_left() -> None:
