@@ -55,9 +55,9 @@ def pretrain_once(
     if context.shared is None:
         return pretrain(config, seed, dataset, probe, context)
     key = key_of(config, seed, dataset.fingerprint, probe, context)
-    is_there = context.is_main and find(context.shared, key) is not None
-    if distributed.decided_by_main(is_there, context):
-        done = find(context.shared, key)
+    done = find(context.shared, key) if context.is_main else None
+    if distributed.decided_by_main(done is not None, context):
+        done = done or find(context.shared, key)
         assert done is not None, f"{context.shared / key} can be read by one worker alone"
         return _replayed(done, context)
     told: list[list[Row]] = []
