@@ -9,7 +9,6 @@ import pandas as pd
 
 from analysis.figures import labels
 from analysis.figures.differences import differences_numbers, p_words, values_by_seed
-from analysis.figures.labels import labels_numbers, worth
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.statistics import FEWEST_SEEDS, LEVEL, detectable_difference, difference
 from analysis.tables import (
@@ -27,7 +26,7 @@ SOLVED_SHARE = 0.95  # of the control's mIoU: a segmenter without an encoder all
 
 
 class Answer(NamedTuple):
-    """`is_shown`: a difference from the control is shown beyond chance."""
+    """`is_shown`: the headline tells of a difference that is shown beyond chance."""
 
     headline: str
     sentences: list[str]
@@ -43,9 +42,9 @@ def answer(tables: StudyTables) -> Answer:
             "No answer yet: no trial is complete.", [_progress_sentence(tables)], is_shown=False
         )
     goal = tables.objectives[0]
-    by_labels = labels_numbers(tables)
+    by_labels = labels.labels_numbers(tables)
     if by_labels["labels"].nunique() > 1:  # arms that learnt from more labels are no better arms
-        told = [worth(by_labels, goal), _gain_sentence(tables), _trivial_sentence(tables)]
+        told = [labels.worth(by_labels, goal), _gain_sentence(tables), _trivial_sentence(tables)]
         told += [_dense_sentence(tables), _progress_sentence(tables)]
         is_shown = bool(labels.is_shown(by_labels).any())
         return Answer(labels.headline(by_labels, goal), [each for each in told if each], is_shown)
@@ -70,7 +69,9 @@ def answer(tables: StudyTables) -> Answer:
         effect = _effect_of_pretraining(against, goal)
         if not is_shown and effect:
             sentences.insert(0, headline)
-            headline = f"Pretraining {effect}; no arm is shown to be better than the control."
+            headline = (
+                f"Pretraining {effect}; the best arm is not shown to be better than the control."
+            )
             is_shown = True
     sentences += [_gain_sentence(tables), _trivial_sentence(tables)]
     sentences.append(_comparability_sentence(tables))

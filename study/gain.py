@@ -57,7 +57,8 @@ def warning(best: Gain | None) -> str | None:
         return None
     return (
         f"No encoder of this study fills in hidden pixels better than {rival(best)} does (best: "
-        f"{decibels(best)}): pretraining has not learnt the images yet. Raise pretrain.epochs or "
+        f"{decibels(best)}): pretraining has not learnt the images yet. What its encoders are "
+        f"worth all the same, only random weights beside them tell. Raise pretrain.epochs or "
         f"pretrain.optimizer.base_lr, or take a larger model; `maskstudy check STUDY.yaml "
         f"--forecast 60` estimates the steps it takes."
     )

@@ -231,13 +231,28 @@ def test_a_clear_difference_on_fresh_seeds_is_called_so() -> None:
 
 def test_an_interval_across_zero_is_no_difference() -> None:
     found = answer(study_tables(Path("s"), confirm_seeds=5, gain=0.02, noise=0.03))
-    assert found.headline == "Pretraining helps; no arm is shown to be better than the control."
+    assert found.headline == (
+        "Pretraining helps; the best arm is not shown to be better than the control."
+    )
     assert found.is_shown and any(
         each.startswith("Pretraining helps (") for each in found.sentences
     )
     assert found.sentences[0].startswith("Ahead, but not shown to be better: ")
     assert "not told apart from none" in found.sentences[1]
     assert "With this noise 5 seeds show a difference of" in found.sentences[1]
+
+
+def test_that_pretraining_hurts_stands_first_where_no_better_arm_is_shown() -> None:
+    values = {"c": (0.50, 0.51, 0.52), "a": (0.51, 0.50, 0.53), "r": (0.60, 0.62, 0.62)}
+    kinds = {"c": {"origin": "control"}, "r": {"origin": "control:random-init"}, "a": {}}
+    trials = [
+        {"arm": arm, "seed": seed, "miou": miou} | kinds[arm]
+        for arm, mious in values.items()
+        for seed, miou in enumerate(mious)
+    ]
+    found = answer(hand_made(*trials))
+    assert found.headline.startswith("Pretraining hurts; the best arm is not shown to be better")
+    assert found.is_shown and found.sentences[0].startswith("Ahead, but not shown")
 
 
 def test_two_seeds_are_too_few_for_a_claim() -> None:
