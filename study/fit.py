@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from study.checks import geometry_problems
+from trainables.labelled import classes_missing
 from trainables.metrics import MIOU, PSNR, metric_of, parse
 
 if TYPE_CHECKING:
@@ -64,20 +65,43 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
     return problems
 
 
+def classes_without_labels(spec: StudySpec, dataset: Dataset) -> list[str]:
+    """Of few labels, which seeds draw none of some class: one line for each count."""
+    lines = []
+    for setting, value in _label_counts(spec):
+        settings = spec.trial.segment.model_copy(update={"labels": value})
+        seeds_of: dict[str, list[str]] = {}
+        for seed in range(spec.seed, spec.seed + spec.seeds):
+            for name in classes_missing(settings, dataset, seed):
+                seeds_of.setdefault(name, []).append(str(seed))
+        if seeds_of:
+            what = "; ".join(f"{name} (seed {', '.join(of)})" for name, of in seeds_of.items())
+            lines.append(
+                f"{setting}: with {value} there is no label of {what}; take more labels, or judge "
+                f"by other classes"
+            )
+    return lines
+
+
 def _label_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Of counts of labelled groups that are larger than all there are."""
+    return [
+        f"{setting}: given {value}, but the train split has {data.train_groups} labelled groups; "
+        f"expected at most as many, or null for all of them"
+        for setting, value in _label_counts(spec)
+        if data.classes and isinstance(value, int) and value > data.train_groups
+    ]
+
+
+def _label_counts(spec: StudySpec) -> list[tuple[str, int | float | None]]:
+    """(setting, `segment.labels`) of the control and of what is searched."""
     given = [("trial.segment.labels", spec.trial.segment.labels)]
     item = spec.search.get("segment.labels")
     if item is not None:
         choices = item.choices if item.choices is not None else [item.high]
         values = choices.values() if isinstance(choices, dict) else choices
         given += [("search.segment.labels", value) for value in values]
-    return [
-        f"{setting}: given {value}, but the train split has {data.train_groups} labelled groups; "
-        f"expected at most as many, or null for all of them"
-        for setting, value in given
-        if data.classes and isinstance(value, int) and value > data.train_groups
-    ]
+    return given
 
 
 def _probe_problems(spec: StudySpec, data: DataSize) -> list[str]:

@@ -178,7 +178,8 @@ class SegmentConfig(Strict):
         Labels | None,
         Field(
             description="labelled groups to learn from: a count, or a share below 1; null: all. "
-            "Drawn by the seed, few ones among more; the number of steps stays the same"
+            "Drawn by the seed, each class once before all else, few labels among more; as many "
+            "steps as with all"
         ),
     ] = None
     encoder: Literal["finetune", "frozen", "random-init"] = "finetune"

@@ -26,14 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from trainables import counter, distributed, surfaces, trivial
+from trainables import distributed, surfaces, trivial
 from trainables.augment import AUGMENTATIONS
 from trainables.checkpoint import Saved
 from trainables.config import (
     SegmentConfig,
     TrialConfig,
     num_held,
-    num_labelled,
     num_steps,
     warmup_images,
 )
@@ -43,6 +42,7 @@ from trainables.data import Dataset
 from trainables.data.batches import to_device, whole_volume
 from trainables.endings import Ending
 from trainables.errors import UserError
+from trainables.labelled import labelled_rows
 from trainables.metrics import TEST, split_scores
 from trainables.optimizers import OPTIMIZERS, parameter_groups
 from trainables.phase import Learner, Phase, Plan, rung_steps, train
@@ -188,22 +188,6 @@ def make_plan(config: TrialConfig, dataset: Dataset, context: Context, num_image
         flops=segment_flops(config, dataset.size, dataset.channels, len(dataset.classes), steps),
         rungs=rung_steps(context.rungs, steps),
     )
-
-
-def labelled_rows(settings: SegmentConfig, dataset: Dataset, seed: int) -> NDArray[np.int64]:
-    """The training rows that segmentation learns from, of `segment.labels` groups.
-
-    Groups come in an order that the seed draws, so that few labels are among more of them, and
-    trials of one seed that ask for as many have the same ones, whatever else they differ in.
-    """
-    rows = dataset.rows("train")
-    if settings.labels is None:
-        return rows
-    group_of_row = np.array([dataset.groups[row] for row in rows])
-    names = np.unique(group_of_row)
-    order = counter.permutation(seed, "labels", 0, len(names)).numpy()
-    chosen = names[order[: num_labelled(settings, len(names))]]
-    return rows[np.isin(group_of_row, chosen)]
 
 
 def layer_decay(settings: SegmentConfig) -> float | None:

@@ -9,6 +9,7 @@ from study import requests
 from study.commands.data import dataset_of
 from study.commands.finding import begun
 from study.commands.terminal import console, say
+from study.fit import classes_without_labels
 from study.loading import load_spec
 from trainables.metrics import metric_of
 
@@ -23,6 +24,8 @@ def check_study(path: Path, forecast_seconds: float | None = None) -> None:
     dataset = dataset_of(spec)
     say(f"{path}: valid")
     _print_pairs("data", dataset.describe())
+    for line in classes_without_labels(spec, dataset) if dataset.is_labelled else ():
+        say(f"  {'warning':<22} {line}")
 
     # these import torch, which takes seconds: what can be said without it is said before
     import torch

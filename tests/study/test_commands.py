@@ -165,6 +165,17 @@ def test_check_warns_of_data_that_a_threshold_segments(blood: Path, capsys: Capt
     assert "the mIoU of a threshold is 1.00: such data cannot tell encoders apart" in printed
 
 
+def test_check_warns_of_few_labels_that_leave_out_a_class(blood: Path, capsys: Capture) -> None:
+    for index in range(1, 8):  # a platelet in a single image
+        name = blood.parent / f"m{index}.png"
+        Image.fromarray(np.minimum(np.array(Image.open(name)), 1)).save(name)
+    edit(blood, "budget: {trials: 4}", "seeds: 3\nbudget: {trials: 6}")
+    edit(blood, "segment: {", "segment: {labels: 1, ")
+    assert call("check", blood) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "trial.segment.labels: with 1 there is no label of platelet (seed " in printed
+
+
 def test_try_runs_both_phases_in_this_process(blood: Path, capsys: Capture) -> None:
     assert call("try", blood, "--images", "4") == 0
     printed = capsys.readouterr().out

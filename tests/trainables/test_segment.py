@@ -22,11 +22,11 @@ from trainables.data.rows import cut
 from trainables.data.source import tile_corners
 from trainables.data.store import write
 from trainables.errors import UserError
+from trainables.labelled import labelled_rows
 from trainables.mae import build_mae
 from trainables.segment import (
     dice_cross_entropy,
     evaluate,
-    labelled_rows,
     layer_decay,
     make_learner,
     predictions,
@@ -516,29 +516,10 @@ def test_two_workers_learn_what_one_learns(tmp_path):
 # Few labels, and the decoder first
 
 
-def rows_of_labels(labels, seed=0, dataset=None):
-    settings = config(labels=labels).segment
-    return set(labelled_rows(settings, dataset or cells(train=20), seed).tolist())
-
-
-def test_few_labels_are_among_more():
-    nested = [rows_of_labels(labels) for labels in (1, 0.25, 7, 0.5, 20, None)]
-    assert [len(rows) for rows in nested] == [1, 5, 7, 10, 20, 20]
-    assert all(few <= more for few, more in itertools.pairwise(nested))
-    assert rows_of_labels(1000) == rows_of_labels(None)
-    assert len({frozenset(rows_of_labels(5, seed)) for seed in range(8)}) > 5
-
-
-def test_labels_count_groups_and_take_them_whole():
-    dataset = dataclasses.replace(cells(train=20), groups=[str(row // 4) for row in range(25)])
-    rows = rows_of_labels(2, dataset=dataset)
-    assert len(rows) == 8 and all(row - row % 4 + other in rows for row in rows for other in (0, 3))
-
-
 def test_with_few_labels_it_learns_as_many_steps_from_those_alone(tmp_path):
     """Images beyond the chosen ones could be anything."""
     dataset = cells(train=8)
-    chosen = rows_of_labels(2, dataset=dataset)
+    chosen = labelled_rows(config(labels=2).segment, dataset, 0)
     strange = dataclasses.replace(dataset, images=dataset.images.copy())
     strange.images[[row for row in range(8) if row not in chosen]] = 77
     _, told, tensors = run(tmp_path / "few", dataset=dataset, labels=2)

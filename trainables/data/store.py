@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables import durable
-from trainables.data.measure import measure, spots_of
+from trainables.data.measure import PIXELS_AT_ONCE, measure, spots_of
 from trainables.data.rows import joined
 from trainables.data.source import (
     NOT_LABELLED,
@@ -150,6 +150,18 @@ class Dataset:
     def rows(self, split: Split) -> npt.NDArray[np.int64]:
         """Indices of a split; `pretrain` is `train` and the unlabelled, never `val` or `test`."""
         return rows_of(self.splits, split)
+
+    def classes_shown(self, rows: npt.NDArray[np.int64]) -> set[int]:
+        """The classes, but for the background, that the labels of these rows show somewhere."""
+        if self.volumes is not None:
+            has_class_K = self.volumes.has_class[self.volumes.owner[rows]].any(axis=0)
+            return set(np.flatnonzero(has_class_K).tolist())
+        counts_K = np.zeros(NOT_LABELLED + 1, np.int64)
+        step = max(1, PIXELS_AT_ONCE // math.prod(self.size))
+        for start in range(0, len(rows), step):
+            values = self.masks[rows[start : start + step]].reshape(-1)
+            counts_K += np.bincount(values, minlength=len(counts_K))
+        return set(np.flatnonzero(counts_K[: len(self.classes)]).tolist()) - {0}
 
     def describe(self) -> dict[str, Any]:
         """What a person wants to know before training on it."""
