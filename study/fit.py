@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ from trainables.metrics import MIOU, PSNR, metric_of, parse
 if TYPE_CHECKING:
     from study.spec import StudySpec
     from trainables.data import Dataset
+    from trainables.data.source import Split
+
+JUDGED: tuple[Split, ...] = ("train", "val")  # splits whose labels decide
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class DataSize:
     train_images: int
     train_groups: int
     classes: tuple[str, ...]  # empty without labels
+    shown: Mapping[Split, frozenset[str]]  # the classes, but for the background, of labelled images
 
 
 def data_size(dataset: Dataset) -> DataSize:
@@ -36,7 +41,13 @@ def data_size(dataset: Dataset) -> DataSize:
         train_images=len(train),
         train_groups=len({dataset.groups[row] for row in train}),
         classes=tuple(dataset.classes) if dataset.is_labelled else (),
+        shown={split: _shown(dataset, split) for split in JUDGED} if dataset.is_labelled else {},
     )
+
+
+def _shown(dataset: Dataset, split: Split) -> frozenset[str]:
+    places = dataset.classes_shown(dataset.rows(split))
+    return frozenset(dataset.classes[place] for place in places)
 
 
 def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
@@ -61,6 +72,23 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
             problems.append(
                 f"objectives: given {objective.metric!r}; expected a class of the data: "
                 f"{', '.join(scored)}"
+            )
+        elif name.phase == "segment" and not data.shown["train"]:
+            problems.append(
+                f"objectives: given {objective.metric!r}, but no training mask shows anything but "
+                f"{data.classes[0]}; expected masks with objects"
+            )
+        elif name.phase == "segment" and not data.shown["val"]:
+            problems.append(
+                f"objectives: given {objective.metric!r}, but no validation mask shows anything "
+                f"but {data.classes[0]}; expected masks with objects in val, by a column split or "
+                f"another data.split.seed"
+            )
+        elif metric.parts == "class" and name.of in set(data.classes[1:]) - data.shown["val"]:
+            problems.append(
+                f"objectives: given {objective.metric!r}, but no validation mask shows {name.of}; "
+                f"expected images with it in val, by a column split or another data.split.seed, or "
+                f"a class that is there: {', '.join(sorted(data.shown['val']))}"
             )
     return problems
 

@@ -10,6 +10,14 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class FileError(UserError):
+    """What is wrong with one file of many: files with the same fault are told in one line."""
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where} {what}")
+        self.where, self.what = where, what
+
+
 class StorageError(OSError):
     """The study's storage refused to read or write (exit code 74)."""
 

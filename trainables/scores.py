@@ -144,18 +144,18 @@ def iou(counted: Counted) -> dict[str, float]:
 
 
 def miou(counted: Counted) -> float:
-    """Mean IoU of the classes without background."""
+    """Mean IoU of the classes, without background, that the truth has: the same for all arms."""
     return miou_of(counted.confusion_KK)
 
 
 def miou_of(confusion_KK: Counts) -> float:
     """The same of a confusion matrix."""
-    return mean_of_present(_overlaps(confusion_KK)[0][1:])
+    return mean_of_present(_of_true_classes(_overlaps(confusion_KK)[0], confusion_KK)[1:])
 
 
 def mious_of(confusion_NKK: Counts) -> Floats:
     """The same of many (N,)."""
-    overlap_NK = _overlaps(confusion_NKK)[0][:, 1:]
+    overlap_NK = _of_true_classes(_overlaps(confusion_NKK)[0], confusion_NKK)[:, 1:]
     is_there_NK = ~np.isnan(overlap_NK)
     with np.errstate(invalid="ignore"):  # 0 / 0: there is no class but the background
         means_N = np.where(is_there_NK, overlap_NK, 0.0).sum(axis=1) / is_there_NK.sum(axis=1)
@@ -163,14 +163,16 @@ def mious_of(confusion_NKK: Counts) -> Floats:
 
 
 def miou_with_background(counted: Counted) -> float:
-    """Mean IoU of all classes."""
-    return mean_of_present(_overlaps(counted.confusion_KK)[0])
+    """Mean IoU of all classes that the truth has."""
+    overlap_K = _overlaps(counted.confusion_KK)[0]
+    return mean_of_present(_of_true_classes(overlap_K, counted.confusion_KK))
 
 
 def dice(counted: Counted) -> dict[str, float]:
-    """Dice, mean of the classes without background, and of every class."""
+    """Dice, mean of the classes, without background, that the truth has; and of every class."""
     values = _overlaps(counted.confusion_KK)[1]
-    return {"": mean_of_present(values[1:])} | _by_class(values, counted.classes)
+    mean = mean_of_present(_of_true_classes(values, counted.confusion_KK)[1:])
+    return {"": mean} | _by_class(values, counted.classes)
 
 
 def objects_in(
@@ -300,6 +302,15 @@ def _overlaps(confusion_KK: Counts) -> tuple[Floats, Floats]:
     true, predicted = confusion_KK.sum(axis=-1), confusion_KK.sum(axis=-2)
     with np.errstate(invalid="ignore"):  # 0 / 0: the class occurs nowhere
         return hits / (true + predicted - hits), 2 * hits / (true + predicted)
+
+
+def _of_true_classes(values: Floats, confusion_KK: Counts) -> Floats:
+    """The values (..., K), NaN for classes that the truth lacks.
+
+    Such a class has an IoU of 0 if a single pixel is taken for it, and none otherwise: which
+    classes a mean is of must not depend on what is predicted.
+    """
+    return np.where(confusion_KK.sum(axis=-1) > 0, values, np.nan)
 
 
 def _by_class(values: Floats, classes: Sequence[str]) -> dict[str, float]:

@@ -15,8 +15,11 @@ from trainables.mae import build_mae
 
 torch.set_num_threads(1)
 
-DATA = DataSize((64, 64), 3, pretrain_images=100, train_images=50, train_groups=9, classes=())
-LABELLED = DataSize((64, 64), 3, 100, 50, 9, ("background", "cell"))
+DATA = DataSize(
+    (64, 64), 3, pretrain_images=100, train_images=50, train_groups=9, classes=(), shown={}
+)
+CELLS = {"train": frozenset({"cell"}), "val": frozenset({"cell"})}
+LABELLED = DataSize((64, 64), 3, 100, 50, 9, ("background", "cell"), CELLS)
 
 
 def study(rest="", search="model.patch: {choices: [4, 8, 16]}", trials=10, sampler="grid"):
@@ -165,9 +168,17 @@ def test_what_only_the_data_can_tell_is_told():
     of_class = segment.model_copy(update={"metric": "segment/iou/cel"})
     spec = study().model_copy(update={"objectives": [of_class]})
     assert "expected a class of the data: background, cell" in data_problems(spec, LABELLED)[0]
+    for data, reason in [
+        ({"train": CELLS["train"], "val": frozenset()}, "no validation mask shows anything but"),
+        ({"train": frozenset(), "val": CELLS["val"]}, "no training mask shows anything but"),
+        ({"train": CELLS["train"], "val": frozenset({"rare"})}, "no validation mask shows cell;"),
+    ]:
+        of_cells = segment.model_copy(update={"metric": "segment/iou/cell"})
+        spec = study().model_copy(update={"objectives": [of_cells]})
+        assert reason in data_problems(spec, replace(LABELLED, shown=data))[0]
     case = segment.model_copy(update={"metric": "segment/hd95/cell", "goal": "minimize"})
     spec = study().model_copy(update={"objectives": [case]})
-    volumes = DataSize((64, 64, 64), 1, 100, 50, 9, ("background", "cell"))
+    volumes = replace(LABELLED, size=(64, 64, 64), channels=1)
     assert data_problems(spec, volumes) == []
     assert "measured of volumes, but the images have 2 axes" in data_problems(spec, LABELLED)[0]
     outside = case.model_copy(update={"metric": "segment/hd95/background"})
@@ -177,11 +188,11 @@ def test_what_only_the_data_can_tell_is_told():
     spec = study().model_copy(update={"objectives": [number]})
     assert data_problems(spec, LABELLED)[0].endswith("expected a class of the data: cell")
     few = study(search="segment.labels: {choices: [2, 9, 10, null]}")
-    assert data_problems(few, DataSize((64, 64), 3, 100, 50, 9, ("background", "cell"))) == [
+    assert data_problems(few, LABELLED) == [
         "search.segment.labels: given 10, but the train split has 9 labelled groups; expected at "
         "most as many, or null for all of them"
     ]
-    odd = DataSize((60, 60), 3, 100, 50, 9, ())
+    odd = replace(DATA, size=(60, 60))
     assert any("does not divide the image size 60x60" in one for one in data_problems(study(), odd))
 
 

@@ -375,7 +375,11 @@ def test_blank_splits_are_drawn_by_group_the_same_every_time(study):
     assert sorted(by_group.values()) == ["test"] * 3 + ["train"] * 5 + ["val"] * 2
     assert source(study, split={"val": 0.2, "test": 0.3}).splits == found.splits
     assert source(study, split={"val": 0.2, "test": 0.3, "seed": 1}).splits != found.splits
-    assert "10 groups" in found.notes[0]
+    assert (
+        "1 masks belong to several images, such as i0.png to 20, from images/n0.png"
+        in found.notes[0]
+    )
+    assert "10 groups" in found.notes[1]
 
 
 def test_groups_can_be_read_from_file_names(study):
@@ -502,7 +506,7 @@ BAD = {
     ),
     "is not a regular file": lambda study: change(study, 0, image="images"),
     "leads out of the data folder": lambda study: change(study, 0, image="../secret.png"),
-    "is not a PNG, JPEG or TIFF image": image_bytes(b"GIF89a nothing of use"),
+    "is not a PNG, JPEG, BMP, GIF or TIFF image": image_bytes(b"8BPS nothing of use"),
     "is larger than 25 megapixels": image_bytes(bomb()),
     "colour PNG of 16 bits": image_bytes(deep_colour()),
     "may be truncated": cut(".png"),
@@ -515,7 +519,9 @@ BAD = {
     "has 1 channels of 16 bits": image_array(texture(1, EDGE, EDGE, dtype=np.uint16)),
     "smaller than a tile of 16x16": image_array(texture(1, 12, 30)),
     "but its image images/i0.png is 16x16": mask_array(np.zeros((16, 17), np.uint8)),
-    "expected one channel of class indices": mask_array(np.zeros((EDGE, EDGE, 3), np.uint8)),
+    "expected one channel of class indices": mask_array(
+        (np.eye(EDGE)[..., None] * [255, 0, 0]).astype(np.uint8)
+    ),
     "is lossy": mask_array(np.zeros((EDGE, EDGE), np.uint8), ".jpg"),
     "has the values 99; expected class indices 0 to 63": mask_array(
         np.full((EDGE, EDGE), 99, np.uint8)
@@ -567,13 +573,23 @@ def test_all_bad_files_are_told_at_once_whenever_they_are_found(study):
         assert reason in text
 
 
-def test_no_more_than_twenty_are_shown(study):
+def test_files_with_the_same_fault_are_told_in_one_line(study):
     unsplit(study, count=30)
     for number in range(25):
         (study / f"data/images/n{number}.png").write_bytes(b"")
     text = complaint(study)
-    assert text.startswith("data: 25 problems") and text.count("\n") == 21
-    assert text.endswith("… and 5 more")
+    assert text.startswith("data: 25 problems\n") and text.count("\n") == 2
+    assert "n0.png (manifest.csv line 2) is not a PNG" in text
+    first, second = ("n1.png (manifest.csv line 3)", "n2.png (manifest.csv line 4)")
+    assert f"{first}, " in text and text.endswith(f"{second} and 22 more)")
+
+
+def test_no_more_than_twenty_kinds_are_shown(study):
+    unsplit(study, count=60, group=1)
+    rows = rows_of(study) + [row | {"image": row["image"]} for row in rows_of(study)[:25]]
+    manifest(study / "data", rows)
+    text = complaint(study)
+    assert text.count("listed twice") == 20 and text.endswith("… and 5 more kinds of problems")
 
 
 def test_the_limit_of_pixels_is_read_from_the_header(study):

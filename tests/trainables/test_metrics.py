@@ -105,8 +105,14 @@ def test_many_confusion_matrices_score_as_each_alone():
     assert np.isnan(found).tolist() == [number == 5 for number in range(20)]
 
 
-def test_a_missing_class_that_is_predicted_scores_zero():
-    assert scores([[0, 1, 1]], [[2, 1, 1]])["miou"] == pytest.approx((1 + 0) / 2)
+def test_a_missing_class_that_is_predicted_scores_zero_and_joins_no_mean():
+    """Else a good arm that mistakes one pixel would be worth half of a bad one that does not."""
+    got = scores([[0, 1, 1, 1]], [[2, 1, 1, 1]])
+    assert got["iou/platelet"] == got["dice/platelet"] == 0
+    assert got["miou"] == got["dice"] == 1
+    assert got["miou_with_background"] == pytest.approx((0 + 1) / 2)
+    bad = scores([[0, 1, 1, 1]], [[0, 0, 0, 1]])
+    assert bad["miou"] == pytest.approx(1 / 3) and "iou/platelet" not in bad
 
 
 def test_unlabelled_pixels_are_counted_nowhere():

@@ -400,3 +400,19 @@ def test_the_gpu_makes_the_same_batches_resident_or_not(tmp_path, monkeypatch, s
     assert images.is_cuda and resident.images.is_cuda == (share > 0)
     torch.testing.assert_close(images.cpu(), expected, rtol=1e-6, atol=1e-6)
     assert masks is not None and labels is not None and torch.equal(masks.cpu(), labels)
+
+
+def test_a_few_hot_pixels_that_stretch_the_window_are_told(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(500, 1500, (4, 1, 160, 160)).astype(np.uint16)
+
+    def notes(place: str, **options: Any) -> list[str]:
+        source = source_of(images, splits=["train", "train", "val", "test"], **options)
+        found: list[str] = open_dataset(write(source, tmp_path / place)).about["notes"]
+        return found
+
+    assert notes("even") == []
+    images[0, 0, 3, 3] = 65535
+    (told,) = notes("hot", window=None)
+    assert told.startswith("99.99% of the pixels lie between 500 and 1499, in 1.5% of the window")
+    assert told.endswith("set window: [500, 1499]")
+    assert notes("set", window=(500, 1499)) == []

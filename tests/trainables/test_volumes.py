@@ -284,14 +284,50 @@ def test_files_separated_by_semicolons_are_channels(study):
 # --- labels, groups, files ---
 
 
+def test_labels_that_were_scaled_and_rounded_are_read_and_told(study):
+    """nibabel scales whole numbers to the range of 8 bits, and reads 0.996 where 1 was meant."""
+    labels = box(8, 10, 12) * 1.0
+    labels[7, 7, 7] = 2
+    scaled = nibabel.Nifti1Image(labels, np.eye(4))
+    scaled.set_data_dtype(np.uint8)
+    nibabel.save(scaled, study / "data/masks/v0.nii.gz")
+    found = source(study)
+    np.testing.assert_array_equal(found.decode(0).masks[0], labels)
+    assert any("1 masks store their values with a scale (scl_slope)" in n for n in found.notes)
+
+
+def test_labels_with_gaps_and_minus_one(study):
+    labels = box(8, 10, 12).astype(np.int16) * 4
+    labels[:, :, -1] = -1
+    save(study / "data/masks/v0.nii.gz", labels)
+    mapped = {"classes": {"0": "ground", "4": "core", "1": "rim"}, "ignore": -1}
+    found = whole(study, 0, **mapped)[1]
+    expected = np.where(labels == -1, 255, labels // 4)
+    np.testing.assert_array_equal(found, expected)
+    assert (whole(study, 1, **mapped)[1] == 2 * box(8, 10, 12)).all()
+    assert "volumes have no colours" in complaint(study, mask_encoding="colours")
+
+
+def test_a_qform_that_contradicts_the_sform_is_told(study):
+    for number, other in enumerate((np.diag([-1.0, 1, 1, 1]), np.eye(4), np.eye(4))):
+        other[0, 3] = (7, 0, 3)[number]
+        volume = nibabel.Nifti1Image(noise(number, 8, 10, 12), None)
+        volume.header.set_sform(np.eye(4), 1)
+        volume.header.set_qform(other, 1)
+        nibabel.save(volume, study / f"data/images/v{number}.nii.gz")
+    notes = " ".join(source(study).notes)
+    assert "1 files have a qform and an sform that disagree (axes LAS and RAS); the sform" in notes
+    assert "1 files have a qform and an sform that disagree about their place; the sform" in notes
+
+
 def test_masks_of_floats_are_class_indices_if_they_are_whole(study):
     save(study / "data/masks/v0.nii.gz", box(8, 10, 12).astype(np.float32))
     assert whole(study, 0)[1].sum() == 60
     half = box(8, 10, 12) * np.float32(0.5)
     save(study / "data/masks/v0.nii.gz", half)
-    assert "has 60 voxels that are no class index, such as 0.5" in complaint(study)
+    assert "has 60 values that are no class index, such as 0.5" in complaint(study)
     save(study / "data/masks/v0.nii.gz", box(8, 10, 12).astype(np.int16) * -1)
-    assert "such as -1" in complaint(study)
+    assert "has the values -1; expected class indices 0 to 63; set ignore: -1" in complaint(study)
     save(study / "data/masks/v0.nii.gz", box(8, 10, 12) * np.uint8(90))
     assert "has the values 90; expected class indices 0 to 63" in complaint(study)
     assert whole(study, 0, ignore=90)[1][0, 0, 0] == 255

@@ -5,13 +5,16 @@ Splits go by group (patient, slide, field); a group in two splits is an error.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
-from collections import defaultdict
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +46,15 @@ GroupPattern = Annotated[
 AllowOutside = Annotated[bool, Field(description="read files that are not below the data folder")]
 
 SPLITS = ("train", "val", "test", "pretrain")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+FOLDERS = ("images", "masks", "instances")
+DELIMITERS = ",;\t"
+MARKS = {  # byte order mark -> encoding
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# Columns that name what must not be in two splits, if no other column says so
+PEOPLE = ("patient", "subject", "case", "slide", "donor", "animal", "participant", "person")
 
 
 class Shares(Strict):
@@ -77,10 +88,10 @@ def read_entries(
     folder: str | None,
     where: dict[str, str | int],
     columns: dict[Word, str],
-    suffixes: Sequence[str] = SUFFIXES,
+    suffixes: Sequence[str],
     separator: str | None = None,
-) -> tuple[str, Path, list[Entry]]:
-    """(name of the data, their folder, entries), from a manifest or from a folder of `root`."""
+) -> tuple[str, Path, list[Entry], list[str]]:
+    """(name of the data, their folder, entries, notes), from a manifest or a folder of `root`."""
     if (manifest is None) == (folder is None):
         raise UserError(
             "data: give either manifest (a CSV file) or folder (with images/ and masks/)"
@@ -88,11 +99,13 @@ def read_entries(
     if manifest is not None:
         path = root / manifest
         chosen = "".join(f" {key}={value}" for key, value in where.items())
-        return path.stem + chosen, path.parent, read_manifest(path, where, columns, separator)
+        entries = read_manifest(path, where, columns, separator)
+        return path.stem + chosen, path.parent, entries, _notes_of_masks(entries)
     if where or columns:
         raise UserError("data: where and columns choose from a manifest; leave them out")
     base = root / str(folder)
-    return base.resolve().name, base, read_folder(base, suffixes)
+    entries, notes = read_folder(base, suffixes)
+    return base.resolve().name, base, entries, notes
 
 
 def read_manifest(
@@ -105,15 +118,26 @@ def read_manifest(
 
     With a separator a cell of the column image may name several files, which are its channels.
     """
+    text = _text_of(path)
+    first_line = text.partition("\n")[0]
+    delimiter = max(DELIMITERS, key=first_line.count)  # of equals the comma
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            lines = [(row, reader.line_num) for row in reader]
-            header = list(reader.fieldnames or [])
-    except OSError as error:
-        raise UserError(f"data.manifest: cannot read {path}: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        lines = [(row, reader.line_num) for row in reader]
+        header = [name.strip() for name in reader.fieldnames or []]
+    except csv.Error as error:
         raise UserError(f"data.manifest: {path} is not a CSV file in UTF-8: {error}") from error
+    twice = [name for name, count in Counter(header).items() if count > 1 and name]
+    if twice:
+        raise UserError(
+            f"data.manifest: {path.name} has {header.count(twice[0])} columns {twice[0]!r}; "
+            f"expected one: rename or remove the others"
+        )
+    lines = [
+        ({str(key).strip() if key else key: value for key, value in row.items()}, number)
+        for row, number in lines
+        if any(_filled(value) for value in row.values())  # spreadsheets end in rows of blanks
+    ]
     column = {word: columns.get(word, word) for word in ("image", "mask", "split", "group")}
     column["instances"] = columns.get("instances", "instances")
     needed = {"image": column["image"], "mask": column["mask"], **columns}
@@ -123,12 +147,7 @@ def read_manifest(
             f"data.manifest: {path.name} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, header))}; `columns: {{mask: NAME}}` maps other names"
         )
-    for name in header:  # a column 'groups' that nobody reads would be a leak
-        if name not in column.values() and name.lower().rstrip("s") in column.values():
-            raise UserError(
-                f"data.manifest: {path.name} has a column {name!r}; did you mean "
-                f"{name.lower().rstrip('s')!r}?"
-            )
+    _check_unread(path, header, column)
     entries, problems = [], []
     for row, number in lines:
         if None in row or None in row.values():
@@ -155,15 +174,15 @@ def read_manifest(
             Entry(
                 name=first.strip(),
                 line=f" ({path.name} line {number})",
-                image=path.parent / first.strip(),
-                more=tuple(path.parent / other.strip() for other in more),
-                mask=path.parent / cell["mask"] if cell["mask"] else None,
-                instances=path.parent / cell["instances"] if cell["instances"] else None,
+                image=_file(path.parent, first),
+                more=tuple(_file(path.parent, other) for other in more),
+                mask=_file(path.parent, cell["mask"]) if cell["mask"] else None,
+                instances=_file(path.parent, cell["instances"]) if cell["instances"] else None,
                 split=cell["split"],
                 group=cell["group"],
             )
         )
-    refuse(problems)
+    refuse([*problems, *_groups_alike(entries)])
     if not entries:
         chosen = ", ".join(f"{key}={value}" for key, value in where.items())
         present = "; ".join(
@@ -174,9 +193,15 @@ def read_manifest(
     return entries
 
 
-def read_folder(base: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Entry]:
-    """Files of images/, with the files of the same stem in masks/ and instances/."""
-    found = {kind: _by_stem(base / kind, suffixes) for kind in ("images", "masks", "instances")}
+def read_folder(base: Path, suffixes: Sequence[str]) -> tuple[list[Entry], list[str]]:
+    """Files of images/, with those of the same name in masks/ and instances/; notes for people.
+
+    Sub-folders are read too: what is in one of them is a group.
+    """
+    found, notes = {}, []
+    for kind in FOLDERS:
+        found[kind], unread = _by_stem(base / kind, suffixes)
+        notes += unread
     if not found["images"]:
         raise UserError(
             f"data.folder: {base / 'images'} holds no file that ends in {', '.join(suffixes)}; "
@@ -184,24 +209,26 @@ def read_folder(base: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Entry]:
         )
     refuse(
         [
-            f"{kind}/{path.name} has no image; expected images/{stem}{suffixes[0]} or the like"
+            f"{path.relative_to(base)} has no image; expected images/{stem}{suffixes[0]} or the "
+            f"like"
             for kind in ("masks", "instances")
             for stem, path in found[kind].items()
             if stem not in found["images"]
         ]
     )
-    return [
+    entries = [
         Entry(
-            name=f"images/{path.name}",
+            name=path.relative_to(base).as_posix(),
             line="",
             image=path,
             mask=found["masks"].get(stem),
             instances=found["instances"].get(stem),
             split=None,
-            group=None,
+            group=stem.rpartition("/")[0] or None,
         )
         for stem, path in found["images"].items()
     ]
+    return entries, notes
 
 
 def split_by_group(
@@ -273,8 +300,13 @@ def with_groups(entries: Iterable[Entry], pattern: str | None) -> list[Entry]:
     return grouped
 
 
-def named_classes(entries: Sequence[Entry], base: Path) -> tuple[list[str] | None, list[str]]:
-    """Names from the nearest classes.json at or above the images, up to the data folder."""
+def named_classes(
+    entries: Sequence[Entry], base: Path
+) -> tuple[list[str] | dict[int | str, str] | None, list[str]]:
+    """(names by value, those of small classes), from the nearest classes.json.
+
+    It lies at or above the images, up to the data folder.
+    """
     folder = Path(os.path.commonpath([os.path.normpath(entry.image.parent) for entry in entries]))
     top = Path(os.path.normpath(base))
     while not (folder / "classes.json").is_file():
@@ -285,11 +317,12 @@ def named_classes(entries: Sequence[Entry], base: Path) -> tuple[list[str] | Non
     try:
         content = json.loads(path.read_text())
         named = content["classes"]
-        if isinstance(named, dict):
-            named = [named[str(index)] for index in range(len(named))]
-        small = [named[index] for index in content.get("small_classes", [])]
-        if not all(isinstance(name, str) for name in named):
-            raise TypeError("names must be texts")
+        if isinstance(named, list):
+            named = dict(enumerate(named))
+        named = dict(sorted((int(value), name) for value, name in named.items()))
+        small = [named[value] for value in content.get("small_classes", [])]
+        if not all(isinstance(name, str) for name in named.values()) or 0 not in named:
+            raise TypeError("names must be texts, the background's that of 0")
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"data: {path} cannot be used ({error!r}); expected "
@@ -298,17 +331,120 @@ def named_classes(entries: Sequence[Entry], base: Path) -> tuple[list[str] | Non
     return named or None, small
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Image files of a folder by stem, in alphabetical order; hidden files are no images."""
+def _by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """(files by their path in the folder without suffix, in order; what is not read and why).
+
+    Hidden files are passed over. Names are compared in one Unicode form: a Mac writes another.
+    """
     if not folder.is_dir():
-        return {}
+        return {}, []
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next((end for end in suffixes if path.name.lower().endswith(end)), None)
-        if suffix is None or path.name.startswith("."):
+    unread: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*")):
+        name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
+        if any(part.startswith(".") for part in name.split("/")) or path.is_dir():
             continue
-        stem = path.name[: -len(suffix)]
+        suffix = next((end for end in suffixes if name.lower().endswith(end)), None)
+        if suffix is None:
+            unread[path.suffix.lower() or "no suffix"] += 1
+            continue
+        stem = name[: -len(suffix)]
         if stem in found:
             raise UserError(f"data: {path} and {found[stem].name} have the same stem")
         found[stem] = path
-    return found
+    if not unread:
+        return found, []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
+    return found, [
+        f"{unread.total()} files in {folder.name}/ are not read ({kinds}); expected "
+        f"{', '.join(suffixes)}"
+    ]
+
+
+def _text_of(manifest: Path) -> str:
+    """The text of a table, in UTF-8 or, if a mark says so, in UTF-16 as spreadsheets save it."""
+    try:
+        raw = manifest.read_bytes()
+    except OSError as error:
+        raise UserError(f"data.manifest: cannot read {manifest}: {error.strerror}") from error
+    encoding = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "utf-8")
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data.manifest: {manifest} is not a CSV file in UTF-8: {error}; save it as UTF-8"
+        ) from error
+
+
+def _filled(value: str | list[str] | None) -> bool:
+    return bool("".join(value).strip()) if isinstance(value, list) else bool((value or "").strip())
+
+
+def _check_unread(path: Path, header: Sequence[str], column: dict[str, str]) -> None:
+    """A column that nobody reads, although its name says that it keeps splits apart: a leak."""
+    read = set(column.values())
+    for name in header:
+        singular = name.lower().rstrip("s")
+        if name not in read and singular in read:
+            raise UserError(
+                f"data.manifest: {path.name} has a column {name!r}; did you mean {singular!r}?"
+            )
+    if column["group"] in header:
+        return
+    for name in header:
+        if name not in read and name.lower().replace("_", " ").split(" ")[0] in PEOPLE:
+            raise UserError(
+                f"data.manifest: {path.name} has no column 'group', but a column {name!r}: if rows "
+                f"that share it belong together, set `columns: {{group: {name}}}`; if each image "
+                f"stands for itself, `columns: {{group: {column['image']}}}`"
+            )
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file that a cell names, though it was written on another system."""
+    name = name.strip()
+    for spelling in (name, name.replace("\\", "/")):
+        path = folder / spelling
+        if path.exists():
+            return path
+        for form in ("NFC", "NFD"):
+            other = folder / unicodedata.normalize(form, spelling)
+            if other.exists():
+                return other
+    return folder / name
+
+
+def _groups_alike(entries: Sequence[Entry]) -> list[str]:
+    """Groups that are spelt in two ways would be kept apart, and leak from split to split."""
+    spellings: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for entry in entries:
+        if entry.group:
+            spellings[_plain(entry.group)].setdefault(entry.group, entry)
+    return [
+        f"group {' and '.join(f'{group!r}{entry.line}' for group, entry in alike.items())}: the "
+        f"same, spelt in {len(alike)} ways? Spell them alike, or make them differ clearly"
+        for alike in spellings.values()
+        if len(alike) > 1
+    ]
+
+
+def _plain(group: str) -> str:
+    """A group without case, kinds of gap, and what spreadsheets do to numbers (07, 7.0)."""
+    plain = re.sub(r"[\s_-]+", "-", unicodedata.normalize("NFKC", group).casefold())
+    return re.sub(r"^0*(\d+)(\.0+)?$", r"\1", plain)
+
+
+def _notes_of_masks(entries: Sequence[Entry]) -> list[str]:
+    """Masks that several images have: a cell that was dragged down, perhaps."""
+    of_mask: dict[Path, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.mask:
+            of_mask[entry.mask].append(entry)
+    shared = [(path, users) for path, users in of_mask.items() if len(users) > 1]
+    if not shared:
+        return []
+    path, users = max(shared, key=lambda pair: len(pair[1]))
+    return [
+        f"{len(shared)} masks belong to several images, such as {path.name} to {len(users)}, from "
+        f"{users[0].name}{users[0].line} on: is that meant?"
+    ]

@@ -1,7 +1,9 @@
-"""One image file, read with care: PNG, JPEG, TIFF; 8 or 16 bit; any number of channels.
+"""One image file, read as every viewer shows it: PNG, JPEG, BMP, GIF, TIFF; 8 or 16 bit.
 
 The size is taken from the header and limited before a pixel is decoded, a truncated file is an
-error, and nothing is converted behind the user's back (16-bit colour PNG would become 8-bit).
+error, and nothing is converted behind the user's back (16-bit colour PNG would become 8-bit). What
+a file says of itself is obeyed: an orientation (EXIF, TIFF) turns the picture, and in pictures, not
+in labels, WhiteIsZero inverts the grey and a palette means colours. One decoder reads each format.
 Letters: C channels, H W pixels.
 """
 
@@ -11,13 +13,13 @@ import io
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from trainables.errors import UserError
 from trainables.late import Late
@@ -28,9 +30,12 @@ else:
     tifffile = Late("tifffile")
 
 Array = npt.NDArray[Any]
+Colour = tuple[int, int, int]  # red, green, blue of 0 to 255
 
 MAX_PIXELS = 25_000_000  # of one image; some large slide should be cut up first
 MAX_CHANNELS = 64
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
+PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
 PILLOW_MODES = {  # mode -> channels, bits, has an alpha channel
     "1": (1, 8, False),
     "L": (1, 8, False),
@@ -44,6 +49,20 @@ PILLOW_MODES = {  # mode -> channels, bits, has an alpha channel
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_GREY = 0
+PICTURE_TYPES = (np.uint8, np.uint16, np.bool_)
+READ_ALIKE = (1, 8, 32773, 32946)  # compressions of TIFF: none, Deflate, PackBits
+UPRIGHT = 1  # orientation of EXIF and TIFF: the first row on top, the first column left
+# orientation -> (rows and columns change places, then rows are reversed, columns are reversed)
+TURNS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # some packages turn it on; half an image is no image
 
@@ -52,13 +71,16 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False  # some packages turn it on; half an ima
 class Header:
     """What an image file says of itself."""
 
-    size: tuple[int, int]  # H, W
+    size: tuple[int, int]  # H, W, turned upright
     channels: int
     bits: int
     has_alpha: bool
     is_lossy: bool = False
     is_stack: bool = False  # pages that nobody called channels
     channel_axis: Literal[0, 2] = 2
+    orientation: int = UPRIGHT  # as it is stored
+    has_palette: bool = False
+    is_read_anew: bool = False  # otherwise than release 0.1 did
 
 
 def read(path: Path, inside: Path | None) -> bytes:
@@ -99,15 +121,38 @@ def inspect(data: bytes, *, as_labels: bool = False) -> Header:
             f"is {height}x{width} with {header.channels} channels; expected at most "
             f"{MAX_PIXELS // 10**6} megapixels and {MAX_CHANNELS} channels: cut it up first"
         )
+    if TURNS[header.orientation][0]:
+        header = replace(header, size=(width, height))
     return header
 
 
 def pixels(data: bytes, *, as_labels: bool = False) -> Array:
-    """The decoded image (C, H, W), uint8 or uint16; `inspect` comes first."""
+    """The decoded image (C, H, W), uint8 or uint16, upright; `inspect` comes first."""
     is_tiff = data[:4] in TIFF_MAGIC
     with _reading():
-        array = _decode_tiff(data, as_labels) if is_tiff else _decode_pillow(data, as_labels)
-    return np.ascontiguousarray(array)
+        if is_tiff:
+            header, array = _decode_tiff(data, as_labels)
+        else:
+            header, array = _decode_pillow(data, as_labels)
+    is_turned, *is_reversed = TURNS[header.orientation]
+    if is_turned:
+        array = array.swapaxes(1, 2)
+    rows, columns = (slice(None, None, -1 if backwards else 1) for backwards in is_reversed)
+    return np.ascontiguousarray(array[:, rows, columns])
+
+
+def colours_of(data: bytes) -> dict[int, Colour]:
+    """The colour of each index that a picture with a palette uses."""
+    with _reading():
+        if data[:4] in TIFF_MAGIC:
+            with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+                levels_3K = tiff.series[0].keyframe.colormap >> 8
+            palette = levels_3K.T
+        else:
+            with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+                palette = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
+    used = np.unique(pixels(data, as_labels=True)).tolist()
+    return {index: tuple(palette[index].tolist()) for index in used if index < len(palette)}
 
 
 @contextmanager
@@ -122,16 +167,17 @@ def _reading() -> Iterator[None]:
             f"is larger than {MAX_PIXELS // 10**6} megapixels: cut it up first"
         ) from None
     except UnidentifiedImageError:
-        raise UserError("is not a PNG, JPEG or TIFF image") from None
+        raise UserError("is not a PNG, JPEG, BMP, GIF or TIFF image") from None
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot be decoded, it may be truncated: {reason}") from error
 
 
 def _inspect_pillow(data: bytes, as_labels: bool) -> Header:
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+    with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
         mode, (width, height), kind = image.mode, image.size, image.format
-        frames = getattr(image, "n_frames", 1) if kind == "PNG" else 1
+        frames = getattr(image, "n_frames", 1) if kind in ("PNG", "GIF") else 1
+        orientation = _known(image.getexif().get(ExifTags.Base.Orientation))
     if mode not in PILLOW_MODES or frames > 1:
         raise UserError(f"is a {kind} of mode {mode} with {frames} frames; expected grey or RGB")
     if data.startswith(PNG_MAGIC) and data[24] == 16 and data[25] != PNG_GREY:
@@ -139,11 +185,21 @@ def _inspect_pillow(data: bytes, as_labels: bool) -> Header:
     channels, bits, has_alpha = PILLOW_MODES[mode]
     if as_labels and mode == "P":
         channels = 1
-    return Header((height, width), channels, bits, has_alpha, is_lossy=kind != "PNG")
+    return Header(
+        (height, width),
+        channels,
+        bits,
+        has_alpha,
+        is_lossy=kind == "JPEG",
+        orientation=orientation,
+        has_palette=mode == "P",
+        is_read_anew=orientation != UPRIGHT,
+    )
 
 
-def _decode_pillow(data: bytes, as_labels: bool) -> Array:
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
+def _decode_pillow(data: bytes, as_labels: bool) -> tuple[Header, Array]:
+    header = _inspect_pillow(data, as_labels)
+    with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
         image.load()
         if image.mode in ("1", "P") and not as_labels:
             array = np.asarray(image.convert("L" if image.mode == "1" else "RGB"))
@@ -153,7 +209,7 @@ def _decode_pillow(data: bytes, as_labels: bool) -> Array:
         array = array.astype(np.uint8)
     if array.dtype.byteorder == ">":
         array = array.astype(np.uint16)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
+    return header, array[None] if array.ndim == 2 else np.moveaxis(array, 2, 0)
 
 
 def _inspect_tiff(data: bytes, as_labels: bool) -> Header:
@@ -165,22 +221,44 @@ def _inspect_tiff(data: bytes, as_labels: bool) -> Header:
         is_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
         has_alpha = page.samplesperpixel in (2, 4) and any(kind != 0 for kind in page.extrasamples)
         is_lossy = page.compression in (6, 7)
-    if dtype not in (np.uint8, np.uint16, np.bool_):
+        tag = page.tags.get("Orientation")
+        orientation = _known(tag.value if tag else None)
+        is_inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+        was_left_to_pillow = page.compression not in READ_ALIKE
+    if dtype not in PICTURE_TYPES and not (as_labels and dtype.kind in "iuf"):
         raise UserError(f"holds {dtype} values; expected unsigned integers of 8 or 16 bits")
     if is_palette and not as_labels:
         raise UserError("is a TIFF with a palette; save it as RGB")
     if axes not in ("YX", "YXS") and not (len(axes) == 3 and axes.endswith("YX")):
         raise UserError(f"has the axes {axes} of {shape}; expected height, width and channels")
     bits = 16 if dtype == np.uint16 else 8
+    header = Header(
+        (shape[0], shape[1]),
+        1,
+        bits,
+        has_alpha=False,
+        is_lossy=is_lossy,
+        orientation=orientation,
+        has_palette=is_palette,
+        is_read_anew=orientation != UPRIGHT
+        or (was_left_to_pillow and (is_inverted or dtype == np.bool_)),
+    )
     if len(axes) == 2:
-        return Header((shape[0], shape[1]), 1, bits, False, is_lossy)
+        return header
     if axes == "YXS":
-        return Header((shape[0], shape[1]), shape[2], bits, has_alpha, is_lossy)
-    is_stack = axes[0] not in "CS"
-    return Header((shape[1], shape[2]), shape[0], bits, has_alpha, is_lossy, is_stack, 0)
+        return replace(header, channels=shape[2], has_alpha=has_alpha)
+    size, is_stack = (shape[1], shape[2]), axes[0] not in "CS"
+    return replace(
+        header,
+        size=size,
+        channels=shape[0],
+        has_alpha=has_alpha,
+        is_stack=is_stack,
+        channel_axis=0,
+    )
 
 
-def _decode_tiff(data: bytes, as_labels: bool) -> Array:
+def _decode_tiff(data: bytes, as_labels: bool) -> tuple[Header, Array]:
     header = _inspect_tiff(data, as_labels)
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         series, page = tiff.series[0], tiff.series[0].keyframe
@@ -191,23 +269,16 @@ def _decode_tiff(data: bytes, as_labels: bool) -> Array:
                 for start, length in zip(part.dataoffsets, part.databytecounts, strict=True)
             ):
                 raise UserError("is truncated")
-        try:
-            array = series.asarray()
-        except ValueError as error:
-            if "imagecodecs" not in str(error) or header.channel_axis == 0:
-                raise
-            array = _decode_pillow(data, as_labels=True)  # it knows LZW and JPEG in TIFF
-            if array.shape != (header.channels, *header.size) or header.bits != _bits(array):
-                raise
-            return array
+        array = series.asarray()
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * (1 if as_labels else 255)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and not as_labels:
         array = np.invert(array)
     if array.ndim == 2:
-        return np.asarray(array[None])
-    return np.moveaxis(array, header.channel_axis, 0)
+        return header, array[None]
+    return header, np.moveaxis(array, header.channel_axis, 0)
 
 
-def _bits(array: Array) -> int:
-    return 8 * array.dtype.itemsize
+def _known(orientation: Any) -> int:
+    """What is no orientation counts as none, as viewers have it."""
+    return int(orientation) if orientation in TURNS else UPRIGHT

@@ -7,7 +7,7 @@ store decodes. Splits go by group, and a leak between splits is an error.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +33,19 @@ from trainables.data.entries import (
     with_groups,
 )
 from trainables.data.files import Header
-from trainables.data.rows import (
+from trainables.data.labels import (
+    Classes,
+    Encoding,
+    Ignored,
     Labels,
+    MaskEncoding,
+    Threshold,
+    as_numbers,
+    colours,
+    labels_of,
+    whole,
+)
+from trainables.data.rows import (
     check_not_empty,
     cut,
     duplicates,
@@ -58,6 +69,9 @@ Edge = Annotated[int, Field(ge=8, le=4096)]
 Level = Annotated[int, Field(ge=0, le=65535)]
 
 DEFAULT_SHARES = Shares()
+HIGHEST = 65535  # number of an object
+LOOKED_AT = 40  # masks, to tell whether their values number objects
+OBJECTS = 3  # that one of them has at least, then
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -67,6 +81,8 @@ class Inspected:
 
     header: Header
     hashes: dict[str, str]
+    labels: Header | None = None  # of the mask
+    palette: dict[int, files.Colour] | None = None  # the colours of the mask's indices
 
 
 @dataclass(frozen=True)
@@ -96,23 +112,26 @@ def images(
         Field(description="cut at full resolution, or resize the whole image"),
     ] = "tile",
     channels: Annotated[int, Field(ge=1, le=files.MAX_CHANNELS)] | None = None,
-    classes: list[str] | None = None,
+    classes: Classes = None,
     small_classes: list[str] | None = None,
     where: Where = None,
     columns: Columns = None,
     group: GroupPattern = None,
-    mask_encoding: Literal["index", "binary"] = "index",
-    ignore: Annotated[Level | None, Field(description="mask value that means not labelled")] = None,
+    mask_encoding: MaskEncoding = "index",
+    threshold: Threshold = None,
+    ignore: Ignored = None,
     window: Annotated[
         tuple[Level, Level] | None, Field(description="16 bit: intensities that become 0 and 1")
     ] = None,
     split: Shares = DEFAULT_SHARES,
     allow_outside: AllowOutside = False,
 ) -> Source:
-    """PNG, JPEG or TIFF files named in a manifest (image, mask, split, group), or in a folder."""
+    """PNG, JPEG, TIFF, BMP or GIF files, named in a manifest (image, mask, …) or in a folder."""
     if window is not None and window[0] >= window[1]:
         raise UserError(f"data.window: {list(window)} is empty; expected [low, high], low < high")
-    name, base, entries = read_entries(root, manifest, folder, where or {}, columns or {})
+    name, base, entries, notes = read_entries(
+        root, manifest, folder, where or {}, columns or {}, files.SUFFIXES
+    )
     entries = with_groups(entries, group)
     if classes is None:
         classes, found_small = named_classes(entries, base)
@@ -121,20 +140,23 @@ def images(
         size=(size, size) if isinstance(size, int) else size,
         fit=fit,
         channels=channels,
-        labels=Labels(mask_encoding, ignore, classes),
+        labels=labels_of(mask_encoding, ignore, classes, small_classes or [], threshold),
         inside=None if allow_outside else base,
     )
-    reading.labels.check(small_classes or [])
+    names_of_classes = reading.labels.names
 
     inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
     found = {i: item for i, item in enumerate(inspected) if isinstance(item, Inspected)}
-    problems = [str(item) for item in inspected if isinstance(item, UserError)]
-    problems += _disagreements(entries, found, reading)
-    entries, notes, leaks = split_by_group(entries, split)
+    problems: list[str | UserError] = [i for i in inspected if isinstance(i, UserError)]
+    problems += _disagreements(entries, found, reading) + _palettes(entries, found)
+    if not problems and reading.labels.names is None and mask_encoding == "index":
+        problems += _numbers_of_objects(entries, reading)
+    entries, notes_of_split, leaks = split_by_group(entries, split)
+    notes += notes_of_split
     problems += leaks + duplicates(entries, {i: item.hashes["image"] for i, item in found.items()})
     if problems:  # decode what is left, so that one run tells everything
         rest = in_parallel(lambda i: decode_entry(entries[i], found[i], reading, False), found)
-        refuse([*problems, *(str(item) for item in rest if isinstance(item, UserError))])
+        refuse([*problems, *(item for item in rest if isinstance(item, UserError))])
 
     is_labelled = any(entry.mask for entry in entries)
     kept = usable(entries)
@@ -142,7 +164,8 @@ def images(
         notes.append(f"{len(entries) - len(kept)} images of val or test have no mask: left out")
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
-    has_instances = any(entry.instances for entry in entries)
+    has_instances = mask_encoding == "instances" or any(entry.instances for entry in entries)
+    notes += _turned(reads)
     corners = [
         tile_corners(read.header.size, reading.size) if fit == "tile" else [(0, 0)]
         for read in reads
@@ -155,14 +178,14 @@ def images(
         identity={
             "files": [read.hashes for read in reads],
             "fit": fit,
-            "mask_encoding": mask_encoding,
-            "ignore": ignore,
+            **reading.labels.identity(),
+            **_read_anew(reads),
         },
         size=reading.size,
         channels=channels or header.channels,
         dtype="uint16" if header.bits == 16 else "uint8",
-        classes=classes or (None if is_labelled else ["background"]),
-        small_classes=[(classes or []).index(word) for word in small_classes or []],
+        classes=names_of_classes or (None if is_labelled else ["background"]),
+        small_classes=[(names_of_classes or []).index(word) for word in small_classes or []],
         window=window,
         is_labelled=is_labelled,
         has_instances=has_instances,
@@ -211,7 +234,7 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
                 f"is {times(header.size)}, smaller than a tile of {times(reading.size)}; choose "
                 f"a smaller size, or fit: resize"
             )
-    hashes = {"image": hashlib.sha256(image).hexdigest()}
+    hashes, of_mask, palette = {"image": hashlib.sha256(image).hexdigest()}, None, None
     for kind in ("mask", "instances"):
         path: Path | None = getattr(entry, kind)
         if path is None:
@@ -219,17 +242,23 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
         with naming(path, entry):
             data = files.read(path, reading.inside)
             labels = files.inspect(data, as_labels=True)
-            if labels.channels != 1 or labels.is_lossy:
-                raise UserError(
-                    f"has {labels.channels} channels{' and is lossy' * labels.is_lossy}; expected "
-                    f"one channel of class indices, as PNG or TIFF"
-                )
             if labels.size != header.size:
                 raise UserError(
                     f"is {times(labels.size)}, but its image {entry.name} is {times(header.size)}"
                 )
+            encoding = reading.labels.encoding if kind == "mask" else "instances"
+            if labels.is_lossy and encoding != "threshold":
+                raise UserError(
+                    "is lossy, so that its values are not those that were drawn; expected a PNG or "
+                    "TIFF, or mask_encoding: threshold"
+                )
+            if labels.channels != 1 and encoding != "colours":
+                _grey(files.pixels(data, as_labels=True), labels)
+            if labels.has_palette and encoding != "colours":
+                palette = files.colours_of(data)
         hashes[kind] = hashlib.sha256(data).hexdigest()
-    return Inspected(header, hashes)
+        of_mask = labels if kind == "mask" else of_mask
+    return Inspected(header, hashes, of_mask, palette)
 
 
 def decode_entry(
@@ -243,12 +272,16 @@ def decode_entry(
     if entry.mask:
         with naming(entry.mask, entry):
             data = _unchanged(entry, "mask", inspected, reading)
-            labels = reading.labels.of(files.pixels(data, as_labels=True)[0])
+            values = _values(data, reading.labels.encoding)
+            labels = reading.labels.of(values)
     objects = np.zeros(labels.shape, np.uint16)
     if with_instances and entry.instances:
         with naming(entry.instances, entry):
             data = _unchanged(entry, "instances", inspected, reading)
-            objects = files.pixels(data, as_labels=True)[0].astype(np.uint16)
+            objects = numbered(_values(data, "instances"))
+    elif with_instances and reading.labels.encoding == "instances" and entry.mask:
+        with naming(entry.mask, entry):
+            objects = numbered(np.where(labels == 1, values, 0))
     elif with_instances:
         objects = _components(labels)
     if reading.fit == "tile":
@@ -259,6 +292,28 @@ def decode_entry(
     ]
     near = np.ix_(*nearest)
     return Decoded(_resize(picture, reading.size)[None], labels[near][None], objects[near][None])
+
+
+def _values(data: bytes, encoding: Encoding) -> Array:
+    """What a mask holds: numbers (H, W), or colours (3, H, W)."""
+    if encoding != "colours":
+        return _grey(files.pixels(data, as_labels=True), files.inspect(data, as_labels=True))
+    header, picture = files.inspect(data), files.pixels(data)
+    return _convert(picture, header, 3)
+
+
+def _grey(values: Array, header: Header) -> Array:
+    """The values (H, W) of a mask (C, H, W) whose colours, if it has any, are all grey."""
+    colour = values[:-1] if header.has_alpha else values
+    if len(colour) > 1 and not (colour == colour[:1]).all():
+        what = f"has {header.channels} channels"
+        if len(colour) == 3 and colour.dtype == np.uint8:
+            what += f" of the colours {colours(np.unique(as_numbers(colour)).tolist())}"
+        raise UserError(
+            f"{what}; expected one channel of class indices, as PNG or TIFF, or mask_encoding: "
+            f'colours with `classes: {{"#000000": background, "#ff0000": core}}`'
+        )
+    return np.asarray(colour[0])
 
 
 def _resize(picture: Array, size: tuple[int, int]) -> Array:
@@ -313,6 +368,88 @@ def _unchanged(entry: Entry, kind: str, inspected: Inspected, reading: Reading) 
     if hashlib.sha256(data).hexdigest() != inspected.hashes[kind]:
         raise UserError("changed while it was read; start again")
     return data
+
+
+def _numbers_of_objects(entries: Sequence[Entry], reading: Reading) -> list[str]:
+    """Masks whose values, which nobody named, number objects rather than classes.
+
+    Every value is in one piece, and it is chance which values a mask has.
+    """
+    masks = [entry for entry in entries if entry.mask]
+    kinds, most = set(), 0
+    for entry in masks[:: max(1, len(masks) // LOOKED_AT)]:
+        assert entry.mask is not None
+        with naming(entry.mask, entry):
+            values = _values(files.read(entry.mask, reading.inside), "index")
+        numbers = np.setdiff1d(np.unique(values), [0, *reading.labels.ignore])
+        for number in numbers:
+            if ndimage.label(values == number, structure=np.ones((3, 3)))[1] > 1:
+                return []
+        kinds.add(tuple(numbers.tolist()))
+        most = max(most, len(numbers))
+    if len(kinds) < 2 or most < OBJECTS:
+        return []
+    return [
+        f"the values of masks look like numbers of objects, not classes: each is in one piece, and "
+        f"{len(masks)} masks have up to {most}; set mask_encoding: instances, or, if they are "
+        f"classes, name them: classes: [background, …]"
+    ]
+
+
+def _palettes(entries: Sequence[Entry], found: dict[int, Inspected]) -> list[str]:
+    """Masks whose palettes give a value another colour than those of most masks do."""
+    counts: dict[int, Counter[files.Colour]] = defaultdict(Counter)
+    for item in found.values():
+        for value, colour in (item.palette or {}).items():
+            counts[value][colour] += 1
+    usual = {value: counter.most_common(1)[0][0] for value, counter in counts.items()}
+    odd = [
+        (entries[i].mask, value, colour)
+        for i, item in found.items()
+        for value, colour in (item.palette or {}).items()
+        if colour != usual[value]
+    ]
+    if not odd:
+        return []
+    path, value, colour = odd[0]
+    count = len({path for path, _, _ in odd})
+    return [
+        f"palettes of masks differ: {count} give a value another colour than most do, such as "
+        f"{path}, where {value} is #{bytes(colour).hex()} and not "
+        f"#{bytes(usual[value]).hex()}; expected one palette: save them anew, or set "
+        f"mask_encoding: colours with `classes: {{'#{bytes(usual[0]).hex()}': background, …}}`"
+    ]
+
+
+def _turned(reads: Sequence[Inspected]) -> list[str]:
+    """That some files were turned."""
+    headers = [header for read in reads for header in (read.header, read.labels) if header]
+    turned = sum(header.orientation != files.UPRIGHT for header in headers)
+    if not turned:
+        return []
+    return [
+        f"{turned} files carry an orientation (EXIF or TIFF): turned upright, as viewers show them"
+    ]
+
+
+def _read_anew(reads: Sequence[Inspected]) -> dict[str, int]:
+    """Another identity for data that release 0.1 read otherwise."""
+    headers = [header for read in reads for header in (read.header, read.labels) if header]
+    count = sum(header.is_read_anew for header in headers)
+    return {"read_anew": count} if count else {}
+
+
+def numbered(values: Array) -> npt.NDArray[np.uint16]:
+    """Numbers of objects, 0 for none, as 16 bits: as they are, or counted anew."""
+    numbers = whole(values)
+    if numbers.min() < 0:
+        raise UserError(f"has the value {numbers.min()}; expected numbers of objects")
+    if numbers.max() > HIGHEST:
+        present, places = np.unique(np.append(numbers, 0), return_inverse=True)
+        if len(present) > HIGHEST:
+            raise UserError(f"has {len(present):,} objects; expected at most {HIGHEST:,}")
+        numbers = places[:-1].reshape(numbers.shape)
+    return numbers.astype(np.uint16)
 
 
 def _disagreements(

@@ -18,6 +18,8 @@ from trainables.errors import UserError
 from trainables.scores import diameter, objects_in
 
 PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
+MOST_PIXELS = 0.9999  # those that decide whether a window suits the images
+NARROW = 0.25  # share of a window that they should fill at least
 SPOTS = 256  # voxels of each class and volume that are remembered
 
 
@@ -36,6 +38,7 @@ def measure(source: Source, images: Array, masks: Array, instances: Array | None
     seen = np.flatnonzero(counts.sum(axis=0))
     observed = [int(seen[0]), int(seen[-1])]
     is_default = source.window is None and source.dtype == "uint8"
+    is_set = is_default or source.window is not None
     low, high = (0, 255) if is_default else source.window or observed
     if observed[0] == observed[1] or low >= high:
         raise UserError(
@@ -105,9 +108,22 @@ def measure(source: Source, images: Array, masks: Array, instances: Array | None
                 if source.whole is not None
                 else {}
             ),
-            "notes": source.notes,
+            "notes": source.notes + (_notes_of_window(counts, observed) if not is_set else []),
         },
     }
+
+
+def _notes_of_window(counts_CV: npt.NDArray[np.int64], observed: list[int]) -> list[str]:
+    """That a few pixels, hot ones perhaps, stretch the window so that all others look alike."""
+    reached = np.cumsum(counts_CV.sum(axis=0)) / counts_CV.sum()
+    ends = [int(np.searchsorted(reached, share)) for share in (1 - MOST_PIXELS, MOST_PIXELS)]
+    share = (ends[1] - ends[0]) / (observed[1] - observed[0])
+    if share >= NARROW:
+        return []
+    return [
+        f"{MOST_PIXELS:.2%} of the pixels lie between {ends[0]} and {ends[1]}, in {share:.1%} of "
+        f"the window {observed}, which a few others stretch; set window: {ends}"
+    ]
 
 
 def _histogram(

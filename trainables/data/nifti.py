@@ -57,6 +57,7 @@ DTYPES = {  # datatype code -> numpy type
     1024: "i8",
     1280: "u8",
 }
+APART = 0.1  # voxels between the corners of volumes that lie in the same place
 MILLIMETRES = {1: 1000.0, 3: 0.001}  # of metres and micrometres; unknown units are millimetres
 
 
@@ -71,6 +72,8 @@ class Header:
     intercept: float
     affine: Array  # (4, 4): i j k 1 -> mm to the right, forwards, upwards
     is_placed: bool  # False: neither sform nor qform, so that right and left are a guess
+    # the axes of a qform, like LAS, that contradicts the sform, which is used; "": its place does
+    other_axes: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -157,14 +160,16 @@ def parse(raw: bytes) -> Header:
         raise UserError(
             f"says that its voxels begin at byte {offset:g}; expected {size + 4} to {MOST_BEFORE}"
         )
+    shape, affine = _shape([int(edge) for edge in fields["dim"]]), _affine(fields)
     return Header(
-        shape=_shape([int(edge) for edge in fields["dim"]]),
+        shape=shape,
         dtype=_dtype(int(fields["datatype"])).newbyteorder(order),
         offset=int(offset),
         slope=slope,
         intercept=intercept,
-        affine=_affine(fields),
+        affine=affine,
         is_placed=int(fields["sform_code"]) > 0 or int(fields["qform_code"]) > 0,
+        other_axes=_other_axes(fields, shape, affine),
     )
 
 
@@ -219,6 +224,30 @@ def _affine(fields: Any) -> Array:
             f"expected three independent axes"
         )
     return affine
+
+
+def _other_axes(fields: Any, shape: tuple[int, ...], affine: Array) -> str | None:
+    """What the qform says where sform and qform are both given and disagree."""
+    if int(fields["sform_code"]) <= 0 or int(fields["qform_code"]) <= 0:
+        return None
+    try:
+        other = np.asarray(fields.get_qform(), np.float64)
+    except (ValueError, ArithmeticError, spatialimages.HeaderDataError):
+        return None  # it cannot be read, and is not used
+    if not np.isfinite(other).all():
+        return None
+    other[:3] *= MILLIMETRES.get(int(fields["xyzt_units"]) & 7, 1.0)
+    if apart(other, affine, shape) <= APART * np.linalg.norm(affine[:3, :3], axis=0).min():
+        return None
+    theirs, ours = ("".join(map(str, nibabel.aff2axcodes(form))) for form in (other, affine))
+    return theirs if theirs != ours else ""
+
+
+def apart(one: Array, other: Array, shape: tuple[int, ...]) -> float:
+    """Millimetres between the corners of a volume under two affines, the farthest ones."""
+    ends = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    corners = np.c_[ends, np.ones(8)].T
+    return float(np.linalg.norm(((one - other) @ corners)[:3], axis=0).max())
 
 
 def _walk(

@@ -1,4 +1,4 @@
-"""From files to rows, alike for every kind of file: errors that name the file, labels, tiles.
+"""From files to rows, alike for every kind of file: errors that name the file, tiles, duplicates.
 
 Letters: C channels, *S pixels along every axis, n tiles.
 """
@@ -10,73 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trainables.data.entries import Entry
 from trainables.data.source import NOT_LABELLED, Decoded, tile_corners, tile_names
-from trainables.errors import UserError
+from trainables.errors import FileError, UserError
 
 Array = npt.NDArray[Any]
-
-MAX_CLASSES = 64
-
-
-@dataclass(frozen=True)
-class Labels:
-    """How the values of a mask are read."""
-
-    encoding: Literal["index", "binary"]
-    ignore: int | None  # the value that means not labelled
-    classes: list[str] | None
-
-    def check(self, small_classes: Sequence[str]) -> None:
-        """Names that exclude each other, or the encoding, are the user's to mend."""
-        classes = self.classes
-        if classes is None:
-            if small_classes:
-                raise UserError(
-                    "data.small_classes: name the classes as well: classes: [background, …]"
-                )
-            return
-        if len(classes) > MAX_CLASSES or len(set(classes)) < len(classes) or not classes:
-            raise UserError(f"data.classes: {classes}; expected 1 to {MAX_CLASSES} different names")
-        if self.encoding == "binary" and len(classes) != 2:
-            raise UserError(f"data.classes: binary masks have 2 classes, {len(classes)} are named")
-        unknown = [name for name in small_classes if name not in classes[1:]]
-        if unknown:
-            raise UserError(f"data.small_classes: {unknown} are not among {classes[1:]}")
-
-    def of(self, values: Array) -> npt.NDArray[np.uint8]:
-        """Class indices of unsigned values, 255 where nothing is labelled; or what is wrong."""
-        counts = np.bincount(values.ravel())
-        present = set(np.flatnonzero(counts).tolist()) - {self.ignore}
-        if self.encoding == "binary":
-            if not present <= {0, 1} and not present <= {0, 255}:
-                raise UserError(f"has the values {some(present)}; expected 0 and 255 (or 0 and 1)")
-            labels = (values > 0).astype(np.uint8)
-        else:
-            limit = len(self.classes) if self.classes else MAX_CLASSES
-            wrong = {value for value in present if value >= limit}
-            if wrong:
-                expected = f"class indices 0 to {limit - 1}"
-                if self.classes:
-                    expected += f" ({', '.join(self.classes)})"
-                ways = "set ignore: 255 if that means not labelled"
-                if present <= {0, 255}:
-                    ways = f"set mask_encoding: binary if 255 is the object, or {ways}"
-                raise UserError(
-                    f"has the values {some(wrong)}; expected {expected}"
-                    + (f"; {ways}" if 255 in wrong else "")
-                )
-            labels = values.astype(np.uint8)
-        if self.ignore is not None:
-            labels[values == self.ignore] = NOT_LABELLED
-        return labels
 
 
 def cut(picture: Array, labels: Array, objects: Array | None, tile: Sequence[int]) -> Decoded:
@@ -188,15 +132,9 @@ def naming(path: Path, entry: Entry) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{path}{entry.line} {error}") from error
+        raise FileError(f"{path}{entry.line}", str(error)) from error
 
 
 def times(size: Sequence[int]) -> str:
     """A size for people: 3x4."""
     return "x".join(map(str, size))
-
-
-def some(values: Iterable[int]) -> str:
-    """The first of some values for people."""
-    first = sorted(values)
-    return ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainables.errors import UserError
+from trainables.errors import FileError, UserError
 from trainables.settings import digest
 
 Array = npt.NDArray[Any]
@@ -25,7 +26,9 @@ Split = Literal["pretrain", "train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("pretrain", "train", "val", "test")
 NOT_LABELLED = 255  # in masks: counts neither in a loss nor in a score
 FORMAT = 1  # raise it when the same source would be decoded to other bytes
-SHOWN_PROBLEMS = 20
+SHOWN_KINDS = 20  # of problems
+SHOWN_FILES = 2  # that have the same problem as the first one
+NUMBERS = re.compile(r"\d+(\.\d+)?(, …|, \d+(\.\d+)?)*")
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,32 @@ def rows_of(splits: Array, split: Split) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.isin(splits, words)).astype(np.int64)
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raise one error with all problems, the first of them in full; nothing if there are none."""
-    if problems:
-        lines = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-        if len(problems) > SHOWN_PROBLEMS:
-            lines.append(f"  … and {len(problems) - SHOWN_PROBLEMS} more")
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise UserError(f"data: {count}\n" + "\n".join(lines))
+def refuse(problems: Sequence[str | UserError]) -> None:
+    """Raise one error with all problems, a line for each kind of them; nothing if there are none.
+
+    A kind is what is said of several files, whatever the numbers in it: the first of them stands
+    for all, the next ones are named.
+    """
+    if not problems:
+        return
+    kinds: dict[str, list[str | UserError]] = {}
+    for problem in problems:
+        kind = str(problem)
+        if isinstance(problem, FileError):
+            kind = NUMBERS.sub("#", problem.what)
+        kinds.setdefault(kind, []).append(problem)
+    lines = []
+    for alike in list(kinds.values())[:SHOWN_KINDS]:
+        others = [one.where for one in alike[1:] if isinstance(one, FileError)]
+        lines.append(f"  - {alike[0]}")
+        if others:
+            named = ", ".join(others[:SHOWN_FILES])
+            more = f" and {len(others) - SHOWN_FILES} more" * (len(others) > SHOWN_FILES)
+            lines.append(f"    (likewise {named}{more})")
+    if len(kinds) > SHOWN_KINDS:
+        lines.append(f"  … and {len(kinds) - SHOWN_KINDS} more kinds of problems")
+    count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
+    raise UserError(f"data: {count}\n" + "\n".join(lines))
 
 
 def tile_corners(size: Sequence[int], tile: Sequence[int]) -> list[tuple[int, ...]]:

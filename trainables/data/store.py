@@ -335,13 +335,13 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
 
     done = itertools.count(1)
 
-    def fill(part: int) -> str | None:
+    def fill(part: int) -> UserError | None:
         rows = slice(source.parts[part].start, source.parts[part].stop)
         try:
             found = source.decode(part)
             decoded(next(done), len(source.parts))
         except UserError as error:
-            return str(error)
+            return error
         if source.whole is not None:
             start, end = int(first[rows.start]), int(first[rows.stop])
             images[start * channels : end * channels] = found.images.reshape(-1)

@@ -40,13 +40,20 @@ from trainables.data.entries import (
     split_by_group,
     with_groups,
 )
-from trainables.data.rows import (
+from trainables.data.labels import (
+    NEAR,
+    Classes,
+    Ignored,
     Labels,
+    MaskEncoding,
+    Threshold,
+    labels_of,
+)
+from trainables.data.rows import (
     check_not_empty,
     duplicates,
     in_parallel,
     naming,
-    some,
     times,
     usable,
 )
@@ -76,7 +83,6 @@ SEPARATOR = ";"
 HIGHEST = 65535  # the level of what lies at or above the window
 SAME_SPACING = 1e-3  # relative difference that is not worth resampling
 COPIES = 3  # of the values of a channel while it is decoded
-APART = 0.1  # voxels between the corners of volumes that lie in the same place
 
 
 @dataclass(frozen=True)
@@ -140,13 +146,14 @@ def volumes(
     tolerance: Annotated[
         float, Field(gt=0, le=1000, description="mm within which surfaces agree (nsd)")
     ] = 1.0,
-    classes: list[str] | None = None,
+    classes: Classes = None,
     small_classes: list[str] | None = None,
     where: Where = None,
     columns: Columns = None,
     group: GroupPattern = None,
-    mask_encoding: Literal["index", "binary"] = "index",
-    ignore: Annotated[Level | None, Field(description="mask value that means not labelled")] = None,
+    mask_encoding: MaskEncoding = "index",
+    threshold: Threshold = None,
+    ignore: Ignored = None,
     split: Shares = DEFAULT_SHARES,
     allow_outside: AllowOutside = False,
     max_mib: Annotated[
@@ -155,10 +162,11 @@ def volumes(
 ) -> Source:
     """NIfTI files named in a manifest (image, mask, split, group), or in a folder, in 3-D crops."""
     _check_intensities(window, percentiles)
-    name, base, entries = read_entries(
+    if mask_encoding == "colours":
+        raise UserError("data.mask_encoding: volumes have no colours; expected another encoding")
+    name, base, entries, notes = read_entries(
         root, manifest, folder, where or {}, columns or {}, nifti.SUFFIXES, SEPARATOR
     )
-    notes = []
     if group is None and not all(entry.group for entry in entries):
         notes.append(
             "volumes without a group are a group each: whether two of them show one patient (left "
@@ -172,22 +180,22 @@ def volumes(
         spacing=None if spacing == "none" else spacing,
         window=window,
         percentiles=percentiles or DEFAULT_PERCENTILES,
-        labels=Labels(mask_encoding, ignore, classes),
+        labels=labels_of(mask_encoding, ignore, classes, small_classes or [], threshold),
         inside=None if allow_outside else base,
         most_bytes=max_mib * 2**20,
     )
-    reading.labels.check(small_classes or [])
+    names_of_classes = reading.labels.names
 
     inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
     found = {i: item for i, item in enumerate(inspected) if isinstance(item, Inspected)}
-    problems = [str(item) for item in inspected if isinstance(item, UserError)]
+    problems: list[str | UserError] = [i for i in inspected if isinstance(i, UserError)]
     problems += _disagreements(entries, found)
     entries, notes_of_split, leaks = split_by_group(entries, split)
     notes += notes_of_split
     problems += leaks + duplicates(entries, {i: item.content for i, item in found.items()})
     if problems:  # decode what is left, so that one run tells everything
         rest = in_parallel(lambda i: decode_entry(entries[i], found[i], reading), found)
-        refuse([*problems, *(str(item) for item in rest if isinstance(item, UserError))])
+        refuse([*problems, *(item for item in rest if isinstance(item, UserError))])
 
     is_labelled = any(entry.mask for entry in entries)
     kept = usable(entries)
@@ -205,14 +213,13 @@ def volumes(
             ],
             "spacing": reading.spacing,
             "intensities": {"window": window} if window else {"percentiles": reading.percentiles},
-            "mask_encoding": mask_encoding,
-            "ignore": ignore,
+            **reading.labels.identity(),
         },
         size=size,
         channels=len(reads[0].images),
         dtype="uint16",
-        classes=classes or (None if is_labelled else ["background"]),
-        small_classes=[(classes or []).index(word) for word in small_classes or []],
+        classes=names_of_classes or (None if is_labelled else ["background"]),
+        small_classes=[(names_of_classes or []).index(word) for word in small_classes or []],
         window=(0, HIGHEST),
         is_labelled=is_labelled,
         has_instances=False,
@@ -290,7 +297,7 @@ def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decode
     if entry.mask and inspected.mask:
         with naming(entry.mask, entry):
             stored = _unchanged(entry.mask, inspected.mask, reading)
-            labels = reading.labels.of(_whole(nifti.values(inspected.mask.header, stored)))
+            labels = reading.labels.of(nifti.values(inspected.mask.header, stored))
             labels = to_ras(labels, inspected.mask.header.affine)
             steps = _steps(inspected.images[0].header, reading)
             labels = resampled(labels, inspected.shape, steps, is_nearest=True)
@@ -355,17 +362,6 @@ def to_levels(intensities: Array, low: float, high: float) -> npt.NDArray[np.uin
     return levels
 
 
-def _whole(numbers: Array) -> npt.NDArray[np.uint16]:
-    """Mask values as whole numbers, which some programs store as floats."""
-    is_wrong = (numbers != np.rint(numbers)) | (numbers < 0) | (numbers > HIGHEST)
-    if is_wrong.any():
-        raise UserError(
-            f"has {int(is_wrong.sum()):,} voxels that are no class index, such as "
-            f"{some(np.unique(numbers[is_wrong])[:8].tolist())}; expected whole numbers from 0 on"
-        )
-    return numbers.astype(np.uint16)
-
-
 def _unchanged(path: Path, before: nifti.Inspected, reading: Reading) -> Array:
     now, stored = nifti.load(path, reading.inside, reading.most_bytes)
     if now.identity != before.identity:
@@ -413,14 +409,12 @@ def _check_place(header: nifti.Header, image: nifti.Header, entry: Entry) -> Non
             f"is {times(header.shape)}, but its image {entry.name} is {times(image.shape)}; "
             f"expected the same grid: resample it to its image"
         )
-    ends = np.array(list(np.ndindex(2, 2, 2))) * (np.array(image.shape) - 1)
-    corners = np.c_[ends, np.ones(8)].T
-    distance = np.linalg.norm((header.affine @ corners - image.affine @ corners)[:3], axis=0).max()
-    if distance > APART * min(image.spacing):
+    distance = nifti.apart(header.affine, image.affine, image.shape)
+    if distance > nifti.APART * min(image.spacing):
         raise UserError(
             f"lies up to {distance:.3g} mm away from its image {entry.name}; expected the same "
-            f"affine, within {APART:g} voxels: resample it, or give it the image's header if the "
-            f"voxels do agree"
+            f"affine, within {nifti.APART:g} voxels: resample it, or give it the image's header if "
+            f"the voxels do agree"
         )
 
 
@@ -462,6 +456,14 @@ def _notes(
             f"{guessed} files say nothing of their orientation (no sform, no qform): right and "
             f"left are a guess"
         )
+    masks = [read.mask.header for read in reads if read.mask]
+    notes += _notes_of_forms([*headers, *masks])
+    scaled = sum(header.slope % 1 != 0 or header.intercept % 1 != 0 for header in masks)
+    if scaled:
+        notes.append(
+            f"{scaled} masks store their values with a scale (scl_slope): what is within {NEAR:g} "
+            f"of a whole number is that number"
+        )
     if reading.spacing is None:
         spacings = np.array([_in_ras(header)[1] for header in headers])
         low, high = spacings.min(axis=0), spacings.max(axis=0)
@@ -479,6 +481,22 @@ def _notes(
             f"and padded at their ends; padding counts nowhere"
         )
     return notes
+
+
+def _notes_of_forms(headers: Sequence[nifti.Header]) -> list[str]:
+    """That some files say in two ways where they lie, and which is believed."""
+    pairs = Counter(
+        (header.other_axes, _axes(header)) for header in headers if header.other_axes is not None
+    )
+    return [
+        f"{count} files have a qform and an sform that disagree"
+        f"{f' (axes {theirs} and {ours})' if theirs else ' about their place'}; the sform is used"
+        for (theirs, ours), count in pairs.items()
+    ]
+
+
+def _axes(header: nifti.Header) -> str:
+    return "".join(map(str, nibabel.aff2axcodes(header.affine)))
 
 
 def _identity(inspected: nifti.Inspected | None) -> str | None:
