@@ -21,7 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="How should I mask? Studies of masked-autoencoder pretraining on your own images.",
 )
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="the study file")]
@@ -41,6 +40,39 @@ Address = Annotated[
 ]
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib import metadata
+
+        print(f"maskstudy {metadata.version('maskstudy')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def everywhere(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """How should I mask? Studies of masked-autoencoder pretraining on your own images."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="your images, and masks")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="study file to write")] = Path(
+        "study.yaml"
+    ),
+) -> None:
+    """Look at a folder of images and write a study file for it, with what was guessed and why."""
+    from study.commands.init import init_study
+
+    init_study(folder, output)
+
+
 @app.command()
 def check(
     study: StudyFile,
@@ -53,11 +85,18 @@ def check(
             "learn anything",
         ),
     ] = None,
+    resolved: Annotated[
+        bool,
+        typer.Option("--resolved", help="only print the study file with every default spelt out"),
+    ] = False,
 ) -> None:
     """Check a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
-    from study.commands.check import check_study
+    from study.commands.check import check_study, print_resolved
 
-    check_study(study, forecast)
+    if resolved:
+        print_resolved(study)
+    else:
+        check_study(study, forecast)
 
 
 @app.command(name="try")

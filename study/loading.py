@@ -23,6 +23,9 @@ from trainables.config import Strict, TrialConfig, completed
 from trainables.errors import UserError
 from trainables.settings import flatten
 
+# Of who says nothing of the trial and of what may vary in it
+DEFAULT_SEARCH: dict[str, Any] = {"masking.ratio.value": {"low": 0.1, "high": 0.9}}
+
 
 class Difference(NamedTuple):
     """One setting that two study files do not share."""
@@ -136,6 +139,8 @@ def difference(old_text: str, new_text: str, defaults: str = DEFAULTS) -> list[D
 def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
     """The spec if it is sound; else as many problems as can be seen, whatever else is wrong."""
     spec: Any = None  # a StudySpec, or its sound part: a model made for this file alone
+    if not data.keys() & {"trial", "search"}:
+        data |= {"search": DEFAULT_SEARCH}
     try:
         spec = StudySpec.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:

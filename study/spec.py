@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from study.folder import Storage, StudyFolder, is_study_name
 from study.loggers import LOGGERS
@@ -18,6 +18,7 @@ from study.space import SearchItem
 from study.stopping import STOPPERS
 from trainables.config import Positive, ProbeConfig, Strict, TrialConfig
 from trainables.data import DataConfig
+from trainables.metrics import METRICS, parse
 from trainables.named import Choice, named
 from trainables.settings import digest
 from trainables.storage import check_uri, is_uri
@@ -31,6 +32,7 @@ else:
     Stopper = named(STOPPERS)
     Logger = named(LOGGERS)
 
+DEFAULT_OBJECTIVES: list[Any] = ["segment/miou", "pretrain/probe_gain"]
 DEVICE_NAME = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # Windows makes no such folders
 RAY_COPY = re.compile(r"/session_[^/]+/runtime_resources/")
 
@@ -76,7 +78,23 @@ def _one_each(values: list[Any]) -> list[Any]:
 
 class Objective(Strict):
     metric: str
-    goal: Literal["maximize", "minimize"]
+    goal: Annotated[
+        Literal["maximize", "minimize"], Field(description="follows from the metric")
+    ] = "maximize"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _goal_of_metric(cls, given: Any) -> Any:
+        """`segment/miou` is as good as `{metric: segment/miou, goal: maximize}`."""
+        whole = {"metric": given} if isinstance(given, str) else given
+        if (
+            not isinstance(whole, dict)
+            or "goal" in whole
+            or not isinstance(whole.get("metric"), str)
+        ):
+            return whole
+        metric = METRICS.get(parse(whole["metric"]).key)
+        return whole if metric is None or metric.goal == "none" else whole | {"goal": metric.goal}
 
 
 class Confirm(Strict):
@@ -124,9 +142,17 @@ class StudySpec(Strict):
     study: Annotated[str, AfterValidator(_name)]
     question: str | None = None
     data: DataConfig
-    trial: TrialConfig
-    search: dict[str, SearchItem] = Field({})
-    objectives: Annotated[list[Objective], Field(min_length=1, max_length=3)]
+    trial: TrialConfig = TrialConfig()
+    search: Annotated[
+        dict[str, SearchItem],
+        Field(
+            description="dotted path of a setting of the trial: what it may be; without a trial "
+            "the mask ratio from 0.1 to 0.9"
+        ),
+    ] = Field({})
+    objectives: Annotated[list[Objective], Field(min_length=1, max_length=3)] = Field(
+        DEFAULT_OBJECTIVES, validate_default=True
+    )
     sampler: Sampler = Field({"name": "tpe"}, validate_default=True)
     stopping: Stopper = Field({"name": "none"}, validate_default=True)
     seeds: Positive = 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from study import requests
 from study.commands.data import dataset_of
 from study.commands.finding import begun
@@ -14,6 +16,15 @@ from study.loading import load_spec
 from trainables.metrics import metric_of
 
 SOLVED = 0.8  # mIoU of a segmenter without an encoder from which on a warning is due
+
+
+def print_resolved(path: Path) -> None:
+    """The study file as it is understood: every default is spelt out."""
+    content = load_spec(path).model_dump(mode="json", by_alias=True)
+    for path_of_setting, item in content["search"].items():
+        given = {key: value for key, value in item.items() if value is not None}
+        content["search"][path_of_setting] = given
+    say(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
 
 
 def check_study(path: Path, forecast_seconds: float | None = None) -> None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from study.ledger import read_suggestions
+from study.loading import load_spec
 from tests.conftest import TINY_STUDY
 from tests.synthetic import refreeze, write_study
 from tests.terminal import call
@@ -163,6 +164,33 @@ def test_check_warns_of_data_that_a_threshold_segments(blood: Path, capsys: Capt
     assert call("check", blood) == 0
     printed = capsys.readouterr().out
     assert "the mIoU of a threshold is 1.00: such data cannot tell encoders apart" in printed
+
+
+def test_three_lines_are_a_study_and_their_defaults_can_be_read(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """What is printed is a study file that means the same."""
+    path = tmp_path / "short.yaml"
+    path.write_text("study: short\ndata: {source: smears, size: 32}\nbudget: {trials: 4}\n")
+    assert call("check", path, "--resolved") == 0
+    printed = capsys.readouterr().out
+    assert "goal: maximize" in printed and "masking.ratio.value:" in printed
+    spelt_out = tmp_path / "long.yaml"
+    spelt_out.write_text(printed)
+    assert load_spec(spelt_out).digest == load_spec(path).digest
+    assert call("check", path) == 0
+
+
+def test_the_goal_follows_from_the_metric(blood: Path) -> None:
+    edit(blood, "{metric: segment/miou, goal: maximize}", "segment/miou")
+    assert load_spec(blood).objectives[-1].goal == "maximize"
+    edit(blood, "- segment/miou", "- {metric: segment/count_error}")
+    assert load_spec(blood).objectives[-1].goal == "minimize"
+
+
+def test_the_version_is_told(capsys: Capture) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out.startswith("maskstudy 0.")
 
 
 def test_check_warns_of_few_labels_that_leave_out_a_class(blood: Path, capsys: Capture) -> None:

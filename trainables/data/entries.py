@@ -32,6 +32,15 @@ Word = Literal["image", "mask", "split", "group", "instances"]
 Folder = Annotated[
     str | None, Field(description="folder with images/ and masks/ of the same stems")
 ]
+Layout = Annotated[
+    Literal["folders", "nnunet"],
+    Field(description="nnunet: imagesTr/NAME_0000…, a file a channel, and labelsTr/NAME"),
+]
+ImageFolder = Annotated[str, Field(description="folder of the images within `folder`; . is itself")]
+MaskFolder = Annotated[str, Field(description="folder of the masks within `folder`; . is itself")]
+MaskSuffix = Annotated[
+    str, Field(description="what the stem of a mask has behind that of its image, such as _mask")
+]
 Where = Annotated[
     dict[str, str | int] | None,
     Field(description="column of the manifest: value that its rows must have"),
@@ -46,7 +55,9 @@ GroupPattern = Annotated[
 AllowOutside = Annotated[bool, Field(description="read files that are not below the data folder")]
 
 SPLITS = ("train", "val", "test", "pretrain")
-FOLDERS = ("images", "masks", "instances")
+INSTANCES = "instances"  # folder, and column, of numbers of objects
+NNUNET_IMAGES, NNUNET_MASKS = "imagesTr", "labelsTr"
+CHANNEL = re.compile(r"_(\d{4})$")  # of nnU-Net, behind the stem
 DELIMITERS = ",;\t"
 MARKS = {  # byte order mark -> encoding
     codecs.BOM_UTF8: "utf-8-sig",
@@ -66,6 +77,16 @@ class Shares(Strict):
 
 
 DEFAULT_SHARES = Shares()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files of a folder are."""
+
+    images: str = "images"
+    masks: str = "masks"
+    mask_suffix: str = ""
+    layout: Literal["folders", "nnunet"] = "folders"
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,7 @@ def read_entries(
     where: dict[str, str | int],
     columns: dict[Word, str],
     suffixes: Sequence[str],
+    places: Places,
     separator: str | None = None,
 ) -> tuple[str, Path, list[Entry], list[str]]:
     """(name of the data, their folder, entries, notes), from a manifest or a folder of `root`."""
@@ -104,7 +126,7 @@ def read_entries(
     if where or columns:
         raise UserError("data: where and columns choose from a manifest; leave them out")
     base = root / str(folder)
-    entries, notes = read_folder(base, suffixes)
+    entries, notes = read_folder(base, suffixes, places)
     return base.resolve().name, base, entries, notes
 
 
@@ -118,11 +140,11 @@ def read_manifest(
 
     With a separator a cell of the column image may name several files, which are its channels.
     """
-    text = _text_of(path)
-    first_line = text.partition("\n")[0]
-    delimiter = max(DELIMITERS, key=first_line.count)  # of equals the comma
+    text = text_of(path)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=delimiter_of(text), strict=True
+        )
         lines = [(row, reader.line_num) for row in reader]
         header = [name.strip() for name in reader.fieldnames or []]
     except csv.Error as error:
@@ -193,42 +215,81 @@ def read_manifest(
     return entries
 
 
-def read_folder(base: Path, suffixes: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """Files of images/, with those of the same name in masks/ and instances/; notes for people.
+def read_folder(
+    base: Path, suffixes: Sequence[str], places: Places
+) -> tuple[list[Entry], list[str]]:
+    """Images of a folder, with the masks and instances of the same name; notes for people.
 
     Sub-folders are read too: what is in one of them is a group.
     """
-    found, notes = {}, []
-    for kind in FOLDERS:
-        found[kind], unread = _by_stem(base / kind, suffixes)
-        notes += unread
-    if not found["images"]:
+    of_images, of_masks, mask_suffix = places.images, places.masks, places.mask_suffix
+    if places.layout == "nnunet":
+        of_images, of_masks = NNUNET_IMAGES, NNUNET_MASKS
+    folders = [base / name for name in (of_images, of_masks, INSTANCES)]
+    (images, notes), (masks, of_mask_files), (instances, of_instances) = (
+        _by_stem(folder, suffixes, [other for other in folders if other != folder])
+        for folder in folders
+    )
+    if folders[0] == folders[1]:
+        images = {stem: path for stem, path in images.items() if not _is_mask(stem, mask_suffix)}
+    else:
+        notes += of_mask_files
+    if not images:
         raise UserError(
-            f"data.folder: {base / 'images'} holds no file that ends in {', '.join(suffixes)}; "
-            f"expected a folder with images/ and, for labelled images, masks/"
+            f"data.folder: {folders[0]} holds no file that ends in {', '.join(suffixes)}; "
+            f"expected a folder with images/ and, for labelled images, masks/, or the settings "
+            f"image_folder, mask_folder and mask_suffix that say where they are"
         )
+    if mask_suffix:
+        masks = {
+            stem.removesuffix(mask_suffix): path
+            for stem, path in masks.items()
+            if stem.endswith(mask_suffix)
+        }
+    several = (
+        _channels(images) if places.layout == "nnunet" else {k: [v] for k, v in images.items()}
+    )
     refuse(
         [
-            f"{path.relative_to(base)} has no image; expected images/{stem}{suffixes[0]} or the "
-            f"like"
-            for kind in ("masks", "instances")
-            for stem, path in found[kind].items()
-            if stem not in found["images"]
+            f"{path.relative_to(base)} has no image; expected "
+            f"{(Path(of_images) / stem).as_posix()}{suffixes[0]} or the like"
+            for found in (masks, instances)
+            for stem, path in found.items()
+            if stem not in several
         ]
     )
     entries = [
         Entry(
-            name=path.relative_to(base).as_posix(),
+            name=paths[0].relative_to(base).as_posix(),
             line="",
-            image=path,
-            mask=found["masks"].get(stem),
-            instances=found["instances"].get(stem),
+            image=paths[0],
+            mask=masks.get(stem),
+            instances=instances.get(stem),
             split=None,
             group=stem.rpartition("/")[0] or None,
+            more=tuple(paths[1:]),
         )
-        for stem, path in found["images"].items()
+        for stem, paths in several.items()
     ]
-    return entries, notes
+    return entries, notes + of_instances
+
+
+def _is_mask(stem: str, mask_suffix: str) -> bool:
+    return bool(mask_suffix) and stem.endswith(mask_suffix)
+
+
+def _channels(images: dict[str, Path]) -> dict[str, list[Path]]:
+    """The files of each image, whose stems end in the number of a channel (nnU-Net)."""
+    several: dict[str, list[Path]] = defaultdict(list)
+    for stem, path in images.items():  # in alphabetical order
+        number = CHANNEL.search(stem)
+        if number is None or int(number[1]) != len(several[stem[: number.start()]]):
+            raise UserError(
+                f"data.folder: {path} is not called like a channel; expected NAME_0000, NAME_0001, "
+                f"and so on, without a gap, as nnU-Net has them"
+            )
+        several[stem[: number.start()]].append(path)
+    return several
 
 
 def split_by_group(
@@ -301,12 +362,14 @@ def with_groups(entries: Iterable[Entry], pattern: str | None) -> list[Entry]:
 
 
 def named_classes(
-    entries: Sequence[Entry], base: Path
+    entries: Sequence[Entry], base: Path, places: Places
 ) -> tuple[list[str] | dict[int | str, str] | None, list[str]]:
     """(names by value, those of small classes), from the nearest classes.json.
 
-    It lies at or above the images, up to the data folder.
+    It lies at or above the images, up to the data folder; nnU-Net's are in dataset.json.
     """
+    if places.layout == "nnunet":
+        return _nnunet_classes(base / "dataset.json"), []
     folder = Path(os.path.commonpath([os.path.normpath(entry.image.parent) for entry in entries]))
     top = Path(os.path.normpath(base))
     while not (folder / "classes.json").is_file():
@@ -321,7 +384,7 @@ def named_classes(
             named = dict(enumerate(named))
         named = dict(sorted((int(value), name) for value, name in named.items()))
         small = [named[value] for value in content.get("small_classes", [])]
-        if not all(isinstance(name, str) for name in named.values()) or 0 not in named:
+        if not all(isinstance(name, str) for name in named.values()) or (named and 0 not in named):
             raise TypeError("names must be texts, the background's that of 0")
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
@@ -331,10 +394,29 @@ def named_classes(
     return named or None, small
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+def _nnunet_classes(path: Path) -> dict[int | str, str] | None:
+    """The labels of a dataset.json, name: value (version 2) or value: name (version 1)."""
+    if not path.is_file():
+        return None
+    try:
+        labels = json.loads(path.read_text())["labels"]
+        by_value = all(str(key).lstrip("-").isdigit() for key in labels)
+        pairs = labels.items() if by_value else ((value, name) for name, value in labels.items())
+        return {int(value): str(name) for value, name in sorted(pairs, key=lambda p: int(p[0]))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"data: the labels in {path} cannot be used ({error!r}); expected "
+            f'"labels": {{"background": 0, "core": 1}}; or name them: classes: {{0: background}}'
+        ) from error
+
+
+def _by_stem(
+    folder: Path, suffixes: Sequence[str], elsewhere: Sequence[Path]
+) -> tuple[dict[str, Path], list[str]]:
     """(files by their path in the folder without suffix, in order; what is not read and why).
 
-    Hidden files are passed over. Names are compared in one Unicode form: a Mac writes another.
+    What lies in a folder `elsewhere` belongs there. Hidden files are passed over. Names are
+    compared in one Unicode form: a Mac writes another.
     """
     if not folder.is_dir():
         return {}, []
@@ -343,6 +425,8 @@ def _by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], li
     for path in sorted(folder.rglob("*")):
         name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
         if any(part.startswith(".") for part in name.split("/")) or path.is_dir():
+            continue
+        if any(other in path.parents and folder in other.parents for other in elsewhere):
             continue
         suffix = next((end for end in suffixes if name.lower().endswith(end)), None)
         if suffix is None:
@@ -361,7 +445,7 @@ def _by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], li
     ]
 
 
-def _text_of(manifest: Path) -> str:
+def text_of(manifest: Path) -> str:
     """The text of a table, in UTF-8 or, if a mark says so, in UTF-16 as spreadsheets save it."""
     try:
         raw = manifest.read_bytes()
@@ -374,6 +458,11 @@ def _text_of(manifest: Path) -> str:
         raise UserError(
             f"data.manifest: {manifest} is not a CSV file in UTF-8: {error}; save it as UTF-8"
         ) from error
+
+
+def delimiter_of(text: str) -> str:
+    """What separates the values of a table: what its head has most of, of equals the comma."""
+    return max(DELIMITERS, key=text.partition("\n")[0].count)
 
 
 def _filled(value: str | list[str] | None) -> bool:

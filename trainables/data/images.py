@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +25,11 @@ from trainables.data.entries import (
     Entry,
     Folder,
     GroupPattern,
+    ImageFolder,
+    Layout,
+    MaskFolder,
+    MaskSuffix,
+    Places,
     Shares,
     Where,
     named_classes,
@@ -106,6 +111,10 @@ def images(
         ),
     ] = None,
     folder: Folder = None,
+    layout: Layout = "folders",
+    image_folder: ImageFolder = "images",
+    mask_folder: MaskFolder = "masks",
+    mask_suffix: MaskSuffix = "",
     size: Edge | tuple[Edge, Edge] = 128,
     fit: Annotated[
         Literal["tile", "resize"],
@@ -129,12 +138,24 @@ def images(
     """PNG, JPEG, TIFF, BMP or GIF files, named in a manifest (image, mask, …) or in a folder."""
     if window is not None and window[0] >= window[1]:
         raise UserError(f"data.window: {list(window)} is empty; expected [low, high], low < high")
+    places = Places(image_folder, mask_folder, mask_suffix, layout)
     name, base, entries, notes = read_entries(
-        root, manifest, folder, where or {}, columns or {}, files.SUFFIXES
+        root,
+        manifest,
+        folder,
+        where or {},
+        columns or {},
+        files.SUFFIXES,
+        places,
     )
+    if any(entry.more for entry in entries):
+        raise UserError(
+            "data.layout: pictures have a file for each channel; expected one file: save them as "
+            "TIFF of several channels (volumes may have several files)"
+        )
     entries = with_groups(entries, group)
     if classes is None:
-        classes, found_small = named_classes(entries, base)
+        classes, found_small = named_classes(entries, base, places)
         small_classes = found_small if small_classes is None else small_classes
     reading = Reading(
         size=(size, size) if isinstance(size, int) else size,
@@ -272,13 +293,13 @@ def decode_entry(
     if entry.mask:
         with naming(entry.mask, entry):
             data = _unchanged(entry, "mask", inspected, reading)
-            values = _values(data, reading.labels.encoding)
+            values = mask_values(data, reading.labels.encoding)
             labels = reading.labels.of(values)
     objects = np.zeros(labels.shape, np.uint16)
     if with_instances and entry.instances:
         with naming(entry.instances, entry):
             data = _unchanged(entry, "instances", inspected, reading)
-            objects = numbered(_values(data, "instances"))
+            objects = numbered(mask_values(data, "instances"))
     elif with_instances and reading.labels.encoding == "instances" and entry.mask:
         with naming(entry.mask, entry):
             objects = numbered(np.where(labels == 1, values, 0))
@@ -294,7 +315,7 @@ def decode_entry(
     return Decoded(_resize(picture, reading.size)[None], labels[near][None], objects[near][None])
 
 
-def _values(data: bytes, encoding: Encoding) -> Array:
+def mask_values(data: bytes, encoding: Encoding) -> Array:
     """What a mask holds: numbers (H, W), or colours (3, H, W)."""
     if encoding != "colours":
         return _grey(files.pixels(data, as_labels=True), files.inspect(data, as_labels=True))
@@ -371,29 +392,35 @@ def _unchanged(entry: Entry, kind: str, inspected: Inspected, reading: Reading) 
 
 
 def _numbers_of_objects(entries: Sequence[Entry], reading: Reading) -> list[str]:
-    """Masks whose values, which nobody named, number objects rather than classes.
-
-    Every value is in one piece, and it is chance which values a mask has.
-    """
+    """Masks whose values, which nobody named, number objects rather than classes."""
     masks = [entry for entry in entries if entry.mask]
-    kinds, most = set(), 0
-    for entry in masks[:: max(1, len(masks) // LOOKED_AT)]:
+
+    def values(entry: Entry) -> Array:
         assert entry.mask is not None
         with naming(entry.mask, entry):
-            values = _values(files.read(entry.mask, reading.inside), "index")
-        numbers = np.setdiff1d(np.unique(values), [0, *reading.labels.ignore])
-        for number in numbers:
-            if ndimage.label(values == number, structure=np.ones((3, 3)))[1] > 1:
-                return []
-        kinds.add(tuple(numbers.tolist()))
-        most = max(most, len(numbers))
-    if len(kinds) < 2 or most < OBJECTS:
+            found = mask_values(files.read(entry.mask, reading.inside), "index")
+        return np.where(np.isin(found, reading.labels.ignore), 0, found)
+
+    if not look_like_numbers_of_objects(map(values, masks[:: max(1, len(masks) // LOOKED_AT)])):
         return []
     return [
-        f"the values of masks look like numbers of objects, not classes: each is in one piece, and "
-        f"{len(masks)} masks have up to {most}; set mask_encoding: instances, or, if they are "
-        f"classes, name them: classes: [background, …]"
+        f"the values of {len(masks)} masks look like numbers of objects, not classes: each is in "
+        f"one piece, and which there are differs from mask to mask; set mask_encoding: instances, "
+        f"or, if they are classes, name them: classes: [background, …]"
     ]
+
+
+def look_like_numbers_of_objects(masks: Iterable[Array]) -> bool:
+    """Whether every value (of H, W) is in one piece, and it is chance which values a mask has."""
+    kinds, most = set(), 0
+    for values in masks:
+        numbers = np.setdiff1d(np.unique(values), [0])
+        for number in numbers:
+            if ndimage.label(values == number, structure=np.ones((3, 3)))[1] > 1:
+                return False
+        kinds.add(tuple(numbers.tolist()))
+        most = max(most, len(numbers))
+    return len(kinds) > 1 and most >= OBJECTS
 
 
 def _palettes(entries: Sequence[Entry], found: dict[int, Inspected]) -> list[str]:

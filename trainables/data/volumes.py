@@ -33,6 +33,11 @@ from trainables.data.entries import (
     Entry,
     Folder,
     GroupPattern,
+    ImageFolder,
+    Layout,
+    MaskFolder,
+    MaskSuffix,
+    Places,
     Shares,
     Where,
     named_classes,
@@ -123,6 +128,10 @@ def volumes(
         ),
     ] = None,
     folder: Folder = None,
+    layout: Layout = "folders",
+    image_folder: ImageFolder = "images",
+    mask_folder: MaskFolder = "masks",
+    mask_suffix: MaskSuffix = "",
     size: Annotated[
         tuple[Edge, Edge, Edge],
         Field(description="of a crop in voxels: to the right, to the front, upwards"),
@@ -164,8 +173,16 @@ def volumes(
     _check_intensities(window, percentiles)
     if mask_encoding == "colours":
         raise UserError("data.mask_encoding: volumes have no colours; expected another encoding")
+    places = Places(image_folder, mask_folder, mask_suffix, layout)
     name, base, entries, notes = read_entries(
-        root, manifest, folder, where or {}, columns or {}, nifti.SUFFIXES, SEPARATOR
+        root,
+        manifest,
+        folder,
+        where or {},
+        columns or {},
+        nifti.SUFFIXES,
+        places,
+        SEPARATOR,
     )
     if group is None and not all(entry.group for entry in entries):
         notes.append(
@@ -174,7 +191,7 @@ def volumes(
         )
     entries = with_groups(entries, group)
     if classes is None:
-        classes, found_small = named_classes(entries, base)
+        classes, found_small = named_classes(entries, base, places)
         small_classes = found_small if small_classes is None else small_classes
     reading = Reading(
         spacing=None if spacing == "none" else spacing,
@@ -277,7 +294,7 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
             _check_place(mask.header, first.header, entry)
     spacing = tuple(
         old * step
-        for old, step in zip(_in_ras(first.header)[1], _steps(first.header, reading), strict=True)
+        for old, step in zip(in_ras(first.header)[1], _steps(first.header, reading), strict=True)
     )
     return Inspected((first, *others), mask, shape, spacing)
 
@@ -369,7 +386,7 @@ def _unchanged(path: Path, before: nifti.Inspected, reading: Reading) -> Array:
     return stored
 
 
-def _in_ras(header: nifti.Header) -> tuple[Shape, tuple[float, ...]]:
+def in_ras(header: nifti.Header) -> tuple[Shape, tuple[float, ...]]:
     """Shape and spacing along the rows' axes."""
     place = {int(axis): i for i, (axis, _) in enumerate(orientations.io_orientation(header.affine))}
     order = [place[axis] for axis in range(3)]
@@ -380,13 +397,13 @@ def _steps(header: nifti.Header, reading: Reading) -> list[float]:
     """Old voxels from one new voxel to the next, along the rows' axes; 1: as it is."""
     if reading.spacing is None:
         return [1.0, 1.0, 1.0]
-    steps = [new / old for new, old in zip(reading.spacing, _in_ras(header)[1], strict=True)]
+    steps = [new / old for new, old in zip(reading.spacing, in_ras(header)[1], strict=True)]
     return [1.0 if abs(step - 1) < SAME_SPACING else step for step in steps]
 
 
 def _resampled(header: nifti.Header, spacing: tuple[float, ...] | None) -> Shape:
     """How many voxels a volume has at a spacing, along the rows' axes."""
-    shape, old = _in_ras(header)
+    shape, old = in_ras(header)
     if spacing is None:
         return shape
     return tuple(
@@ -465,7 +482,7 @@ def _notes(
             f"of a whole number is that number"
         )
     if reading.spacing is None:
-        spacings = np.array([_in_ras(header)[1] for header in headers])
+        spacings = np.array([in_ras(header)[1] for header in headers])
         low, high = spacings.min(axis=0), spacings.max(axis=0)
         if (high / low - 1 > SAME_SPACING).any():
             notes.append(

@@ -1,0 +1,199 @@
+"""A first study file for a folder of images: sound as it stands, with what was guessed, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from study.survey import Survey
+from trainables.data import Dataset
+
+STEPS = 1500  # of pretraining, from which on small encoders have learnt something
+SEGMENTATION_STEPS = 300
+RATIOS = [0.25, 0.5, 0.75]
+SEEDS = 3
+MOST_TOKENS = {False: 256, True: 1024}  # of a tile, without and with a GPU
+TILE = {False: 64, True: 128}
+CROP = {False: 48, True: 96}
+LARGEST_OBJECT = 0.75  # of a tile's edge: larger ones are not seen whole
+AMX = "amx_bf16"  # what makes bf16 fast on a CPU
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a study may cost."""
+
+    has_gpu: bool
+    has_fast_bf16: bool
+
+    @staticmethod
+    def this() -> Machine:
+        try:
+            flags = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            flags = ""
+        return Machine(shutil.which("nvidia-smi") is not None, AMX in flags)
+
+
+def first_size(found: Survey, machine: Machine) -> tuple[int | list[int], str]:
+    """(tile or crop that fits into all images, why), before the sizes of objects are known."""
+    smallest = found.smallest
+    if found.source == "volumes":
+        most = CROP[machine.has_gpu]
+        size = [max(8, min(most, edge) // 8 * 8) for edge in smallest]
+        return size, f"the smallest volume that was looked at is {_times(smallest)} voxels"
+    edge = min(TILE[machine.has_gpu], *smallest)
+    return max(8, edge // 16 * 16), f"the smallest image that was looked at is {_times(smallest)}"
+
+
+def needs_resizing(found: Survey, dataset: Dataset) -> bool:
+    """Whether most objects of some class are larger than a tile shows."""
+    largest = max(_diameters(dataset).values(), default=0.0)
+    return found.source == "images" and largest > LARGEST_OBJECT * min(dataset.size)
+
+
+def patches_of(dataset: Dataset, machine: Machine, spacing: Sequence[float] | None) -> list[Any]:
+    """Patches that divide the tile, that the machine can bear, the smallest classes first."""
+    size, volume = dataset.size, math.prod(dataset.size)
+    steps = [1.0] * len(size) if spacing is None else [edge / min(spacing) for edge in spacing]
+    found = []
+    for patch in (2, 4, 8, 16, 32):
+        # as long in mm along every axis as powers of two allow
+        edges = [max(2, patch // 2 ** round(math.log2(step))) for step in steps]
+        if any(edge % part or part > edge for edge, part in zip(size, edges, strict=True)):
+            continue
+        if 4 <= volume // math.prod(edges) <= MOST_TOKENS[machine.has_gpu]:
+            found.append(edges[0] if len(set(edges)) == 1 else edges)
+    smallest = min(_diameters(dataset).values(), default=math.inf)
+    resolving = [patch for patch in found if min(_edges(patch)) <= smallest]
+    return (resolving[:3] if len(resolving) > 1 else found[:2]) or [8]
+
+
+def draft(name: str, found: Survey, dataset: Dataset, machine: Machine) -> str:
+    """The text of a study file."""
+    spacing = found.seen[0].spacing if found.source == "volumes" else None
+    patches = patches_of(dataset, machine, spacing)
+    control = patches[0]
+    unit = [
+        max(edges) for edges in zip(*(_edges(p, len(dataset.size)) for p in patches), strict=True)
+    ]
+    diameters = _diameters(dataset)
+    batch = 8 if found.source == "volumes" else 32
+    batch_of_segmentation = 2 if found.source == "volumes" else 8
+    pretrain, train = (len(dataset.rows(split)) for split in ("pretrain", "train"))
+    trial: dict[str, Any] = {
+        "model": {
+            "size": "tiny" if machine.has_gpu else "nano",
+            "patch": control,
+            "decoder": {"depth": 2, "width": 128} if machine.has_gpu else {"depth": 1, "width": 64},
+        },
+        "masking": {"strategy": "random", "ratio": {"name": "constant", "value": 0.5}},
+        "pretrain": {
+            "epochs": _epochs(STEPS * (2 if machine.has_gpu else 1), batch, pretrain),
+            "batch": batch,
+            "optimizer": {"name": "adamw", "base_lr": 0.256 / batch},
+        },
+        "segment": {
+            "epochs": _epochs(SEGMENTATION_STEPS, batch_of_segmentation, train),
+            "batch": batch_of_segmentation,
+            "features": 8,
+            "optimizer": {"name": "adamw", "base_lr": 0.48 / batch_of_segmentation},
+        },
+    }
+    if machine.has_fast_bf16 and not machine.has_gpu:
+        trial["pretrain"]["precision"] = trial["segment"]["precision"] = "bf16"
+    arms = len(patches) * len(RATIOS)
+    controls = SEEDS if dataset.is_labelled else 0
+    smallest = min(diameters, key=lambda key: diameters[key], default=None)
+    lines = [
+        f"# Written by `maskstudy init` from {found.images:,} images, {found.masks:,} with a mask.",
+        "# Every guess has its reason beside it. `maskstudy check` says what the study will take.",
+        f"study: {_flow(name)}",
+        f"question: {_question(smallest if len(diameters) > 1 else None, dataset)}",
+        "data:",
+        f"  source: {found.source}",
+        *(_setting(key, value, found.why.get(key)) for key, value in found.data.items()),
+        "trial:",
+        *(f"  {key}: {_flow(value)}" for key, value in trial.items()),
+        "search:",
+        f"  model.patch: {{choices: {_flow(patches)}}}  # {_why_patches(diameters, dataset)}",
+        f"  masking.ratio.value: {{choices: {_flow(RATIOS)}}}",
+        "objectives:",
+        *(f"  - {metric}" for metric in _objectives(dataset, diameters)),
+        f"sampler: grid  # {arms} arms, each with {SEEDS} seeds"
+        + ", and random weights beside them" * bool(controls),
+        f"seeds: {SEEDS}",
+        "rungs: [0.5, 1.0]",
+        f"probe: {{unit: {_flow(unit[0] if len(set(unit)) == 1 else unit)}}}  # hides the same "
+        f"pixels for every patch",
+        f"budget: {{trials: {arms * SEEDS + controls}}}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _objectives(dataset: Dataset, diameters: dict[str, float]) -> list[str]:
+    """The smallest class that can be judged, and what pretraining has learnt."""
+    if not dataset.is_labelled:
+        return ["pretrain/probe_gain"]
+    places = dataset.classes_shown(dataset.rows("val"))
+    shown = [dataset.classes[place] for place in sorted(places)]
+    small = min(shown, key=lambda key: diameters.get(key, math.inf), default=None)
+    metric = f"segment/iou/{small}" if small is not None and len(shown) > 1 else "segment/miou"
+    return [metric, "pretrain/probe_gain"]
+
+
+def _question(smallest: str | None, dataset: Dataset) -> str:
+    if not dataset.is_labelled:
+        return "Which mask ratio and patch size reconstruct these images best?"
+    what = f"{smallest!r}, the smallest class" if smallest else "the objects in these images"
+    return json.dumps(
+        f"Which mask ratio and patch size help to segment {what}?", ensure_ascii=False
+    )
+
+
+def _why_patches(diameters: dict[str, float], dataset: Dataset) -> str:
+    tile = f"divide {_times(dataset.size)}"
+    if not diameters:
+        return tile
+    sizes = ", ".join(f"{name} {size:g}" for name, size in diameters.items())
+    return f"{tile}; diameters in pixels or mm: {sizes}"
+
+
+def _diameters(dataset: Dataset) -> dict[str, float]:
+    """The median diameter of each class that has whole objects."""
+    return {
+        name: about["median_diameter"]
+        for name, about in dataset.about["objects"].items()
+        if about["median_diameter"]
+    }
+
+
+def _epochs(steps: int, batch: int, images: int) -> int:
+    return max(1, round(steps * batch / max(1, images)))
+
+
+def _edges(patch: int | list[int], axes: int = 1) -> list[int]:
+    return patch if isinstance(patch, list) else [patch] * axes
+
+
+def _setting(key: str, value: Any, why: str | None) -> str:
+    return f"  {key}: {_flow(value)}" + (f"  # guessed from {why}" if why else "")
+
+
+def _flow(value: Any) -> str:
+    """A value in one line of YAML."""
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def _times(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))

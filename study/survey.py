@@ -1,0 +1,337 @@
+"""What a folder of images holds, and how a study file would say it: for `init`.
+
+Every guess is one of the data's settings, and comes with what it was guessed from.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trainables.data import files, nifti
+from trainables.data.entries import (
+    NNUNET_IMAGES,
+    NNUNET_MASKS,
+    Entry,
+    Places,
+    delimiter_of,
+    named_classes,
+    read_entries,
+    text_of,
+)
+from trainables.data.images import look_like_numbers_of_objects, mask_values
+from trainables.data.labels import colours
+from trainables.data.volumes import SEPARATOR, in_ras
+from trainables.errors import UserError
+
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "raw", "photos", "pictures", "scans")
+MASK_FOLDERS = (
+    "masks", "mask", "labels", "label", "segmentations", "segmentation", "annotations",
+    "groundtruth", "ground_truth", "gt", "manual",
+)  # fmt: skip
+MASK_SUFFIXES = (
+    "_mask", "_masks", "_seg", "_segmentation", "_label", "_labels", "_gt", "_cp_masks",
+    "-mask", "-labels", ".mask",
+)  # fmt: skip
+COLUMNS = {
+    "image": ("image", "images", "img", "file", "filename", "file_name", "path", "image_path"),
+    "mask": ("mask", "masks", "label", "labels", "segmentation", "mask_path", "annotation"),
+    "split": ("split", "set", "subset", "fold"),
+    "group": ("group", "patient", "patient_id", "subject", "subject_id", "case", "slide"),
+}  # fmt: skip
+# Patterns of names whose first part may be what belongs together
+GROUPS = (r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$", r"^([A-Za-z]+\d+)[_-]")
+MOST_LOOKED_AT = 48  # files, spread over all
+FEWEST_GROUPS = 6
+
+
+class Seen(NamedTuple):
+    """A picture or volume that was looked at."""
+
+    shape: tuple[int, ...]
+    channels: int
+    bits: int
+    has_alpha: bool
+    spacing: tuple[float, ...] | None  # mm of a voxel
+
+
+@dataclass
+class Survey:
+    """What was found; `data` are the settings that say so, `why` what each was guessed from."""
+
+    source: str
+    data: dict[str, Any] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    images: int = 0
+    masks: int = 0
+    seen: list[Seen] = field(default_factory=list)
+
+    def guess(self, option: str, value: Any, reason: str) -> None:
+        self.data[option], self.why[option] = value, reason
+
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """The smallest edge along each axis of what was looked at."""
+        return tuple(np.min([one.shape for one in self.seen], axis=0).tolist())
+
+
+def survey(folder: Path) -> Survey:
+    """Look at a folder. UserError: nothing in it can be read as images."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a folder of images")
+    names = [path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder)]
+    is_volumes = any(path.name.lower().endswith(nifti.SUFFIXES) for path in names)
+    suffixes = nifti.SUFFIXES if is_volumes else files.SUFFIXES
+    pictures = [path for path in names if path.name.lower().endswith(suffixes)]
+    if not pictures:
+        kinds = Counter(path.suffix.lower() or "no suffix" for path in names).most_common(5)
+        there = ", ".join(f"{count} {kind}" for kind, count in kinds) or "nothing"
+        raise UserError(
+            f"{folder}: holds no image ({there}); expected files that end in "
+            f"{', '.join((*files.SUFFIXES, *nifti.SUFFIXES))}"
+        )
+    found = Survey("volumes" if is_volumes else "images")
+    _find_places(folder, pictures, suffixes, found)
+    entries = _entries(folder, found, suffixes)
+    found.images, found.masks = len(entries), sum(entry.mask is not None for entry in entries)
+    _find_groups(entries, found)
+    looked_at = entries[:: max(1, len(entries) // MOST_LOOKED_AT)]
+    found.seen = [_seen(entry, is_volumes) for entry in looked_at]
+    if not is_volumes:
+        _find_channels(found)
+    masks = [entry for entry in entries if entry.mask]
+    _find_encoding(folder, entries, masks[:: max(1, len(masks) // MOST_LOOKED_AT)], found)
+    return found
+
+
+# Where the files are
+
+
+def _find_places(
+    folder: Path, pictures: Sequence[Path], suffixes: Sequence[str], found: Survey
+) -> None:
+    inside = {path.name.lower(): path.name for path in folder.iterdir() if path.is_dir()}
+    if NNUNET_IMAGES.lower() in inside:
+        found.data["folder"] = str(folder)
+        found.guess("layout", "nnunet", f"{NNUNET_IMAGES}/ and {NNUNET_MASKS}/")
+        return
+    for path in sorted([*folder.glob("*.csv"), *folder.glob("*.tsv")]):
+        columns = _columns(path)
+        if columns is not None:
+            found.data["manifest"] = str(path)
+            renamed = {word: name for word, name in columns.items() if word != name}
+            if renamed:
+                found.guess("columns", renamed, f"the head of {path.name}")
+            return
+    found.data["folder"] = str(folder)
+    images = next((inside[name] for name in IMAGE_FOLDERS if name in inside), None)
+    masks = next((inside[name] for name in MASK_FOLDERS if name in inside), None)
+    if images is None:
+        found.guess("image_folder", ".", "there is no folder images/: all pictures below")
+        images = "."
+    elif images != "images":
+        found.guess("image_folder", images, "its name")
+    where = folder / (masks or images)
+    stems, others = (
+        {_stem(path, place, suffixes) for path in pictures if place in path.parents}
+        for place in (folder / images, where)
+    )
+    suffix = _mask_suffix(stems, others, is_apart=masks is not None)
+    if masks is None and suffix:
+        found.guess("mask_folder", images, f"masks lie beside their images, as NAME{suffix}")
+    elif masks is not None and masks != "masks":
+        found.guess("mask_folder", masks, "its name")
+    if suffix:
+        found.guess("mask_suffix", suffix, "the names of the masks")
+
+
+def _columns(path: Path) -> dict[str, str] | None:
+    """Our words for the columns of a table of images; None if it is none."""
+    try:
+        text = text_of(path)
+    except UserError:
+        return None
+    head = next(csv.reader([text.partition("\n")[0]], delimiter=delimiter_of(text)), [])
+    known = {name.strip().lower(): name.strip() for name in head}
+    columns = {
+        word: next((known[name] for name in names if name in known), None)
+        for word, names in COLUMNS.items()
+    }
+    if columns["image"] is None or columns["mask"] is None:
+        return None
+    return {word: name for word, name in columns.items() if name is not None}
+
+
+def _mask_suffix(stems: set[str], others: set[str], *, is_apart: bool) -> str:
+    """What masks are called beyond their images: of most of them."""
+    if is_apart and len(others & stems) * 2 >= len(others):
+        return ""
+    counts = {
+        suffix: sum(
+            other.endswith(suffix) and other.removesuffix(suffix) in stems for other in others
+        )
+        for suffix in MASK_SUFFIXES
+    }
+    best = max(counts, key=lambda suffix: (counts[suffix], -len(suffix)))
+    return best if counts[best] else ""
+
+
+def _entries(folder: Path, found: Survey, suffixes: Sequence[str]) -> list[Entry]:
+    data = found.data
+    places = Places(
+        data.get("image_folder", "images"),
+        data.get("mask_folder", "masks"),
+        data.get("mask_suffix", ""),
+        data.get("layout", "folders"),
+    )
+    separator = SEPARATOR if found.source == "volumes" else None
+    _, _, entries, _ = read_entries(
+        Path(),
+        data.get("manifest"),
+        data.get("folder"),
+        {},
+        data.get("columns", {}),
+        suffixes,
+        places,
+        separator,
+    )
+    return entries
+
+
+def _find_groups(entries: Sequence[Entry], found: Survey) -> None:
+    if any(entry.group for entry in entries):
+        return
+    for pattern in GROUPS:
+        matches = [re.search(pattern, entry.image.stem) for entry in entries]
+        names = {match[1] for match in matches if match}
+        if all(matches) and FEWEST_GROUPS <= len(names) < len(entries):
+            found.guess(
+                "group",
+                pattern,
+                f"names: {len(names)} groups such as {min(names)}; a group is never in two splits",
+            )
+            return
+
+
+# What they hold
+
+
+def _seen(entry: Entry, is_volume: bool) -> Seen:
+    if is_volume:
+        header = nifti.inspect(entry.image, None, 2**40).header
+        shape, spacing = in_ras(header)
+        return Seen(shape, 1 + len(entry.more), 16, False, spacing)
+    picture = files.inspect(files.read(entry.image, None))
+    return Seen(picture.size, picture.channels, picture.bits, picture.has_alpha, None)
+
+
+def _find_channels(found: Survey) -> None:
+    kinds = {(one.channels, one.has_alpha) for one in found.seen}
+    if len(kinds) == 1 and not found.seen[0].has_alpha:
+        return
+    colour = any(channels - has_alpha >= 3 for channels, has_alpha in kinds)
+    found.guess(
+        "channels", 3 if colour else 1, "pictures of different channels, or with an alpha channel"
+    )
+
+
+def _find_encoding(
+    folder: Path, entries: Sequence[Entry], masks: Sequence[Entry], found: Survey
+) -> None:
+    """What the values of the masks mean."""
+    if not masks:
+        return
+    base = Path(found.data.get("folder") or Path(found.data["manifest"]).parent)
+    if named_classes(entries, base, Places(layout=found.data.get("layout", "folders")))[0]:
+        return
+    count = f"{len(masks)} masks that were looked at"
+    values: Counter[int] = Counter()
+    is_whole = True
+    for entry in masks:
+        assert entry.mask is not None
+        try:
+            part = _values(entry, found.source == "volumes")
+        except UserError as error:
+            if "colours" not in str(error):
+                raise
+            _find_colours(masks, found)
+            return
+        numbers, counts = np.unique(part, return_counts=True)
+        is_whole = is_whole and bool((numbers == np.rint(numbers)).all())
+        for number, times in zip(numbers.tolist(), counts.tolist(), strict=True):
+            values[round(number)] += times
+    present = set(values)
+    if not is_whole and max(present) <= 1:
+        found.guess("mask_encoding", "threshold", f"values between 0 and 1 in {count}")
+        found.guess("threshold", 0.5, "half of the largest value")
+    elif present <= {0, 1}:
+        found.guess("classes", ["background", "object"], f"0 and 1 in {count}")
+    elif present <= {0, 255}:
+        found.guess("mask_encoding", "binary", f"0 and 255 in {count}")
+        found.guess("classes", ["background", "object"], "its two values; name it as you like")
+    elif found.source == "images" and look_like_numbers_of_objects(
+        _values(entry, False) for entry in masks
+    ):
+        found.guess(
+            "mask_encoding",
+            "instances",
+            f"values up to {max(present)}, each in one piece, in {count}",
+        )
+        found.guess("classes", ["background", "object"], "its two values; name it as you like")
+    else:
+        odd = [
+            value for value in sorted(present) if value < 0 or (value == 255 and len(present) > 2)
+        ]
+        if odd:
+            found.guess("ignore", odd[0] if len(odd) == 1 else odd, f"the values in {count}")
+        known = sorted({0, *present} - set(odd))
+        names = {value: f"class {value}" if value else "background" for value in known}
+        found.guess(
+            "classes",
+            list(names.values()) if known == list(range(len(known))) else names,
+            f"the values in {count}; name them as you like",
+        )
+
+
+def _values(entry: Entry, is_volume: bool) -> Any:
+    assert entry.mask is not None
+    if is_volume:
+        before, stored = nifti.load(entry.mask, None, 2**40)
+        return nifti.values(before.header, stored)
+    return mask_values(files.read(entry.mask, None), "index")
+
+
+def _find_colours(masks: Sequence[Entry], found: Survey) -> None:
+    counts: Counter[int] = Counter()
+    for entry in masks:
+        assert entry.mask is not None
+        picture = mask_values(files.read(entry.mask, None), "colours").astype(np.int64)
+        numbers, times = np.unique(
+            picture[0] << 16 | picture[1] << 8 | picture[2], return_counts=True
+        )
+        counts.update(dict(zip(numbers.tolist(), times.tolist(), strict=True)))
+    found.guess("mask_encoding", "colours", f"colours in {len(masks)} masks that were looked at")
+    ground, *others = [number for number, _ in counts.most_common()]
+    names = {colours([ground]): "background"}
+    names |= {colours([number]): f"colour {number:06x}" for number in others}
+    found.guess("classes", names, f"the masks, mostly {colours([ground])}; name them as you like")
+
+
+# Names
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _stem(path: Path, folder: Path, suffixes: Iterable[str]) -> str:
+    name = path.relative_to(folder).as_posix()
+    suffix = next((end for end in suffixes if name.lower().endswith(end)), "")
+    return name[: len(name) - len(suffix)]

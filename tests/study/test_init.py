@@ -1,0 +1,237 @@
+"""Folders as people have them, and the study files that `init` writes for them.
+
+python -m pytest tests/study/test_init.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from study.draft import Machine, patches_of
+from study.loading import load_spec
+from study.survey import survey
+from tests.study.test_commands import Capture, call
+from trainables.data import open_dataset, prepare
+from trainables.errors import UserError
+
+NUM_IMAGES = 12
+LAPTOP = Machine(has_gpu=False, has_fast_bf16=False)
+
+
+def discs(number: int, edge: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """A grey picture with a bright large disc and a brighter small one, and their numbers."""
+    rng = np.random.default_rng(number)
+    row, column = np.mgrid[:edge, :edge]
+    numbers = np.zeros((edge, edge), np.uint8)
+    for index, radius in ((1, 7.0), (2, 3.0)):
+        y, x = rng.uniform(8, edge - 8, 2)
+        numbers[(row - y) ** 2 + (column - x) ** 2 < radius**2] = index
+    picture = np.clip(60 + 60 * numbers + rng.normal(0, 12, numbers.shape), 0, 255)
+    return picture.astype(np.uint8), numbers
+
+
+def save(path: Path, array: np.ndarray, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, array, **options)
+    else:
+        Image.fromarray(array).save(path, **options)
+
+
+def cellpose(folder: Path) -> None:
+    """Label images beside the pictures, in a folder for each plate."""
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        numbers[:4, :4] = 3 + number % 3
+        plate = folder / f"plate {number // 2}"
+        save(plate / f"well{number}.png", picture)
+        save(plate / f"well{number}_cp_masks.png", numbers.astype(np.uint16))
+
+
+def coloured(folder: Path) -> None:
+    """Masks in colour, and a table as a German spreadsheet writes it."""
+    colours = np.array([[255, 255, 255], [200, 0, 0], [0, 0, 120]], np.uint8)
+    lines = ["File;Mask;Patient"]
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        save(folder / f"smears/s{number}.png", np.repeat(picture[..., None], 3, axis=2))
+        save(folder / f"drawn/s{number}.png", colours[numbers])
+        lines.append(f"smears\\s{number}.png;drawn\\s{number}.png;P{number // 2}")
+    (folder / "table.csv").write_text("\r\n".join(lines) + "\r\n;;\r\n", encoding="utf-8-sig")
+
+
+def nnunet(folder: Path) -> None:
+    """Two channels of each case in files of their own."""
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        mask = np.zeros((16, 20, 16), np.uint8)
+        mask[4:12, 5:13, 4:10] = 1
+        mask[6:9, 6:9, 5:8] = 2
+        for channel in range(2):
+            scan = (100 + 200 * mask + rng.normal(0, 20, mask.shape)).astype(np.int16)
+            image = nibabel.Nifti1Image(scan, np.eye(4))
+            nibabel.save(image, folder / f"imagesTr/case_{number:03}_{channel:04}.nii.gz")
+        labels = nibabel.Nifti1Image(mask, np.eye(4))
+        nibabel.save(labels, folder / f"labelsTr/case_{number:03}.nii.gz")
+    content = {"labels": {"background": 0, "core": 1, "rim": 2}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def deep(folder: Path) -> None:
+    """16-bit pictures with masks of 0 and 255 in labels/."""
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        save(folder / f"images/f{number}.tif", picture.astype(np.uint16) * 40, compression="lzw")
+        save(folder / f"labels/f{number}.png", np.where(numbers, 255, 0).astype(np.uint8))
+
+
+def phone(folder: Path) -> None:
+    """Photos that were held in all ways; masks drawn on what is seen, with _mask in the name."""
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        exif = Image.Exif()
+        exif[274], turns = ((1, 0), (3, 2), (6, 1), (8, 3))[number % 4]
+        turned = np.ascontiguousarray(np.rot90(picture, turns))
+        colour = np.repeat(turned[..., None], 3, axis=2)
+        save(folder / f"IMG_{number:04}.jpg", colour, exif=exif, quality=95)
+        save(folder / f"IMG_{number:04}_mask.png", (numbers > 0).astype(np.uint8))
+
+
+def pictures_alone(folder: Path) -> None:
+    for number in range(NUM_IMAGES):
+        save(folder / f"{number}.png", discs(number)[0])
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
+    "cellpose": (
+        cellpose,
+        {
+            "image_folder": ".",
+            "mask_folder": ".",
+            "mask_suffix": "_cp_masks",
+            "mask_encoding": "instances",
+        },
+    ),
+    "coloured": (
+        coloured,
+        {
+            "columns": {"image": "File", "mask": "Mask", "group": "Patient"},
+            "mask_encoding": "colours",
+            "classes": {
+                "#ffffff": "background",
+                "#c80000": "colour c80000",
+                "#000078": "colour 000078",
+            },
+        },
+    ),
+    "nnunet": (nnunet, {"layout": "nnunet"}),
+    "deep": (deep, {"mask_folder": "labels", "mask_encoding": "binary"}),
+    "phone": (phone, {"image_folder": ".", "mask_folder": ".", "mask_suffix": "_mask"}),
+    "pictures alone": (pictures_alone, {"image_folder": "."}),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_two_commands_and_no_edit_lead_to_a_sound_study(
+    kind: str, tmp_path: Path, capsys: Capture
+) -> None:
+    make, expected = FOLDERS[kind]
+    make(tmp_path / "given")
+    path = tmp_path / "mine.yaml"
+    assert call("init", tmp_path / "given", "-o", path) == 0
+    spec = load_spec(path)
+    options = spec.data.options()
+    assert {key: options[key] for key in expected} == expected
+    assert call("check", path) == 0
+    dataset = open_dataset(prepare(spec.data, tmp_path, tmp_path / "cache"))
+    assert sum(len(dataset.rows(split)) for split in ("train", "val", "test")) > 0
+    if kind == "pictures alone":
+        assert not dataset.is_labelled
+        return
+    if kind != "nnunet":
+        bright = [
+            np.mean(image[0][mask > 0]) - np.mean(image[0][mask == 0])
+            for image, mask in zip(dataset.images, dataset.masks, strict=True)
+            if (mask == 1).any() and (mask == 0).any()
+        ]
+        assert bright and min(bright) > 20  # masks lie where the objects are
+    assert call("try", path, "--images", "2") == 0
+    assert "segment/miou" in capsys.readouterr().out
+
+
+def test_the_smallest_class_is_what_a_study_is_judged_by(tmp_path: Path) -> None:
+    coloured(tmp_path / "given")
+    assert call("init", tmp_path / "given", "-o", tmp_path / "mine.yaml") == 0
+    spec = load_spec(tmp_path / "mine.yaml")
+    assert spec.objectives[0].metric == "segment/iou/colour 000078"
+    assert spec.search["model.patch"].choices == [4, 8]
+
+
+def test_nothing_is_overwritten_and_no_folder_is_no_study(tmp_path: Path, capsys: Capture) -> None:
+    pictures_alone(tmp_path / "given")
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    assert call("init", tmp_path / "given", "-o", path) == 2
+    assert "is there already" in capsys.readouterr().err and path.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "slide.svs").write_text("")
+    assert call("init", tmp_path / "empty", "-o", tmp_path / "other.yaml") == 2
+    assert "holds no image (1 .svs); expected files that end in .png" in capsys.readouterr().err
+    assert call("init", tmp_path / "nowhere", "-o", tmp_path / "other.yaml") == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_names_that_tell_what_belongs_together_become_groups(tmp_path: Path) -> None:
+    for number in range(NUM_IMAGES):
+        save(tmp_path / f"images/patient{number // 2}_{number}.png", discs(number)[0])
+    found = survey(tmp_path)
+    assert found.data["group"] == r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$"
+    assert "6 groups such as patient0" in found.why["group"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([[0.0, 0.3, 0.8]], {"mask_encoding": "threshold", "threshold": 0.5}),
+        ([[0, 1, 4]], {"classes": {0: "background", 1: "class 1", 4: "class 4"}}),
+        ([[0, 1, 2]], {"classes": ["background", "class 1", "class 2"]}),
+        ([[0, 1, 255]], {"classes": ["background", "class 1"], "ignore": 255}),
+        ([[0, -1, 1]], {"classes": ["background", "class 1"], "ignore": -1}),
+    ],
+)
+def test_values_of_masks_are_guessed(tmp_path: Path, mask: Any, expected: Any) -> None:
+    array = np.tile(np.array(mask), (24, 8))  # each value in several pieces
+    dtype = np.float32 if array.dtype == float else np.int16
+    for number in range(4):
+        save(tmp_path / f"images/{number}.png", discs(number, 24)[0])
+        save(tmp_path / f"masks/{number}.tif", array.astype(dtype))
+    found = survey(tmp_path).data
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_patches_are_as_long_in_millimetres_along_every_axis(tmp_path: Path) -> None:
+    nnunet(tmp_path / "given")
+    assert call("init", tmp_path / "given", "-o", tmp_path / "mine.yaml") == 0
+    spec = load_spec(tmp_path / "mine.yaml")
+    dataset = open_dataset(prepare(spec.data, tmp_path, tmp_path / "cache"))
+    assert dataset.size == (16, 16, 16) and dataset.channels == 2
+    assert patches_of(dataset, LAPTOP, (1.0, 1.0, 1.0)) == [4, 8]
+    assert patches_of(dataset, LAPTOP, (1.0, 1.0, 2.0)) == [[4, 4, 2], [8, 8, 4]]
+
+
+def test_channels_without_a_number_are_refused(tmp_path: Path) -> None:
+    nnunet(tmp_path)
+    (tmp_path / "imagesTr/case_001_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"case_001_0001.nii.gz is not called like a channel"):
+        survey(tmp_path)
