@@ -85,18 +85,25 @@ def check(
             "learn anything",
         ),
     ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="write a page of images with their masks laid over them"
+        ),
+    ] = None,
     resolved: Annotated[
         bool,
         typer.Option("--resolved", help="only print the study file with every default spelt out"),
     ] = False,
 ) -> None:
     """Check a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
+    from analysis.sheet import build_sheet
     from study.commands.check import check_study, print_resolved
 
     if resolved:
         print_resolved(study)
     else:
-        check_study(study, forecast)
+        check_study(study, forecast, sheet, build_sheet)
 
 
 @app.command(name="try")

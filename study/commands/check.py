@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -14,6 +15,9 @@ from study.commands.terminal import console, say
 from study.fit import classes_without_labels
 from study.loading import load_spec
 from trainables.metrics import metric_of
+
+if TYPE_CHECKING:
+    from trainables.data import Dataset
 
 SOLVED = 0.8  # mIoU of a segmenter without an encoder from which on a warning is due
 
@@ -27,16 +31,27 @@ def print_resolved(path: Path) -> None:
     say(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
 
 
-def check_study(path: Path, forecast_seconds: float | None = None) -> None:
+def check_study(
+    path: Path,
+    forecast_seconds: float | None,
+    sheet: Path | None,
+    build_sheet: Callable[[Dataset, str, Path], Path],
+) -> None:
     """Validate, prepare the data, print the plan; with seconds to spend, whether it is enough."""
     spec = load_spec(path)
     say(f"{path}: the settings are valid; now checking the data")
     folder = begun(spec.study_folder())
     dataset = dataset_of(spec)
     say(f"{path}: valid")
-    _print_pairs("data", dataset.describe())
+    described = dataset.describe()
+    notes = described.pop("notes")
+    _print_pairs("data", described)
+    for note in notes:
+        say(f"  {'note':<22} {note}")
     for line in classes_without_labels(spec, dataset) if dataset.is_labelled else ():
         say(f"  {'warning':<22} {line}")
+    if sheet is not None:
+        say(f"  {'images with masks':<22} {build_sheet(dataset, spec.study, sheet)}")
 
     # these import torch, which takes seconds: what can be said without it is said before
     import torch
