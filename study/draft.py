@@ -16,6 +16,8 @@ from study.survey import Survey
 from trainables.data import Dataset
 
 STEPS = 1500  # of pretraining, from which on small encoders have learnt something
+FEWEST_STEPS = 300
+HOURS = 2.0  # that a first study should take at most
 SEGMENTATION_STEPS = 300
 RATIOS = [0.25, 0.5, 0.75]
 SEEDS = 3
@@ -76,8 +78,22 @@ def patches_of(dataset: Dataset, machine: Machine, spacing: Sequence[float] | No
     return (resolving[:3] if len(resolving) > 1 else found[:2]) or [8]
 
 
-def draft(name: str, found: Survey, dataset: Dataset, machine: Machine) -> str:
-    """The text of a study file."""
+def affordable(hours: float | None) -> int:
+    """Steps of pretraining with which a study that takes so long with STEPS takes HOURS."""
+    share = 1.0 if not hours else min(1.0, HOURS / hours)
+    return max(FEWEST_STEPS, round(share * STEPS))
+
+
+def draft(
+    name: str,
+    found: Survey,
+    dataset: Dataset,
+    machine: Machine,
+    *,
+    steps: int = STEPS,
+    hours: float | None = None,
+) -> str:
+    """The text of a study file with so many steps of pretraining, which takes so long here."""
     spacing = found.seen[0].spacing if found.source == "volumes" else None
     patches = patches_of(dataset, machine, spacing)
     control = patches[0]
@@ -96,7 +112,7 @@ def draft(name: str, found: Survey, dataset: Dataset, machine: Machine) -> str:
         },
         "masking": {"strategy": "random", "ratio": {"name": "constant", "value": 0.5}},
         "pretrain": {
-            "epochs": _epochs(STEPS * (2 if machine.has_gpu else 1), batch, pretrain),
+            "epochs": _epochs(steps, batch, pretrain),
             "batch": batch,
             "optimizer": {"name": "adamw", "base_lr": 0.256 / batch},
         },
@@ -114,7 +130,12 @@ def draft(name: str, found: Survey, dataset: Dataset, machine: Machine) -> str:
     smallest = min(diameters, key=lambda key: diameters[key], default=None)
     lines = [
         f"# Written by `maskstudy init` from {found.images:,} images, {found.masks:,} with a mask.",
-        "# Every guess has its reason beside it. `maskstudy check` says what the study will take.",
+        "# Every guess has its reason beside it. `maskstudy check` says what the study will take"
+        + (
+            f": here\n# about {hours:.1f} hours, with {steps:,} steps of pretraining."
+            if hours
+            else "."
+        ),
         f"study: {_flow(name)}",
         f"question: {_question(smallest if len(diameters) > 1 else None, dataset)}",
         "data:",

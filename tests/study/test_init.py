@@ -16,7 +16,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from study.draft import Machine, patches_of
+from study.draft import FEWEST_STEPS, STEPS, Machine, affordable, patches_of
 from study.loading import load_spec
 from study.survey import survey
 from tests.study.test_commands import Capture, call
@@ -228,6 +228,12 @@ def test_patches_are_as_long_in_millimetres_along_every_axis(tmp_path: Path) -> 
     assert dataset.size == (16, 16, 16) and dataset.channels == 2
     assert patches_of(dataset, LAPTOP, (1.0, 1.0, 1.0)) == [4, 8]
     assert patches_of(dataset, LAPTOP, (1.0, 1.0, 2.0)) == [[4, 4, 2], [8, 8, 4]]
+
+
+def test_as_many_steps_as_the_machine_can_take_in_two_hours() -> None:
+    assert affordable(None) == affordable(0.5) == affordable(2.0) == STEPS
+    assert affordable(4.0) == STEPS // 2
+    assert affordable(1000.0) == FEWEST_STEPS
 
 
 def test_channels_without_a_number_are_refused(tmp_path: Path) -> None:

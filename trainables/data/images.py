@@ -275,10 +275,11 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
                 )
             if labels.channels != 1 and encoding != "colours":
                 _grey(files.pixels(data, as_labels=True), labels)
-            if labels.has_palette and encoding != "colours":
-                palette = files.colours_of(data)
         hashes[kind] = hashlib.sha256(data).hexdigest()
-        of_mask = labels if kind == "mask" else of_mask
+        if kind == "mask":
+            of_mask = labels
+            is_indexed = labels.has_palette and encoding != "colours"
+            palette = files.colours_of(data) if is_indexed else None
     return Inspected(header, hashes, of_mask, palette)
 
 
