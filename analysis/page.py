@@ -14,11 +14,19 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from trainables import durable
+from trainables.errors import UserError
 from trainables.settings import canonical_json
 
 
 def write_page(path: Path, page: str) -> Path:
-    """No half page is ever seen; not synced, as it can be made again. Returns where it lies."""
+    """No half page is ever seen; not synced, as it can be made again. Returns where it lies.
+
+    A link to a page stays one. UserError: something that is no page is there.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise UserError(f"{path}: is {kind}; expected the name of a file: -o {path.name}.html")
     path.parent.mkdir(parents=True, exist_ok=True)
     with durable.replacing(path, synced=False) as aside:
         aside.write_bytes(page.encode("utf-8"))

@@ -31,7 +31,7 @@ def results_csv(tables: StudyTables) -> bytes:
         about += [ended.get("outcome", "unfinished"), ended.get("seconds")]
         values = [*about, *map(flat.get, settings), *map(metrics.get, finals.columns)]
         writer.writerow(_harmless(value) for value in values)
-    return written.getvalue().encode("utf-8")
+    return written.getvalue().encode("utf-8-sig")  # without the mark Excel takes it for Latin 1
 
 
 def _harmless(value: Any) -> Any:

@@ -28,13 +28,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainables import durable
 from trainables.errors import StorageError
 from trainables.metrics import PHASES
 from trainables.storage import Store, store
+from trainables.tensors import save_tensors
 
 KEPT = 2
 
@@ -72,7 +73,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         on_host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(on_host, aside / _TENSORS)
+        save_tensors(on_host, aside / _TENSORS)
         _write_json(aside / _STATE, state)
         files = {file: _fingerprint(aside / file) for file in (_TENSORS, _STATE)}
         _write_json(aside / _MANIFEST, {"files": files})

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainables import durable
@@ -20,6 +19,7 @@ from trainables.config import TrialConfig
 from trainables.errors import StorageError, UserError
 from trainables.fillings import gain_of
 from trainables.mae import Encoder
+from trainables.tensors import save_tensors
 
 if TYPE_CHECKING:
     from trainables.data import Dataset
@@ -65,7 +65,7 @@ def export_encoder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with durable.replacing(folder / WEIGHTS, only_writer=True) as aside:
-            save_file(timm_weights(encoder) if is_flat else own_weights(encoder), aside)
+            save_tensors(timm_weights(encoder) if is_flat else own_weights(encoder), aside)
         with durable.replacing(folder / DESCRIPTION, only_writer=True) as aside:
             aside.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
     except OSError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from trainables import distributed, durable
 from trainables.config import ProbeConfig, TrialConfig, content_of
@@ -32,6 +32,7 @@ from trainables.endings import Ending
 from trainables.phase import told_to_stop
 from trainables.pretrain import Weights, pretrain
 from trainables.settings import digest
+from trainables.tensors import save_tensors
 
 FORMAT = 1  # raise it when the same settings would train other weights or report other rows
 KEPT = ("pictures", "encoder")  # folders of a trial
@@ -111,7 +112,7 @@ def keep(shared: Path, key: str, rungs: list[list[Row]], weights: Weights, trial
     shutil.rmtree(aside, ignore_errors=True)
     durable.make_folder(aside)
     (aside / "rows.json").write_text(json.dumps(rungs))
-    save_file(
+    save_tensors(
         {name: value.detach().cpu().contiguous() for name, value in weights.items()},
         aside / "weights.safetensors",
     )

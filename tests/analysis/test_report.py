@@ -450,7 +450,7 @@ def test_a_study_without_labels_is_answered_in_psnr() -> None:
 
 def test_the_csv_holds_every_trial_and_no_formula() -> None:
     tables = study_tables(Path("s"), label="=1+1", error="@x")
-    content = results_csv(tables).decode()
+    content = results_csv(tables).decode("utf-8-sig")
     lines = list(csv.DictReader(io.StringIO(content)))
     assert len(lines) == 14
     assert lines[0]["outcome"] == "complete" and lines[3]["outcome"] == "stopped"

@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from analysis import theme
+from analysis.page import write_page
 from analysis.sheet import GAP, WIDEST, build_sheet, overlaid
 from tests.study.test_commands import Capture, call
 from tests.study.test_commands import blood as blood  # a fixture
@@ -20,6 +22,7 @@ from trainables.data import Dataset, open_dataset
 from trainables.data.rows import cut
 from trainables.data.source import tile_corners
 from trainables.data.store import write
+from trainables.errors import UserError
 
 SHAPE = (24, 40)
 
@@ -101,6 +104,18 @@ def test_volumes_are_shown_where_they_show_most(tmp_path: Path) -> None:
     is_ball = dataset.mask_of(0)[..., depth][::-1, ::-1].T == 1
     assert drawn.shape[:2] == (forwards, across)
     np.testing.assert_array_equal((drawn != plain).any(axis=2), is_ball)
+
+
+def test_a_page_replaces_nothing_but_a_page(tmp_path: Path) -> None:
+    """A folder, a device and what a link means stay what they are."""
+    for path in (tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="expected the name of a file"):
+            write_page(path, "page")
+    old, link = tmp_path / "old.html", tmp_path / "link.html"
+    old.write_text("old")
+    link.symlink_to(old)
+    assert write_page(link, "new") == old
+    assert link.is_symlink() and old.read_text() == "new"
 
 
 def test_check_writes_it_where_it_is_asked_for(blood: Path, capsys: Capture) -> None:

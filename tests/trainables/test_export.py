@@ -4,6 +4,8 @@ pytest tests/trainables/test_export.py
 """
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from trainables.config import TrialConfig
 from trainables.errors import UserError
 from trainables.export import export_encoder, timm_weights
 from trainables.mae import Encoder, initialise, patchify
+from trainables.tensors import save_tensors
 
 torch.set_num_threads(1)
 
@@ -143,3 +146,17 @@ def test_nothing_but_the_encoder_is_in_the_file(tmp_path):
 def test_volumes_are_refused_as_timm_has_none():
     with pytest.raises(UserError, match="images of 2 axes"):
         timm_weights(trained_encoder((8, 8, 8), (4, 4, 4), 1))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_tensors_can_be_read_by_whom_new_files_can_be_read(tmp_path: Path, umask: int) -> None:
+    """A colleague exports an encoder of a shared study."""
+    before = os.umask(umask)
+    try:
+        (tmp_path / "new").write_text("")
+        save_tensors({"one": torch.ones(2)}, tmp_path / "tensors")
+        save_tensors({"one": torch.ones(3)}, tmp_path / "tensors")
+    finally:
+        os.umask(before)
+    modes = {(tmp_path / name).stat().st_mode for name in ("new", "tensors")}
+    assert len(modes) == 1 and load_file(tmp_path / "tensors")["one"].tolist() == [1, 1, 1]
