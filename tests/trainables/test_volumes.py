@@ -320,6 +320,24 @@ def test_a_qform_that_contradicts_the_sform_is_told(study):
     assert "1 files have a qform and an sform that disagree about their place; the sform" in notes
 
 
+def test_a_class_that_the_window_cuts_off_is_told(study):
+    """Bright lesions of few voxels lie beyond the percentiles of a whole volume."""
+    for number in range(2):
+        scan, mask = noise(number, 8, 10, 12), np.zeros((8, 10, 12), np.uint8)
+        mask[2:4, 2:4, 2:4] = 1
+        scan[mask == 1] = np.arange(5000, 9000, 500)
+        save(study / f"data/images/v{number}.nii.gz", scan)
+        save(study / f"data/masks/v{number}.nii.gz", mask)
+
+    def told(place, **options):
+        dataset = open_dataset(prepare(config(**options), study, study / place))
+        return [note for note in dataset.about["notes"] if "highest level" in note]
+
+    (note,) = told("cut off")
+    assert "% of 'class 1' has the highest level" in note and "percentiles up to 100" in note
+    assert told("whole", percentiles=[0, 100]) == [] == told("window", window=[0, 10_000])
+
+
 def test_masks_of_floats_are_class_indices_if_they_are_whole(study):
     save(study / "data/masks/v0.nii.gz", box(8, 10, 12).astype(np.float32))
     assert whole(study, 0)[1].sum() == 60

@@ -20,6 +20,7 @@ from trainables.scores import diameter, objects_in
 PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
 MOST_PIXELS = 0.9999  # those that decide whether a window suits the images
 NARROW = 0.25  # share of a window that they should fill at least
+MOST_CLIPPED = 0.3  # share of a class that may have the highest level without a word
 SPOTS = 256  # voxels of each class and volume that are remembered
 
 
@@ -108,7 +109,11 @@ def measure(source: Source, images: Array, masks: Array, instances: Array | None
                 if source.whole is not None
                 else {}
             ),
-            "notes": source.notes + (_notes_of_window(counts, observed) if not is_set else []),
+            "notes": [
+                *source.notes,
+                *(_notes_of_window(counts, observed) if not is_set else []),
+                *(_notes_of_clipping(source, images, masks, classes) if not is_default else []),
+            ],
         },
     }
 
@@ -123,6 +128,31 @@ def _notes_of_window(counts_CV: npt.NDArray[np.int64], observed: list[int]) -> l
     return [
         f"{MOST_PIXELS:.2%} of the pixels lie between {ends[0]} and {ends[1]}, in {share:.1%} of "
         f"the window {observed}, which a few others stretch; set window: {ends}"
+    ]
+
+
+def _notes_of_clipping(
+    source: Source, images: Array, masks: Array, classes: list[str]
+) -> list[str]:
+    """That most of a class has the highest level, where nothing tells its pixels apart."""
+    if not source.is_labelled:
+        return []
+    highest = int(np.iinfo(images.dtype).max) if source.window is None else source.window[1]
+    totals, clipped = np.zeros((2, len(classes)), np.int64)
+    for row in rows_of(np.array(source.splits), "train"):
+        labels = _row(source, masks, row).ravel()
+        is_highest = (_row(source, images, row, source.channels) >= highest).reshape(
+            source.channels, -1
+        )
+        is_known = labels != NOT_LABELLED
+        totals += np.bincount(labels[is_known], minlength=len(classes))
+        clipped += np.bincount(labels[is_known & is_highest.all(axis=0)], minlength=len(classes))
+    shares = clipped / np.maximum(totals, 1)
+    return [
+        f"{share:.0%} of {name!r} has the highest level, as the window ends below it; set a wider "
+        f"window, or percentiles up to 100"
+        for name, share in list(zip(classes, shares, strict=True))[1:]
+        if share > MOST_CLIPPED
     ]
 
 
