@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.errors import ClusterError
 from trainables.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from trainables.data import Dataset
 
 EXIT_INTERRUPTED = 130
 
@@ -97,13 +101,12 @@ def check(
     ] = False,
 ) -> None:
     """Check a study file and print the plan: arms, trials, tokens, FLOPs, memory, hours."""
-    from analysis.sheet import build_sheet
     from study.commands.check import check_study, print_resolved
 
     if resolved:
         print_resolved(study)
     else:
-        check_study(study, forecast, sheet, build_sheet)
+        check_study(study, forecast, partial(_build_sheet, output=sheet) if sheet else None)
 
 
 @app.command(name="try")
@@ -359,6 +362,12 @@ def schema() -> None:
     from study.spec import schema as study_schema
 
     typer.echo(json.dumps(study_schema(), indent=2))
+
+
+def _build_sheet(dataset: Dataset, study: str, output: Path) -> Path:
+    from analysis.sheet import build_sheet
+
+    return build_sheet(dataset, study, output)
 
 
 def _build_report(folder: Path) -> Path:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from study.reader import in_one_line
 from study.survey import Survey
 from trainables.data import Dataset
 
@@ -125,6 +124,7 @@ def draft(
     }
     if machine.has_fast_bf16 and not machine.has_gpu:
         trial["pretrain"]["precision"] = trial["segment"]["precision"] = "bf16"
+    probe = in_one_line(unit[0] if len(set(unit)) == 1 else unit)
     arms = len(patches) * len(RATIOS)
     controls = SEEDS if dataset.is_labelled else 0
     smallest = min(diameters, key=lambda key: diameters[key], default=None)
@@ -136,24 +136,23 @@ def draft(
             if hours
             else "."
         ),
-        f"study: {_flow(name)}",
+        f"study: {in_one_line(name)}",
         f"question: {_question(smallest if len(diameters) > 1 else None, dataset)}",
         "data:",
         f"  source: {found.source}",
         *(_setting(key, value, found.why.get(key)) for key, value in found.data.items()),
         "trial:",
-        *(f"  {key}: {_flow(value)}" for key, value in trial.items()),
+        *(f"  {key}: {in_one_line(value)}" for key, value in trial.items()),
         "search:",
-        f"  model.patch: {{choices: {_flow(patches)}}}  # {_why_patches(diameters, dataset)}",
-        f"  masking.ratio.value: {{choices: {_flow(RATIOS)}}}",
+        f"  model.patch: {{choices: {in_one_line(patches)}}}  # {_why_patches(diameters, dataset)}",
+        f"  masking.ratio.value: {{choices: {in_one_line(RATIOS)}}}",
         "objectives:",
         *(f"  - {metric}" for metric in _objectives(dataset, diameters)),
         f"sampler: grid  # {arms} arms, each with {SEEDS} seeds"
         + ", and random weights beside them" * bool(controls),
         f"seeds: {SEEDS}",
         "rungs: [0.5, 1.0]",
-        f"probe: {{unit: {_flow(unit[0] if len(set(unit)) == 1 else unit)}}}  # hides the same "
-        f"pixels for every patch",
+        f"probe: {{unit: {probe}}}  # hides the same pixels for every patch",
         f"budget: {{trials: {arms * SEEDS + controls}}}",
     ]
     return "\n".join(lines) + "\n"
@@ -205,15 +204,7 @@ def _edges(patch: int | list[int], axes: int = 1) -> list[int]:
 
 
 def _setting(key: str, value: Any, why: str | None) -> str:
-    return f"  {key}: {_flow(value)}" + (f"  # guessed from {why}" if why else "")
-
-
-def _flow(value: Any) -> str:
-    """A value in one line of YAML."""
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
-    )
-    return text.removesuffix("\n").removesuffix("\n...").strip()
+    return f"  {key}: {in_one_line(value)}" + (f"  # guessed from {why}" if why else "")
 
 
 def _times(size: Sequence[int]) -> str:

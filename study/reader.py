@@ -1,4 +1,4 @@
-"""YAML text -> plain data and the line of every path in it. A small, strict part of YAML 1.2.
+"""YAML text -> plain data and the line of every path in it; and back. A strict part of YAML 1.2.
 
 All study files come through here, a user's own as much as the frozen ones of begun studies, so that
 what is reported is what was run.
@@ -255,3 +255,17 @@ def _line(event: yaml.Event) -> int:
 
 def _too_large(size: int) -> str:
     return f"the file has {size:,} bytes; expected at most {MAX_BYTES:,}"
+
+
+def written(content: Any) -> str:
+    """Plain data as the text of a study file."""
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def in_one_line(value: Any) -> str:
+    """A value as it may stand behind its key."""
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...").strip()

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from study import requests
 from study.commands.data import dataset_of
 from study.commands.finding import begun
 from study.commands.terminal import console, say
 from study.fit import classes_without_labels
 from study.loading import load_spec
+from study.reader import written
 from trainables.metrics import metric_of
 
 if TYPE_CHECKING:
@@ -28,14 +27,13 @@ def print_resolved(path: Path) -> None:
     for path_of_setting, item in content["search"].items():
         given = {key: value for key, value in item.items() if value is not None}
         content["search"][path_of_setting] = given
-    say(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
+    say(written(content).rstrip())
 
 
 def check_study(
     path: Path,
-    forecast_seconds: float | None,
-    sheet: Path | None,
-    build_sheet: Callable[[Dataset, str, Path], Path],
+    forecast_seconds: float | None = None,
+    write_sheet: Callable[[Dataset, str], Path] | None = None,
 ) -> None:
     """Validate, prepare the data, print the plan; with seconds to spend, whether it is enough."""
     spec = load_spec(path)
@@ -50,8 +48,8 @@ def check_study(
         say(f"  {'note':<22} {note}")
     for line in classes_without_labels(spec, dataset) if dataset.is_labelled else ():
         say(f"  {'warning':<22} {line}")
-    if sheet is not None:
-        say(f"  {'images with masks':<22} {build_sheet(dataset, spec.study, sheet)}")
+    if write_sheet is not None:
+        say(f"  {'images with masks':<22} {write_sheet(dataset, spec.study)}")
 
     # these import torch, which takes seconds: what can be said without it is said before
     import torch

@@ -80,7 +80,7 @@ def operations(monkeypatch, crash_at):
     count = 0
 
     def torn(name, args):
-        if name == "save_file":
+        if name == "save_tensors":
             args[1].write_bytes(b"half")
         elif name == "_write_json":
             args[0].write_text("{")
@@ -100,7 +100,7 @@ def operations(monkeypatch, crash_at):
         return call
 
     for owner, name in [
-        (checkpoint, "save_file"),
+        (checkpoint, "save_tensors"),
         (checkpoint, "_write_json"),
         (durable.os, "fsync"),
         (durable.os, "replace"),
@@ -195,7 +195,7 @@ def test_a_full_disk_is_a_storage_error_and_the_one_before_is_intact(tmp_path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "save_file", full)
+        broken.setattr(checkpoint, "save_tensors", full)
         with pytest.raises(StorageError, match=r"00000002.*No space left"):
             save(tmp_path, 2)
     assert newest_step(tmp_path) == 1
