@@ -91,7 +91,7 @@ def labels(tables: StudyTables) -> Drawn:
                 marker={"size": 9, "color": colour(hue), "symbol": symbol},
                 error_y=error_bars(part, hue),
                 hovertext=[
-                    f"{words}, {line.labels} labels<br>{goal.show(line.mean)}, n = {line.n}"
+                    f"{words}, {_counted(line.labels)}<br>{goal.show(line.mean)}, n = {line.n}"
                     for line in lines_of(part)
                 ],
                 hoverinfo="text",
@@ -109,13 +109,17 @@ def labels(tables: StudyTables) -> Drawn:
     )
 
 
+def _counted(number: str) -> str:
+    return f"{number} label{'' if number == '1' else 's'}"
+
+
 def worth(numbers: pd.DataFrame, goal: Measure) -> str:
     """What pretrained weights are ahead of random ones, in a sentence."""
     shown = numbers[(numbers["encoder"] == "finetune") & numbers["gain"].notna()]
     if shown.empty:
         return "Pretrained and random weights do not share two seeds, so no difference is told."
     gains = [
-        f"{line.labels} labels {goal.number(line.gain, signed=True)} "
+        f"{_counted(line.labels)} {goal.number(line.gain, signed=True)} "
         f"[{goal.number(line.gain_low, signed=True)}, {goal.number(line.gain_high, signed=True)}]"
         for line in lines_of(shown)
     ]

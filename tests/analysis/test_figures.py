@@ -399,6 +399,15 @@ def test_what_pretraining_is_worth_by_labels() -> None:
     assert "16 labels +0.100 [+0.075, +0.125]; all labels +0.000" in says
 
 
+def test_one_label_is_not_told_in_the_plural() -> None:
+    tables = hand_made(
+        *with_labels("a", None, "finetune", 0.80, 0.82),
+        *with_labels("b", 1, "finetune", 0.70, 0.72),
+        *with_labels("c", 1, "random-init", 0.60, 0.60),
+    )
+    assert ": 1 label +0.110 [" in labels(tables).says
+
+
 def probed(count: int, told: Callable[[int], float], **changes: Any) -> list[dict[str, Any]]:
     """So many arms of two seeds, with rising mIoU, and what the dense probe tells of each."""
     return [
