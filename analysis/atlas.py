@@ -1,7 +1,6 @@
 """One self-contained page of what every masking of a study hides, from the folder it was drawn in.
 
-The page has no script and loads nothing; its policy allows the one style sheet that it names by
-hash. Every word that comes from the study is escaped by the template.
+Every word that comes from the study is escaped by the template.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from analysis import theme
 from analysis.gallery import CHANGING, UNREADABLE, Hidden, Shot, data_uri, shots, size, unreadable
-from analysis.page import fingerprint, resource, write_page
+from analysis.page import still_page, write_page
 from analysis.theme import plain
 from trainables.edges import in_words
 
@@ -66,19 +64,10 @@ def render(folder: Path) -> str:
         _section(folder, number, line) for number, line in enumerate(about["sections"], start=1)
     ]
     subjects = _subjects(sections)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    style = environment.from_string(resource("atlas.css")).render(
-        light=Markup(theme.css_variables(dark=False)),
-        dark=Markup(theme.css_variables(dark=True)),
-        font=Markup(theme.FONT),
-        heat=Markup(theme.heat()),
-        classes=list(enumerate(theme.CLASSES, start=1)),
-        subjects=subjects,
-    )
     classes = [plain(name) for name in about["classes"]]
-    page: str = environment.from_string(resource("atlas.html")).render(
-        policy=policy(style),
-        style=Markup(style),
+    return still_page(
+        "atlas",
+        {"heat": Markup(theme.heat()), "subjects": subjects},
         study=plain(about["study"]),
         question=plain(about["question"] or "", 400),
         data=plain(about["data"]["name"]),
@@ -93,15 +82,6 @@ def render(folder: Path) -> str:
         bar=_bar,
         points=_points,
         is_beyond_chance=is_beyond_chance,
-    )
-    return page
-
-
-def policy(style: str) -> str:
-    """Nothing is loaded, nothing runs, and only this style sheet applies."""
-    return (
-        f"default-src 'none'; style-src {fingerprint(style)}; img-src data:; base-uri 'none'; "
-        f"form-action 'none'"
     )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import plotly.graph_objects as go
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from analysis import theme
 from trainables import durable
 from trainables.errors import UserError
 from trainables.settings import canonical_json
@@ -57,6 +60,33 @@ def policy(scripts: Iterable[str]) -> str:
     return (
         f"default-src 'none'; script-src {known}; style-src 'unsafe-inline'; "
         f"img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def still_page(name: str, styled: Mapping[str, Any], **values: Any) -> str:
+    """A page without script that loads nothing, from NAME.html and NAME.css.
+
+    Its policy allows the one style sheet that it names by hash. Values are escaped.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(resource)
+    )
+    shared = {
+        "light": Markup(theme.css_variables(dark=False)),
+        "dark": Markup(theme.css_variables(dark=True)),
+        "font": Markup(theme.FONT),
+        "classes": list(enumerate(theme.CLASSES, start=1)),
+    }
+    style = "".join(
+        environment.get_template(file).render({**shared, **styled})
+        for file in ("still.css", f"{name}.css")
+    )
+    allowed = (
+        f"default-src 'none'; style-src {fingerprint(style)}; img-src data:; base-uri 'none'; "
+        f"form-action 'none'"
+    )
+    return environment.get_template(f"{name}.html").render(
+        policy=allowed, style=Markup(style), **values
     )
 
 

@@ -1,6 +1,6 @@
 """One self-contained page of a data set: images with their masks laid over them, split by split.
 
-The page has no script and loads nothing. Every word that comes from the data is escaped.
+Every word that comes from the data is escaped.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup
 from PIL import Image
 
 from analysis import theme
-from analysis.page import base64_of, fingerprint, resource, write_page
+from analysis.page import base64_of, still_page, write_page
 from analysis.theme import plain
 from trainables.data.rows import joined
 from trainables.data.source import NOT_LABELLED, Split
@@ -55,18 +53,10 @@ class Part(NamedTuple):
 
 def build_sheet(dataset: Dataset, study: str, output: Path) -> Path:
     """Write the page about prepared data; returns where it lies."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    style = environment.from_string(resource("sheet.css")).render(
-        light=Markup(theme.css_variables(dark=False)),
-        dark=Markup(theme.css_variables(dark=True)),
-        font=Markup(theme.FONT),
-        classes=list(enumerate(theme.CLASSES, start=1)),
-    )
     parts = [_part(dataset, split) for split in SPLITS]
-    page = environment.from_string(resource("sheet.html")).render(
-        policy=f"default-src 'none'; style-src {fingerprint(style)}; img-src data:; "
-        f"base-uri 'none'; form-action 'none'",
-        style=Markup(style),
+    page = still_page(
+        "sheet",
+        {},
         study=plain(study),
         data=plain(dataset.name),
         extent=" x ".join(map(str, dataset.size)),
