@@ -507,6 +507,7 @@ BAD = {
     "is not a regular file": lambda study: change(study, 0, image="images"),
     "leads out of the data folder": lambda study: change(study, 0, image="../secret.png"),
     "is not a PNG, JPEG, BMP, GIF or TIFF image": image_bytes(b"8BPS nothing of use"),
+    "i0.png (manifest.csv line 2) is not a PNG, JPEG, BMP, GIF": image_bytes(b"GIF89a nothing"),
     "is larger than 25 megapixels": image_bytes(bomb()),
     "colour PNG of 16 bits": image_bytes(deep_colour()),
     "may be truncated": cut(".png"),

@@ -65,11 +65,20 @@ def test_colours_are_classes() -> None:
         mask + np.array([[[0, 0, 1]], [[0, 0, 0]], [[0, 0, 0]]]), "colours", classes=classes
     )
     assert "has the colours #01ff7f, which classes does not name" in text
+    assert "or set ignore: 0x01ff7f if that" in text
+    ignored = read(mask, "colours", 0xFF0000, {"#000000": "background", "#00ff7f": "green"})
+    assert ignored == [[0, 255, 1]]
 
 
 def test_what_rounding_made_of_a_label_is_that_label() -> None:
     assert read([[0, 0.996, 2.04]], dtype=np.float32) == [[0, 1, 2]]
     assert "has 1 values that are no class index, such as 0.5" in refusal([[0, 0.5]], dtype=float)
+
+
+def test_labels_beyond_all_reason_are_refused() -> None:
+    """As a float image given for a mask, or an overflow."""
+    assert "expected labels up to 1,000,000,000" in refusal([[0, 3e9]], "nonzero", dtype=float)
+    assert "expected labels up to" in refusal([[0, 2**40]], "instances", dtype=np.int64)
 
 
 def test_values_far_apart_are_sorted_instead_of_counted(monkeypatch: pytest.MonkeyPatch) -> None:

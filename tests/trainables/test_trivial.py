@@ -72,6 +72,10 @@ def test_the_test_split_has_scores_of_its_own_if_there_is_one():
     assert worse["test_threshold_miou"] < 0.1 < 0.9 < both["test_threshold_miou"]
     assert worse["threshold_miou"] == both["threshold_miou"]
     assert scored(replace(data, splits=splits), splits=["val"]).keys() == set(trivial.SEGMENTERS)
+    data.masks[-6:] = 0
+    nothing = scored(replace(data, splits=splits))
+    assert nothing["threshold_miou"] == both["threshold_miou"]
+    assert "test_threshold_miou" not in nothing, "there is nothing to be found"
 
 
 def test_labels_are_taken_of_the_given_rows_alone():

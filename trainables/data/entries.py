@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -81,12 +81,24 @@ DEFAULT_SHARES = Shares()
 
 @dataclass(frozen=True)
 class Places:
-    """Where the files of a folder are."""
+    """Where the settings of a source say that its files are: a manifest, or a folder."""
 
+    root: Path  # from which they count
+    manifest: str | None
+    folder: str | None
+    where: Mapping[str, str | int]
+    columns: Mapping[Word, str]
+    layout: Literal["folders", "nnunet"] = "folders"
     images: str = "images"
     masks: str = "masks"
     mask_suffix: str = ""
-    layout: Literal["folders", "nnunet"] = "folders"
+
+    @property
+    def base(self) -> Path:
+        """The data folder."""
+        if self.manifest is not None:
+            return (self.root / self.manifest).parent
+        return self.root / str(self.folder)
 
 
 @dataclass(frozen=True)
@@ -104,42 +116,34 @@ class Entry:
 
 
 def read_entries(
-    root: Path,
-    manifest: str | None,
-    folder: str | None,
-    where: dict[str, str | int],
-    columns: dict[Word, str],
-    suffixes: Sequence[str],
-    places: Places,
-    separator: str | None = None,
-) -> tuple[str, Path, list[Entry], list[str]]:
-    """(name of the data, their folder, entries, notes), from a manifest or a folder of `root`."""
-    if (manifest is None) == (folder is None):
+    places: Places, suffixes: Sequence[str], separator: str | None = None
+) -> tuple[str, list[Entry], list[str]]:
+    """(name of the data, entries, notes for people).
+
+    With a separator a cell of the column image may name several files, which are its channels.
+    """
+    if (places.manifest is None) == (places.folder is None):
         raise UserError(
             "data: give either manifest (a CSV file) or folder (with images/ and masks/)"
         )
-    if manifest is not None:
-        path = root / manifest
-        chosen = "".join(f" {key}={value}" for key, value in where.items())
-        entries = read_manifest(path, where, columns, separator)
-        return path.stem + chosen, path.parent, entries, _notes_of_masks(entries)
-    if where or columns:
+    if places.manifest is not None:
+        path = places.root / places.manifest
+        chosen = "".join(f" {key}={value}" for key, value in places.where.items())
+        entries = read_manifest(path, places.where, places.columns, separator)
+        return path.stem + chosen, entries, _notes_of_masks(entries)
+    if places.where or places.columns:
         raise UserError("data: where and columns choose from a manifest; leave them out")
-    base = root / str(folder)
-    entries, notes = read_folder(base, suffixes, places)
-    return base.resolve().name, base, entries, notes
+    entries, notes = read_folder(places, suffixes)
+    return places.base.resolve().name, entries, notes
 
 
 def read_manifest(
     path: Path,
-    where: dict[str, str | int],
-    columns: dict[Word, str],
-    separator: str | None = None,
+    where: Mapping[str, str | int],
+    columns: Mapping[Word, str],
+    separator: str | None,
 ) -> list[Entry]:
-    """The rows of a CSV whose columns have the values of `where`.
-
-    With a separator a cell of the column image may name several files, which are its channels.
-    """
+    """The rows of a CSV whose columns have the values of `where`."""
     text = text_of(path)
     try:
         reader = csv.DictReader(
@@ -161,7 +165,7 @@ def read_manifest(
         if any(_filled(value) for value in row.values())  # spreadsheets end in rows of blanks
     ]
     column = {word: columns.get(word, word) for word in ("image", "mask", "split", "group")}
-    column["instances"] = columns.get("instances", "instances")
+    column[INSTANCES] = columns.get("instances", INSTANCES)
     needed = {"image": column["image"], "mask": column["mask"], **columns}
     missing = [name for name in [*needed.values(), *where] if name not in header]
     if missing:
@@ -215,24 +219,29 @@ def read_manifest(
     return entries
 
 
-def read_folder(
-    base: Path, suffixes: Sequence[str], places: Places
-) -> tuple[list[Entry], list[str]]:
+def read_folder(places: Places, suffixes: Sequence[str]) -> tuple[list[Entry], list[str]]:
     """Images of a folder, with the masks and instances of the same name; notes for people.
 
     Sub-folders are read too: what is in one of them is a group.
     """
-    of_images, of_masks, mask_suffix = places.images, places.masks, places.mask_suffix
-    if places.layout == "nnunet":
-        of_images, of_masks = NNUNET_IMAGES, NNUNET_MASKS
+    base, is_nnunet = places.base, places.layout == "nnunet"
+    of_images, of_masks = (
+        (NNUNET_IMAGES, NNUNET_MASKS) if is_nnunet else (places.images, places.masks)
+    )
     folders = [base / name for name in (of_images, of_masks, INSTANCES)]
     (images, notes), (masks, of_mask_files), (instances, of_instances) = (
         _by_stem(folder, suffixes, [other for other in folders if other != folder])
         for folder in folders
     )
-    if folders[0] == folders[1]:
-        images = {stem: path for stem, path in images.items() if not _is_mask(stem, mask_suffix)}
-    else:
+    if places.mask_suffix:
+        if folders[0] == folders[1]:
+            images = {k: v for k, v in images.items() if not k.endswith(places.mask_suffix)}
+        masks = {
+            stem.removesuffix(places.mask_suffix): path
+            for stem, path in masks.items()
+            if stem.endswith(places.mask_suffix)
+        }
+    if folders[0] != folders[1]:
         notes += of_mask_files
     if not images:
         raise UserError(
@@ -240,15 +249,7 @@ def read_folder(
             f"expected a folder with images/ and, for labelled images, masks/, or the settings "
             f"image_folder, mask_folder and mask_suffix that say where they are"
         )
-    if mask_suffix:
-        masks = {
-            stem.removesuffix(mask_suffix): path
-            for stem, path in masks.items()
-            if stem.endswith(mask_suffix)
-        }
-    several = (
-        _channels(images) if places.layout == "nnunet" else {k: [v] for k, v in images.items()}
-    )
+    several = _channels(images) if is_nnunet else {stem: [path] for stem, path in images.items()}
     refuse(
         [
             f"{path.relative_to(base)} has no image; expected "
@@ -272,10 +273,6 @@ def read_folder(
         for stem, paths in several.items()
     ]
     return entries, notes + of_instances
-
-
-def _is_mask(stem: str, mask_suffix: str) -> bool:
-    return bool(mask_suffix) and stem.endswith(mask_suffix)
 
 
 def _channels(images: dict[str, Path]) -> dict[str, list[Path]]:
@@ -362,16 +359,16 @@ def with_groups(entries: Iterable[Entry], pattern: str | None) -> list[Entry]:
 
 
 def named_classes(
-    entries: Sequence[Entry], base: Path, places: Places
+    entries: Sequence[Entry], places: Places
 ) -> tuple[list[str] | dict[int | str, str] | None, list[str]]:
     """(names by value, those of small classes), from the nearest classes.json.
 
     It lies at or above the images, up to the data folder; nnU-Net's are in dataset.json.
     """
     if places.layout == "nnunet":
-        return _nnunet_classes(base / "dataset.json"), []
+        return _nnunet_classes(places.base / "dataset.json"), []
     folder = Path(os.path.commonpath([os.path.normpath(entry.image.parent) for entry in entries]))
-    top = Path(os.path.normpath(base))
+    top = Path(os.path.normpath(places.base))
     while not (folder / "classes.json").is_file():
         if folder == top or top not in folder.parents:
             return None, []

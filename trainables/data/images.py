@@ -90,6 +90,10 @@ class Inspected:
     palette: dict[int, files.Colour] | None = None  # the colours of the mask's indices
 
 
+class ColouredMaskError(UserError):
+    """A mask whose channels differ, where numbers are expected."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How files become rows: the part of the settings that decoding needs."""
@@ -138,16 +142,11 @@ def images(
     """PNG, JPEG, TIFF, BMP or GIF files, named in a manifest (image, mask, …) or in a folder."""
     if window is not None and window[0] >= window[1]:
         raise UserError(f"data.window: {list(window)} is empty; expected [low, high], low < high")
-    places = Places(image_folder, mask_folder, mask_suffix, layout)
-    name, base, entries, notes = read_entries(
-        root,
-        manifest,
-        folder,
-        where or {},
-        columns or {},
-        files.SUFFIXES,
-        places,
-    )
+    places = Places(
+        root, manifest, folder, where or {}, columns or {}, layout, image_folder, mask_folder,
+        mask_suffix,
+    )  # fmt: skip
+    name, entries, notes = read_entries(places, files.SUFFIXES)
     if any(entry.more for entry in entries):
         raise UserError(
             "data.layout: pictures have a file for each channel; expected one file: save them as "
@@ -155,16 +154,15 @@ def images(
         )
     entries = with_groups(entries, group)
     if classes is None:
-        classes, found_small = named_classes(entries, base, places)
+        classes, found_small = named_classes(entries, places)
         small_classes = found_small if small_classes is None else small_classes
     reading = Reading(
         size=(size, size) if isinstance(size, int) else size,
         fit=fit,
         channels=channels,
         labels=labels_of(mask_encoding, ignore, classes, small_classes or [], threshold),
-        inside=None if allow_outside else base,
+        inside=None if allow_outside else places.base,
     )
-    names_of_classes = reading.labels.names
 
     inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
     found = {i: item for i, item in enumerate(inspected) if isinstance(item, Inspected)}
@@ -205,8 +203,8 @@ def images(
         size=reading.size,
         channels=channels or header.channels,
         dtype="uint16" if header.bits == 16 else "uint8",
-        classes=names_of_classes or (None if is_labelled else ["background"]),
-        small_classes=[(names_of_classes or []).index(word) for word in small_classes or []],
+        classes=reading.labels.names or (None if is_labelled else ["background"]),
+        small_classes=[(reading.labels.names or []).index(word) for word in small_classes or []],
         window=window,
         is_labelled=is_labelled,
         has_instances=has_instances,
@@ -331,7 +329,7 @@ def _grey(values: Array, header: Header) -> Array:
         what = f"has {header.channels} channels"
         if len(colour) == 3 and colour.dtype == np.uint8:
             what += f" of the colours {colours(np.unique(as_numbers(colour)).tolist())}"
-        raise UserError(
+        raise ColouredMaskError(
             f"{what}; expected one channel of class indices, as PNG or TIFF, or mask_encoding: "
             f'colours with `classes: {{"#000000": background, "#ff0000": core}}`'
         )
@@ -472,12 +470,12 @@ def numbered(values: Array) -> npt.NDArray[np.uint16]:
     numbers = whole(values)
     if numbers.min() < 0:
         raise UserError(f"has the value {numbers.min()}; expected numbers of objects")
-    if numbers.max() > HIGHEST:
-        present, places = np.unique(np.append(numbers, 0), return_inverse=True)
-        if len(present) > HIGHEST:
-            raise UserError(f"has {len(present):,} objects; expected at most {HIGHEST:,}")
-        numbers = places[:-1].reshape(numbers.shape)
-    return numbers.astype(np.uint16)
+    if numbers.max() <= HIGHEST:
+        return numbers.astype(np.uint16)
+    present, places = np.unique(np.append(numbers, 0), return_inverse=True)  # 0 comes first
+    if len(present) > HIGHEST:
+        raise UserError(f"has {len(present):,} objects; expected at most {HIGHEST:,}")
+    return places[:-1].reshape(numbers.shape).astype(np.uint16)
 
 
 def _disagreements(

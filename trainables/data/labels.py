@@ -49,6 +49,7 @@ Threshold = Annotated[
 
 MAX_CLASSES = 64
 COUNTED = 2**17  # values apart up to which counting them is faster than sorting
+LARGEST = 10**9  # label
 NEAR = 0.05  # of a whole number: what rounding made of a label
 TWO_CLASSES = ("binary", "nonzero", "instances", "threshold")
 COLOUR = re.compile("#[0-9a-fA-F]{6}")
@@ -87,22 +88,30 @@ class Labels:
             return is_object
         else:
             values = whole(mask)
-        present, places = _places(values)
-        is_ignored = np.isin(present, self.ignore)
-        known = present[~is_ignored]
-        self._check(set(known.tolist()))
-        classes = np.full(len(present), NOT_LABELLED, np.uint8)
-        classes[~is_ignored] = self._classes_of(known)
-        labels: npt.NDArray[np.uint8] = classes[places]
-        return labels
+        low, high = int(values.min()), int(values.max())
+        if high - low > COUNTED:  # few values that lie far apart, as numbers of colours do
+            present, places = np.unique(values, return_inverse=True)
+            return self._classes_of(present)[places].reshape(values.shape)
+        values -= low
+        there = np.flatnonzero(np.bincount(values.ravel()))
+        classes = np.zeros(high - low + 1, np.uint8)
+        classes[there] = self._classes_of(there + low)
+        return classes[values]
 
-    def _classes_of(self, known: Array) -> Array:
+    def _classes_of(self, present: Array) -> npt.NDArray[np.uint8]:
+        """The class of each value that a mask has, 255 of those that mean not labelled."""
+        classes = np.full(len(present), NOT_LABELLED, np.uint8)
+        is_known = ~np.isin(present, self.ignore)
+        known = present[is_known]
+        self._check(set(known.tolist()))
         if self.encoding in TWO_CLASSES:
-            return np.asarray(known != 0, np.uint8)
-        if self.values is None:
-            return np.asarray(known, np.uint8)
-        place = {value: index for index, value in enumerate(self.values)}
-        return np.array([place[value] for value in known.tolist()], np.uint8)
+            classes[is_known] = known != 0
+        elif self.values is None:
+            classes[is_known] = known
+        else:
+            place = {value: index for index, value in enumerate(self.values)}
+            classes[is_known] = [place[value] for value in known.tolist()]
+        return classes
 
     def _check(self, present: set[int]) -> None:
         """Refuse values that this encoding does not have."""
@@ -119,7 +128,8 @@ class Labels:
             if unknown:
                 raise UserError(
                     f"has the colours {colours(unknown)}, which classes does not name; it names "
-                    f"{colours(self.values)}; `ignore` is for numbers: name them too"
+                    f"{colours(self.values)}; name them too, or set ignore: 0x{min(unknown):06x} "
+                    f"if that means not labelled"
                 )
         elif self.encoding == "instances":
             if min(present, default=0) < 0:
@@ -223,21 +233,13 @@ def _mapped(
     return (None if values == tuple(range(len(values))) else values), names
 
 
-def _places(values: Array) -> tuple[Array, Array]:
-    """The values there are, ascending, and of each pixel its place among them."""
-    low, high = int(values.min()), int(values.max())
-    if high - low > COUNTED:
-        present, places = np.unique(values, return_inverse=True)
-        return present, places.reshape(values.shape)
-    codes = values - low
-    is_there = np.bincount(codes.ravel()) > 0
-    return np.flatnonzero(is_there) + low, (np.cumsum(is_there) - 1)[codes]
-
-
-def whole(values: Array) -> npt.NDArray[np.int64]:
+def whole(values: Array) -> npt.NDArray[np.int32]:
     """Mask values as whole numbers, which some programs store as floats, or scale and round."""
+    low, high = values.min(), values.max()
+    if not -LARGEST <= low <= high <= LARGEST:
+        raise UserError(f"has values from {low:g} to {high:g}; expected labels up to {LARGEST:,}")
     if np.issubdtype(values.dtype, np.integer):
-        return values.astype(np.int64)
+        return values.astype(np.int32)
     nearest = np.rint(values)
     is_wrong = np.abs(values - nearest) > NEAR
     if is_wrong.any():
@@ -246,12 +248,12 @@ def whole(values: Array) -> npt.NDArray[np.int64]:
             f"{some(np.unique(values[is_wrong])[:8].tolist())}; expected whole numbers, or "
             f"mask_encoding: threshold"
         )
-    return nearest.astype(np.int64)
+    return nearest.astype(np.int32)
 
 
-def as_numbers(colours_3S: Array) -> npt.NDArray[np.int64]:
+def as_numbers(colours_3S: Array) -> npt.NDArray[np.int32]:
     """Colours of 8 bits as 0xRRGGBB."""
-    red, green, blue = colours_3S.astype(np.int64)
+    red, green, blue = colours_3S.astype(np.int32)
     return np.asarray(red << 16 | green << 8 | blue)
 
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +154,20 @@ class Dataset:
 
     def classes_shown(self, rows: npt.NDArray[np.int64]) -> set[int]:
         """The classes, but for the background, that the labels of these rows show somewhere."""
+        return set(np.flatnonzero(self._has_class_RK[rows].any(axis=0)).tolist()) - {0}
+
+    @cached_property
+    def _has_class_RK(self) -> npt.NDArray[np.bool_]:
+        """Whether each row shows each class; of volumes whether the whole one does."""
         if self.volumes is not None:
-            has_class_K = self.volumes.has_class[self.volumes.owner[rows]].any(axis=0)
-            return set(np.flatnonzero(has_class_K).tolist())
-        counts_K = np.zeros(NOT_LABELLED + 1, np.int64)
-        step = max(1, PIXELS_AT_ONCE // math.prod(self.size))
-        for start in range(0, len(rows), step):
-            values = self.masks[rows[start : start + step]].reshape(-1)
-            counts_K += np.bincount(values, minlength=len(counts_K))
-        return set(np.flatnonzero(counts_K[: len(self.classes)]).tolist()) - {0}
+            return self.volumes.has_class[self.volumes.owner]
+        num_rows, step = len(self.splits), max(1, PIXELS_AT_ONCE // math.prod(self.size))
+        found = np.zeros((num_rows, len(self.classes)), bool)
+        for start in range(0, num_rows, step):
+            masks = np.asarray(self.masks[start : start + step]).reshape(-1, math.prod(self.size))
+            for label in range(1, len(self.classes)):
+                found[start : start + step, label] = (masks == label).any(axis=1)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """What a person wants to know before training on it."""

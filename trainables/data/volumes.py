@@ -84,6 +84,7 @@ Level = Annotated[int, Field(ge=0, le=65535)]
 
 DEFAULT_SHARES = Shares()
 DEFAULT_PERCENTILES = (0.5, 99.5)
+DEFAULT_MIB = 2048  # that a volume may take in memory
 SEPARATOR = ";"
 HIGHEST = 65535  # the level of what lies at or above the window
 SAME_SPACING = 1e-3  # relative difference that is not worth resampling
@@ -167,23 +168,17 @@ def volumes(
     allow_outside: AllowOutside = False,
     max_mib: Annotated[
         int, Field(ge=1, description="refuse volumes that take more memory, at 4 bytes a voxel")
-    ] = 2048,
+    ] = DEFAULT_MIB,
 ) -> Source:
     """NIfTI files named in a manifest (image, mask, split, group), or in a folder, in 3-D crops."""
     _check_intensities(window, percentiles)
     if mask_encoding == "colours":
         raise UserError("data.mask_encoding: volumes have no colours; expected another encoding")
-    places = Places(image_folder, mask_folder, mask_suffix, layout)
-    name, base, entries, notes = read_entries(
-        root,
-        manifest,
-        folder,
-        where or {},
-        columns or {},
-        nifti.SUFFIXES,
-        places,
-        SEPARATOR,
-    )
+    places = Places(
+        root, manifest, folder, where or {}, columns or {}, layout, image_folder, mask_folder,
+        mask_suffix,
+    )  # fmt: skip
+    name, entries, notes = read_entries(places, nifti.SUFFIXES, SEPARATOR)
     if group is None and not all(entry.group for entry in entries):
         notes.append(
             "volumes without a group are a group each: whether two of them show one patient (left "
@@ -191,17 +186,16 @@ def volumes(
         )
     entries = with_groups(entries, group)
     if classes is None:
-        classes, found_small = named_classes(entries, base, places)
+        classes, found_small = named_classes(entries, places)
         small_classes = found_small if small_classes is None else small_classes
     reading = Reading(
         spacing=None if spacing == "none" else spacing,
         window=window,
         percentiles=percentiles or DEFAULT_PERCENTILES,
         labels=labels_of(mask_encoding, ignore, classes, small_classes or [], threshold),
-        inside=None if allow_outside else base,
+        inside=None if allow_outside else places.base,
         most_bytes=max_mib * 2**20,
     )
-    names_of_classes = reading.labels.names
 
     inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
     found = {i: item for i, item in enumerate(inspected) if isinstance(item, Inspected)}
@@ -235,8 +229,8 @@ def volumes(
         size=size,
         channels=len(reads[0].images),
         dtype="uint16",
-        classes=names_of_classes or (None if is_labelled else ["background"]),
-        small_classes=[(names_of_classes or []).index(word) for word in small_classes or []],
+        classes=reading.labels.names or (None if is_labelled else ["background"]),
+        small_classes=[(reading.labels.names or []).index(word) for word in small_classes or []],
         window=(0, HIGHEST),
         is_labelled=is_labelled,
         has_instances=False,
