@@ -18,6 +18,7 @@ STEPS = 1500  # of pretraining, from which on small encoders have learnt somethi
 FEWEST_STEPS = 300
 HOURS = 2.0  # that a first study should take at most
 SEGMENTATION_STEPS = 300
+RATE, SEGMENTATION_RATE = 1e-3, 1.875e-3  # at the peak, of encoders as small as these
 RATIOS = [0.25, 0.5, 0.75]
 SEEDS = 3
 MOST_TOKENS = {False: 256, True: 1024}  # of a tile, without and with a GPU
@@ -88,74 +89,80 @@ def draft(
     found: Survey,
     dataset: Dataset,
     machine: Machine,
-    *,
-    steps: int = STEPS,
+    steps: int,
     hours: float | None = None,
 ) -> str:
     """The text of a study file with so many steps of pretraining, which takes so long here."""
     spacing = found.seen[0].spacing if found.source == "volumes" else None
     patches = patches_of(dataset, machine, spacing)
-    control = patches[0]
-    unit = [
-        max(edges) for edges in zip(*(_edges(p, len(dataset.size)) for p in patches), strict=True)
-    ]
+    every_edge = zip(*(_edges(patch, len(dataset.size)) for patch in patches), strict=True)
+    unit = [max(edges) for edges in every_edge]
     diameters = _diameters(dataset)
-    batch = 8 if found.source == "volumes" else 32
-    batch_of_segmentation = 2 if found.source == "volumes" else 8
-    pretrain, train = (len(dataset.rows(split)) for split in ("pretrain", "train"))
+    arms = len(patches) * len(RATIOS)
+    controls = SEEDS if dataset.is_labelled else 0
+    takes = f"# About {hours:.1f} hours here, with {steps:,} steps of pretraining." if hours else ""
+    lines = [
+        f"# Written by `maskstudy init` from {found.images:,} images, {found.masks:,} with a mask.",
+        "# Every guess has its reason beside it. `maskstudy check` says what the study will take.",
+        *filter(None, [takes]),
+        f"study: {in_one_line(name)}",
+        f"question: {_question(diameters, dataset)}",
+        "data:",
+        f"  source: {found.source}",
+        *(_setting(key, value, found.why.get(key)) for key, value in found.data.items()),
+        "trial:",
+        *(
+            f"  {section}: {in_one_line(settings)}"
+            for section, settings in _trial(found, dataset, machine, patches[0], steps).items()
+        ),
+        "search:",
+        f"  model.patch: {{choices: {in_one_line(patches)}}}  # {_why_patches(diameters, dataset)}",
+        f"  masking.ratio.value: {{choices: {in_one_line(RATIOS)}}}",
+        "objectives:",
+        *(f"  - {in_one_line(metric)}" for metric in _objectives(dataset, diameters)),
+        f"sampler: grid  # {arms} arms, each with {SEEDS} seeds"
+        + ", and random weights beside them" * bool(controls),
+        f"seeds: {SEEDS}",
+        "rungs: [0.5, 1.0]",
+        f"probe: {{unit: {in_one_line(unit[0] if len(set(unit)) == 1 else unit)}}}"
+        f"  # hides the same pixels for every patch",
+        f"budget: {{trials: {arms * SEEDS + controls}}}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _trial(
+    found: Survey, dataset: Dataset, machine: Machine, patch: int | list[int], steps: int
+) -> dict[str, Any]:
+    """The control: an encoder and a budget that suit the machine."""
+    batch, batch_of_segmentation = (8, 2) if found.source == "volumes" else (32, 8)
+    pretrain, train = len(dataset.rows("pretrain")), len(dataset.rows("train"))
+    size, decoder = ("tiny", (2, 128)) if machine.has_gpu else ("nano", (1, 64))
     trial: dict[str, Any] = {
         "model": {
-            "size": "tiny" if machine.has_gpu else "nano",
-            "patch": control,
-            "decoder": {"depth": 2, "width": 128} if machine.has_gpu else {"depth": 1, "width": 64},
+            "size": size,
+            "patch": patch,
+            "decoder": dict(zip(("depth", "width"), decoder, strict=True)),
         },
         "masking": {"strategy": "random", "ratio": {"name": "constant", "value": 0.5}},
         "pretrain": {
             "epochs": _epochs(steps, batch, pretrain),
             "batch": batch,
-            "optimizer": {"name": "adamw", "base_lr": 0.256 / batch},
+            "optimizer": {"name": "adamw", "base_lr": RATE * 256 / batch},
         },
         "segment": {
             "epochs": _epochs(SEGMENTATION_STEPS, batch_of_segmentation, train),
             "batch": batch_of_segmentation,
             "features": 8,
-            "optimizer": {"name": "adamw", "base_lr": 0.48 / batch_of_segmentation},
+            "optimizer": {
+                "name": "adamw",
+                "base_lr": SEGMENTATION_RATE * 256 / batch_of_segmentation,
+            },
         },
     }
     if machine.has_fast_bf16 and not machine.has_gpu:
         trial["pretrain"]["precision"] = trial["segment"]["precision"] = "bf16"
-    probe = in_one_line(unit[0] if len(set(unit)) == 1 else unit)
-    arms = len(patches) * len(RATIOS)
-    controls = SEEDS if dataset.is_labelled else 0
-    smallest = min(diameters, key=lambda key: diameters[key], default=None)
-    lines = [
-        f"# Written by `maskstudy init` from {found.images:,} images, {found.masks:,} with a mask.",
-        "# Every guess has its reason beside it. `maskstudy check` says what the study will take"
-        + (
-            f": here\n# about {hours:.1f} hours, with {steps:,} steps of pretraining."
-            if hours
-            else "."
-        ),
-        f"study: {in_one_line(name)}",
-        f"question: {_question(smallest if len(diameters) > 1 else None, dataset)}",
-        "data:",
-        f"  source: {found.source}",
-        *(_setting(key, value, found.why.get(key)) for key, value in found.data.items()),
-        "trial:",
-        *(f"  {key}: {in_one_line(value)}" for key, value in trial.items()),
-        "search:",
-        f"  model.patch: {{choices: {in_one_line(patches)}}}  # {_why_patches(diameters, dataset)}",
-        f"  masking.ratio.value: {{choices: {in_one_line(RATIOS)}}}",
-        "objectives:",
-        *(f"  - {metric}" for metric in _objectives(dataset, diameters)),
-        f"sampler: grid  # {arms} arms, each with {SEEDS} seeds"
-        + ", and random weights beside them" * bool(controls),
-        f"seeds: {SEEDS}",
-        "rungs: [0.5, 1.0]",
-        f"probe: {{unit: {probe}}}  # hides the same pixels for every patch",
-        f"budget: {{trials: {arms * SEEDS + controls}}}",
-    ]
-    return "\n".join(lines) + "\n"
+    return trial
 
 
 def _objectives(dataset: Dataset, diameters: dict[str, float]) -> list[str]:
@@ -169,10 +176,12 @@ def _objectives(dataset: Dataset, diameters: dict[str, float]) -> list[str]:
     return [metric, "pretrain/probe_gain"]
 
 
-def _question(smallest: str | None, dataset: Dataset) -> str:
+def _question(diameters: dict[str, float], dataset: Dataset) -> str:
     if not dataset.is_labelled:
         return "Which mask ratio and patch size reconstruct these images best?"
-    what = f"{smallest!r}, the smallest class" if smallest else "the objects in these images"
+    what = "the objects in these images"
+    if len(diameters) > 1:
+        what = f"{min(diameters, key=lambda key: diameters[key])!r}, the smallest class"
     return json.dumps(
         f"Which mask ratio and patch size help to segment {what}?", ensure_ascii=False
     )

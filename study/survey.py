@@ -26,9 +26,13 @@ from trainables.data.entries import (
     read_entries,
     text_of,
 )
-from trainables.data.images import look_like_numbers_of_objects, mask_values
-from trainables.data.labels import colours
-from trainables.data.volumes import SEPARATOR, in_ras
+from trainables.data.images import (
+    ColouredMaskError,
+    look_like_numbers_of_objects,
+    mask_values,
+)
+from trainables.data.labels import as_numbers, colours
+from trainables.data.volumes import DEFAULT_MIB, SEPARATOR, in_ras
 from trainables.errors import UserError
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "raw", "photos", "pictures", "scans")
@@ -50,6 +54,7 @@ COLUMNS = {
 GROUPS = (r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$", r"^([A-Za-z]+\d+)[_-]")
 MOST_LOOKED_AT = 48  # files, spread over all
 FEWEST_GROUPS = 6
+MOST_BYTES = DEFAULT_MIB * 2**20  # of a volume in memory
 
 
 class Seen(NamedTuple):
@@ -99,7 +104,8 @@ def survey(folder: Path) -> Survey:
         )
     found = Survey("volumes" if is_volumes else "images")
     _find_places(folder, pictures, suffixes, found)
-    entries = _entries(folder, found, suffixes)
+    places = _places(found)
+    _, entries, _ = read_entries(places, suffixes, SEPARATOR if is_volumes else None)
     found.images, found.masks = len(entries), sum(entry.mask is not None for entry in entries)
     _find_groups(entries, found)
     looked_at = entries[:: max(1, len(entries) // MOST_LOOKED_AT)]
@@ -107,7 +113,8 @@ def survey(folder: Path) -> Survey:
     if not is_volumes:
         _find_channels(found)
     masks = [entry for entry in entries if entry.mask]
-    _find_encoding(folder, entries, masks[:: max(1, len(masks) // MOST_LOOKED_AT)], found)
+    if masks and named_classes(entries, places)[0] is None:
+        _find_encoding(masks[:: max(1, len(masks) // MOST_LOOKED_AT)], found)
     return found
 
 
@@ -183,26 +190,19 @@ def _mask_suffix(stems: set[str], others: set[str], *, is_apart: bool) -> str:
     return best if counts[best] else ""
 
 
-def _entries(folder: Path, found: Survey, suffixes: Sequence[str]) -> list[Entry]:
+def _places(found: Survey) -> Places:
     data = found.data
-    places = Places(
-        data.get("image_folder", "images"),
-        data.get("mask_folder", "masks"),
-        data.get("mask_suffix", ""),
-        data.get("layout", "folders"),
-    )
-    separator = SEPARATOR if found.source == "volumes" else None
-    _, _, entries, _ = read_entries(
+    return Places(
         Path(),
         data.get("manifest"),
         data.get("folder"),
         {},
         data.get("columns", {}),
-        suffixes,
-        places,
-        separator,
+        data.get("layout", "folders"),
+        data.get("image_folder", "images"),
+        data.get("mask_folder", "masks"),
+        data.get("mask_suffix", ""),
     )
-    return entries
 
 
 def _find_groups(entries: Sequence[Entry], found: Survey) -> None:
@@ -225,7 +225,7 @@ def _find_groups(entries: Sequence[Entry], found: Survey) -> None:
 
 def _seen(entry: Entry, is_volume: bool) -> Seen:
     if is_volume:
-        header = nifti.inspect(entry.image, None, 2**40).header
+        header = nifti.inspect(entry.image, None, MOST_BYTES).header
         shape, spacing = in_ras(header)
         return Seen(shape, 1 + len(entry.more), 16, False, spacing)
     picture = files.inspect(files.read(entry.image, None))
@@ -242,15 +242,8 @@ def _find_channels(found: Survey) -> None:
     )
 
 
-def _find_encoding(
-    folder: Path, entries: Sequence[Entry], masks: Sequence[Entry], found: Survey
-) -> None:
-    """What the values of the masks mean."""
-    if not masks:
-        return
-    base = Path(found.data.get("folder") or Path(found.data["manifest"]).parent)
-    if named_classes(entries, base, Places(layout=found.data.get("layout", "folders")))[0]:
-        return
+def _find_encoding(masks: Sequence[Entry], found: Survey) -> None:
+    """What the values of masks mean that nobody named."""
     count = f"{len(masks)} masks that were looked at"
     values: Counter[int] = Counter()
     is_whole = True
@@ -258,9 +251,7 @@ def _find_encoding(
         assert entry.mask is not None
         try:
             part = _values(entry, found.source == "volumes")
-        except UserError as error:
-            if "colours" not in str(error):
-                raise
+        except ColouredMaskError:
             _find_colours(masks, found)
             return
         numbers, counts = np.unique(part, return_counts=True)
@@ -303,7 +294,7 @@ def _find_encoding(
 def _values(entry: Entry, is_volume: bool) -> Any:
     assert entry.mask is not None
     if is_volume:
-        before, stored = nifti.load(entry.mask, None, 2**40)
+        before, stored = nifti.load(entry.mask, None, MOST_BYTES)
         return nifti.values(before.header, stored)
     return mask_values(files.read(entry.mask, None), "index")
 
@@ -312,10 +303,8 @@ def _find_colours(masks: Sequence[Entry], found: Survey) -> None:
     counts: Counter[int] = Counter()
     for entry in masks:
         assert entry.mask is not None
-        picture = mask_values(files.read(entry.mask, None), "colours").astype(np.int64)
-        numbers, times = np.unique(
-            picture[0] << 16 | picture[1] << 8 | picture[2], return_counts=True
-        )
+        picture = mask_values(files.read(entry.mask, None), "colours")
+        numbers, times = np.unique(as_numbers(picture), return_counts=True)
         counts.update(dict(zip(numbers.tolist(), times.tolist(), strict=True)))
     found.guess("mask_encoding", "colours", f"colours in {len(masks)} masks that were looked at")
     ground, *others = [number for number, _ in counts.most_common()]

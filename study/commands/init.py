@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from study.commands.terminal import say
-from study.draft import Machine, affordable, draft, first_size, needs_resizing
+from study.draft import STEPS, Machine, affordable, draft, first_size, needs_resizing
 from study.loading import parse_spec
-from study.survey import survey
+from study.spec import StudySpec
+from study.survey import Survey, survey
 from trainables import durable
 from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
 from trainables.errors import UserError
@@ -21,6 +22,7 @@ def init_study(folder: Path, output: Path) -> None:
     """Look at the folder and write a study file that fits it. UserError: it cannot be read so."""
     if output.exists():
         raise UserError(f"{output}: is there already; give another name: -o OTHER.yaml")
+    say(f"{folder}: looking at its files")
     machine, found = Machine.this(), survey(folder)
     size, why = first_size(found, machine)
     found.guess("size", size, why)
@@ -31,12 +33,8 @@ def init_study(folder: Path, output: Path) -> None:
     for key in ("folder", "manifest"):
         if key in found.data:
             found.data[key] = os.path.relpath(found.data[key], output.parent)
-    name = re.sub(r"[^a-z0-9]+", "-", output.stem.lower()).strip("-") or "study"
-    text = draft(name[:64], found, dataset, machine)
-    steps = affordable(_hours(text, output, dataset))
-    text = draft(name[:64], found, dataset, machine, steps=steps)
-    hours = _hours(text, output, dataset)
-    text = draft(name[:64], found, dataset, machine, steps=steps, hours=hours)
+    name = (re.sub(r"[^a-z0-9]+", "-", output.stem.lower()).strip("-") or "study")[:64]
+    text = _affordable(name, found, dataset, machine, output)
     durable.write_new(output, text.encode())
     say(text)
     for note in dataset.about["notes"]:
@@ -44,18 +42,24 @@ def init_study(folder: Path, output: Path) -> None:
     say(f"{output}: written; now: maskstudy check {output}")
 
 
-def _hours(text: str, output: Path, dataset: Dataset) -> float | None:
-    """What the study takes on this machine, measured."""
+def _affordable(name: str, found: Survey, dataset: Dataset, machine: Machine, output: Path) -> str:
+    """A study file with as many steps of pretraining as this machine, measured, can take."""
     import torch  # takes seconds, which mistakes in the folder need not wait for
 
     from study.plan import plan
     from trainables.speed import flops_per_second
 
-    spec = parse_spec(text, output.parent, where=str(output))
+    def parsed(steps: int) -> StudySpec:
+        text = draft(name, found, dataset, machine, steps)
+        return parse_spec(text, output.parent, where=str(output))
+
+    spec = parsed(STEPS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = max(1, int(spec.resources.cpus_per_worker))
     speed = flops_per_second(spec.trial, dataset, device, threads=threads)
-    return plan(spec, dataset, flops_per_second=speed).hours
+    steps = affordable(plan(spec, dataset, flops_per_second=speed).hours)
+    hours = plan(parsed(steps), dataset, flops_per_second=speed).hours
+    return draft(name, found, dataset, machine, steps, hours)
 
 
 def _prepared(source: str, options: dict[str, object]) -> Dataset:

@@ -13,14 +13,15 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
+from pydantic import TypeAdapter
 
 from study.draft import FEWEST_STEPS, STEPS, Machine, affordable, patches_of
 from study.loading import load_spec
 from study.survey import survey
 from tests.study.test_commands import Capture, call
-from trainables.data import open_dataset, prepare
+from tests.trainables.test_images import save
+from trainables.data import DataConfig, open_dataset, prepare
 from trainables.errors import UserError
 
 NUM_IMAGES = 12
@@ -37,14 +38,6 @@ def discs(number: int, edge: int = 48) -> tuple[np.ndarray, np.ndarray]:
         numbers[(row - y) ** 2 + (column - x) ** 2 < radius**2] = index
     picture = np.clip(60 + 60 * numbers + rng.normal(0, 12, numbers.shape), 0, 255)
     return picture.astype(np.uint8), numbers
-
-
-def save(path: Path, array: np.ndarray, **options: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".tif":
-        tifffile.imwrite(path, array, **options)
-    else:
-        Image.fromarray(array).save(path, **options)
 
 
 def cellpose(folder: Path) -> None:
@@ -142,6 +135,17 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
 }
 
 
+GAIN = "pretrain/probe_gain"
+JUDGED_BY = {  # the smallest class, where there are several
+    "cellpose": ["segment/miou"],
+    "coloured": ["segment/iou/colour 000078"],
+    "nnunet": ["segment/iou/rim"],
+    "deep": ["segment/miou"],
+    "phone": ["segment/miou"],
+    "pictures alone": [],
+}
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_two_commands_and_no_edit_lead_to_a_sound_study(
     kind: str, tmp_path: Path, capsys: Capture
@@ -153,6 +157,9 @@ def test_two_commands_and_no_edit_lead_to_a_sound_study(
     spec = load_spec(path)
     options = spec.data.options()
     assert {key: options[key] for key in expected} == expected
+    assert [objective.metric for objective in spec.objectives] == [*JUDGED_BY[kind], GAIN]
+    patches = [4, 8, 16] if kind == "pictures alone" else [4, 8]  # 16 shows no small object
+    assert spec.search["model.patch"].choices == patches
     assert call("check", path) == 0
     dataset = open_dataset(prepare(spec.data, tmp_path, tmp_path / "cache"))
     assert sum(len(dataset.rows(split)) for split in ("train", "val", "test")) > 0
@@ -168,14 +175,6 @@ def test_two_commands_and_no_edit_lead_to_a_sound_study(
         assert bright and min(bright) > 20  # masks lie where the objects are
     assert call("try", path, "--images", "2") == 0
     assert "segment/miou" in capsys.readouterr().out
-
-
-def test_the_smallest_class_is_what_a_study_is_judged_by(tmp_path: Path) -> None:
-    coloured(tmp_path / "given")
-    assert call("init", tmp_path / "given", "-o", tmp_path / "mine.yaml") == 0
-    spec = load_spec(tmp_path / "mine.yaml")
-    assert spec.objectives[0].metric == "segment/iou/colour 000078"
-    assert spec.search["model.patch"].choices == [4, 8]
 
 
 def test_nothing_is_overwritten_and_no_folder_is_no_study(tmp_path: Path, capsys: Capture) -> None:
@@ -221,10 +220,10 @@ def test_values_of_masks_are_guessed(tmp_path: Path, mask: Any, expected: Any) -
 
 
 def test_patches_are_as_long_in_millimetres_along_every_axis(tmp_path: Path) -> None:
-    nnunet(tmp_path / "given")
-    assert call("init", tmp_path / "given", "-o", tmp_path / "mine.yaml") == 0
-    spec = load_spec(tmp_path / "mine.yaml")
-    dataset = open_dataset(prepare(spec.data, tmp_path, tmp_path / "cache"))
+    config = {"source": "volumes", "folder": str(tmp_path), "layout": "nnunet"}
+    nnunet(tmp_path)
+    setting = TypeAdapter(DataConfig).validate_python({**config, "size": [16, 16, 16]})
+    dataset = open_dataset(prepare(setting, tmp_path, tmp_path / "cache"))
     assert dataset.size == (16, 16, 16) and dataset.channels == 2
     assert patches_of(dataset, LAPTOP, (1.0, 1.0, 1.0)) == [4, 8]
     assert patches_of(dataset, LAPTOP, (1.0, 1.0, 2.0)) == [[4, 4, 2], [8, 8, 4]]

@@ -146,6 +146,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("command", "needed"),
     [
+        ("init", {"pandas", "pyarrow", "optuna"}),
         ("run", {"pandas", "pyarrow", "optuna"}),
         ("check", {"pandas", "pyarrow", "optuna"}),
         ("status", {"pandas", "pyarrow", "optuna"}),
@@ -156,7 +157,11 @@ main(sys.argv[1:])
 def test_a_command_has_imported_next_to_nothing_when_it_says_its_first_word(
     command: str, needed: set[str], tiny_study: Path
 ) -> None:
-    given = {"run": [str(tiny_study)], "check": [str(tiny_study)]}.get(command, [])
+    given = {
+        "init": [str(tiny_study.parent), "-o", "other.yaml"],
+        "run": [str(tiny_study)],
+        "check": [str(tiny_study)],
+    }.get(command, [])
     done = subprocess.run(
         [sys.executable, "-c", FIRST_WORD.replace("{heavy}", str(set(HEAVY))), command, *given],
         check=True,
