@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,18 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
-from study.draft import FEWEST_STEPS, STEPS, Machine, affordable, patches_of
-from study.loading import load_spec
+from study.draft import (
+    FEWEST_STEPS,
+    STEPS,
+    Machine,
+    affordable,
+    draft,
+    first_size,
+    needs_resizing,
+    patches_of,
+)
+from study.fit import data_problems, data_size
+from study.loading import load_spec, parse_spec
 from study.survey import survey
 from tests.study.test_commands import Capture, call
 from tests.trainables.test_images import save
@@ -227,6 +238,44 @@ def test_patches_are_as_long_in_millimetres_along_every_axis(tmp_path: Path) -> 
     assert dataset.size == (16, 16, 16) and dataset.channels == 2
     assert patches_of(dataset, LAPTOP, (1.0, 1.0, 1.0)) == [4, 8]
     assert patches_of(dataset, LAPTOP, (1.0, 1.0, 2.0)) == [[4, 4, 2], [8, 8, 4]]
+
+
+def test_objects_larger_than_a_tile_are_shown_whole(tmp_path: Path) -> None:
+    for number in range(4):
+        rng, cell = np.random.default_rng(number), np.zeros((96, 96), np.uint8)
+        cell[10:80, 12:84] = 1
+        save(tmp_path / f"images/{number}.png", rng.integers(0, 255, cell.shape).astype(np.uint8))
+        save(tmp_path / f"masks/{number}.png", cell)
+    found = survey(tmp_path)
+    tile, _ = first_size(found, LAPTOP)
+    assert tile == 64
+    config = {"source": "images", "folder": str(tmp_path), "size": tile}
+    setting = TypeAdapter(DataConfig).validate_python(config)
+    dataset = open_dataset(prepare(setting, tmp_path, tmp_path / "cache"))
+    assert needs_resizing(found, dataset)
+    assert not needs_resizing(found, replace(dataset, size=(128, 128)))
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, Machine(has_gpu=True, has_fast_bf16=False)])
+def test_every_machine_gets_a_study_file_that_can_be_read(machine: Machine, tmp_path: Path) -> None:
+    deep(tmp_path)
+    found = survey(tmp_path)
+    size, why = first_size(found, machine)
+    found.guess("size", size, why)
+    config = TypeAdapter(DataConfig).validate_python({"source": "images", **found.data})
+    dataset = open_dataset(prepare(config, tmp_path, tmp_path / "cache"))
+    spec = parse_spec(draft("mine", found, dataset, machine, 600, 1.5), tmp_path, where="mine")
+    assert spec.trial.model.size == ("tiny" if machine.has_gpu else "nano")
+    steps = spec.trial.pretrain.epochs * len(dataset.rows("pretrain")) / spec.trial.pretrain.batch
+    assert steps == pytest.approx(600, rel=0.05)
+    assert not data_problems(spec, data_size(dataset))
+
+
+def test_pictures_with_an_alpha_channel_are_read_as_colour(tmp_path: Path) -> None:
+    for number in range(4):
+        grey = discs(number, 24)[0]
+        save(tmp_path / f"images/{number}.png", np.dstack([grey, grey, grey, grey]))
+    assert survey(tmp_path).data["channels"] == 3
 
 
 def test_as_many_steps_as_the_machine_can_take_in_two_hours() -> None:

@@ -75,6 +75,11 @@ def test_a_name_written_by_a_mac_is_the_same_name(study: Path) -> None:
     np.testing.assert_array_equal(source(study).decode(0).images[0, 0], texture(0, EDGE, EDGE))
 
 
+def test_what_is_read_as_ever_is_the_same_data(study: Path) -> None:
+    """A study that was begun before can go on."""
+    assert source(study).identity.keys() == {"files", "fit", "mask_encoding", "ignore"}
+
+
 # What files say of themselves
 
 
@@ -88,6 +93,7 @@ def test_turned_pictures_are_told_and_fit_their_masks(study: Path) -> None:
     found = source(study)
     np.testing.assert_array_equal(found.decode(0).images[0, 0], upright[:, :16])
     assert "1 files carry an orientation (EXIF or TIFF): turned upright" in " ".join(found.notes)
+    assert found.identity["read_anew"] == 1, "release 0.1 read it otherwise: these are other data"
     turned.save(study / "data/images/i0.png")
     assert "is 16x24, but its image images/i0.png is 24x16" in complaint(study)
 
