@@ -50,7 +50,7 @@ from trainables.pictures import save_segmentation, save_segmentation_slices, to_
 from trainables.probe import PICTURES, probe_rows
 from trainables.scores import IGNORED, Counted, ObjectCounts, confusion, object_counts
 from trainables.unetr import UNETR, build_unetr
-from trainables.windows import stitched_scores
+from trainables.windows import likeliest_between, stitched_scores
 
 DICE_SMOOTHING = 1e-5
 STITCHING_SHARE = 0.25  # of the free device memory that a whole image's scores may take
@@ -283,10 +283,9 @@ def predictions(
         return
     if dataset.volumes is not None:
         for volume in dataset.volumes_of(split)[rank::world_size].tolist():
-            truth = torch.from_numpy(dataset.mask_of(volume))[None]
-            spacing = tuple(dataset.volumes.spacings[volume].tolist())
-            predicted = predict_volume(model, dataset, volume, settings, device, context.alive)
-            yield Judged(truth, predicted, None, spacing)
+            truth, spacing = dataset.truth_of(volume)
+            predicted = predict_truth(model, dataset, volume, settings, device, context.alive)
+            yield Judged(torch.from_numpy(truth)[None], predicted, None, spacing)
         return
     rows = dataset.rows(split)[rank::world_size]
     resident = to_device(dataset, rows, device)
@@ -365,10 +364,46 @@ def predict_volume(
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The likeliest class of every voxel of a whole volume, uint8 (1, *shape) on the host.
+    """The likeliest class of every voxel of a whole volume, uint8 (1, *shape) on the host."""
+    scores_KS = _scores_of_volume(model, dataset, volume, settings, device, alive)
+    return scores_KS.argmax(dim=0).to(torch.uint8).cpu()[None]
 
-    Windows of the crop's size, `segment.batch` at a time, overlap (see windows.py). On a GPU the
-    scores of all classes are put together there if they take little of it.
+
+@torch.no_grad()
+def predict_truth(
+    model: UNETR,
+    dataset: Dataset,
+    volume: int,
+    settings: SegmentConfig,
+    device: torch.device,
+    alive: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The same of the voxels by which the volume is judged, those of its file.
+
+    Scores are linear between the voxels that the model saw.
+    """
+    assert dataset.volumes is not None
+    truth = dataset.volumes.truth
+    if truth is None:
+        return predict_volume(model, dataset, volume, settings, device, alive)
+    scores_KS = _scores_of_volume(model, dataset, volume, settings, device, alive)
+    pairs = zip(truth.grids.spacings[volume], dataset.volumes.spacings[volume], strict=True)
+    steps = [float(judged / seen) for judged, seen in pairs]
+    return likeliest_between(scores_KS, truth.grids.shapes[volume], steps).cpu()[None]
+
+
+def _scores_of_volume(
+    model: UNETR,
+    dataset: Dataset,
+    volume: int,
+    settings: SegmentConfig,
+    device: torch.device,
+    alive: Callable[[], None],
+) -> Tensor:
+    """float32 scores (K, *shape) of every voxel, from windows that overlap (see windows.py).
+
+    They are of the crop's size, `segment.batch` at a time. On a GPU the scores of all classes are
+    put together there if they take little of it.
     """
     assert dataset.volumes is not None
     shape = dataset.volumes.shapes[volume].tolist()
@@ -392,8 +427,7 @@ def predict_volume(
         device=device,
     )
     model.train()
-    labels = scores[0].argmax(dim=0).to(torch.uint8).cpu()
-    return labels[tuple(slice(edge) for edge in shape)][None]
+    return scores[0][:, *(slice(edge) for edge in shape)]
 
 
 @torch.no_grad()

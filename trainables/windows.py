@@ -56,6 +56,38 @@ def stitched_scores(
     return scores.div_(total)[None]
 
 
+def likeliest_between(scores: Tensor, shape: Sequence[int], steps: Sequence[float]) -> Tensor:
+    """The class (*shape) of highest score (K, *S) at other voxels, `steps` apart, uint8.
+
+    Both grids have one middle. Scores are linear between voxels, and go on beyond the last ones; a
+    class at a time, as whole volumes are large.
+    """
+    best = torch.full(tuple(shape), -math.inf, device=scores.device)
+    likeliest = torch.zeros(tuple(shape), dtype=torch.uint8, device=scores.device)
+    for label, of_class in enumerate(scores):
+        between = of_class
+        for axis, (count, step) in enumerate(zip(shape, steps, strict=True)):
+            between = _along(between, axis, count, step)
+        is_better = between > best
+        best = torch.where(is_better, between, best)
+        likeliest.masked_fill_(is_better, label)
+    return likeliest
+
+
+def _along(values: Tensor, axis: int, count: int, step: float) -> Tensor:
+    """`count` values along an axis, `step` old ones apart, in the middle of the old ones."""
+    old = values.shape[axis]
+    if count == old and step == 1:
+        return values
+    place = torch.arange(count, dtype=torch.float64, device=values.device) - (count - 1) / 2
+    place = (place * step + (old - 1) / 2).clamp(0, old - 1)
+    before = place.floor().long().clamp(max=max(0, old - 2))
+    share = (place - before).float().reshape(-1, *[1] * (values.ndim - 1 - axis))
+    below = values.index_select(axis, before)
+    above = values.index_select(axis, (before + 1).clamp(max=old - 1))
+    return below.lerp(above, share)
+
+
 def window_places(size: Sequence[int], window: Sequence[int], overlap: float) -> list[Place]:
     """Where the windows lie, row-major: a step apart from the start on, the last one at the end."""
     starts = []

@@ -67,12 +67,15 @@ def content(source: Source) -> str:
     """A digest of all that is promised and decoded, but not of what is said to people."""
     whole = source.whole
     facts = [source.name, source.size, source.channels, source.dtype, source.classes]
-    facts += [source.small_classes, source.window, source.is_labelled, source.has_instances]
+    facts += [source.small_classes, source.window, source.highest, source.is_labelled]
+    facts += [source.has_instances]
     facts += [source.names, source.groups, source.splits, source.parts]
-    facts += [whole and (whole.shapes, whole.spacings, whole.overlap, whole.tolerance)]
+    facts += [
+        whole and (whole.shapes, whole.spacings, whole.overlap, whole.tolerance, whole.scored)
+    ]
     found = hashlib.sha256(repr(facts).encode())
     for part in parts_of(source):
-        for array in (part.images, part.masks, part.instances):
+        for array in (part.images, part.masks, part.instances, part.truth):
             if array is not None:
                 found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return found.hexdigest()
@@ -213,10 +216,11 @@ def test_what_is_prepared_is_what_was_decoded(example: Example, tmp_path: Path) 
         assert dataset.names == source.names and dataset.groups == source.groups
         assert list(dataset.splits) == source.splits
     for rows, part in zip(source.parts, parts_of(source), strict=True):
-        images = np.clip(part.images, dataset.low, dataset.high)  # as a window has it
+        images = np.clip(part.images, dataset.low, source.highest or dataset.high)
         if dataset.volumes is not None:
             np.testing.assert_array_equal(dataset.image_of(rows.start), images[0])
             np.testing.assert_array_equal(dataset.mask_of(rows.start), part.masks[0])
+            np.testing.assert_array_equal(dataset.truth_of(rows.start)[0], part.truth[0])
             continue
         assert (dataset.tiles is None) == (source.cut_from is None)
         np.testing.assert_array_equal(dataset.images[list(rows)], images)

@@ -18,9 +18,9 @@ from tests.trainables.test_images import manifest
 from tests.trainables.test_nifti import ramp, save
 from trainables.config import ProbeConfig
 from trainables.data import DataConfig, open_dataset, prepare
-from trainables.data.batches import to_device
+from trainables.data.batches import to_device, whole_volume
 from trainables.data.source import Source
-from trainables.data.volumes import HIGHEST, resampled, to_levels, to_ras, volumes
+from trainables.data.volumes import HEADROOM, HIGHEST, resampled, to_levels, to_ras, volumes
 from trainables.errors import UserError
 from trainables.trial import run_trial
 
@@ -106,7 +106,7 @@ def test_the_whole_way_from_the_study_file_to_arrays(study):
     dataset = open_dataset(prepare(config(), study, study / "cache"))
     assert dataset.images.dtype == np.uint16 and dataset.image_of(5).shape == (1, 9, 17, 8)
     assert dataset.mask_of(4).tolist() == box(8, 10, 12).tolist()
-    assert dataset.size == SIZE and (dataset.low, dataset.high) == (0, HIGHEST)
+    assert dataset.size == SIZE and (dataset.low, dataset.high) == (0, HIGHEST / HEADROOM)
     described = dataset.describe()
     assert described["images"] == {"pretrain": 8, "train": 8, "val": 8, "test": 10}
     assert described["volumes"] == {"pretrain": 2, "train": 2, "val": 2, "test": 2}
@@ -238,9 +238,11 @@ def test_percentiles_are_of_the_voxels_that_are_not_zero(study):
     levels = whole(study, 0, percentiles=[0, 50])[0][0]  # 1 to 100.5
     assert levels[0, 9, 9] == 0 and levels[7, 4, 4] == HIGHEST
     assert levels[0, 0, 1] == round((2 - 1) / 99.5 * HIGHEST)
-    levels = whole(study, 0)[0][0]
     low, high = 1 + 199 * 0.005, 1 + 199 * 0.995
+    levels = whole(study, 0, percentiles=[0.5, 99.5])[0][0]
     assert levels[4, 0, 0] == round((101 - low) / (high - low) * HIGHEST)
+    levels = whole(study, 0)[0][0]
+    assert levels[4, 0, 0] == round((101 - low) / (high - low) * HIGHEST / HEADROOM)
 
 
 def test_volumes_with_any_unit_are_alike(study):
@@ -248,7 +250,7 @@ def test_volumes_with_any_unit_are_alike(study):
     replace_volume(study, 0, small)
     replace_volume(study, 1, small.astype(np.float32) * 15_000)
     one, other = (whole(study, number)[0].astype(int) for number in (0, 1))
-    assert np.abs(one - other).max() <= 1 and one.max() == HIGHEST
+    assert np.abs(one - other).max() <= 1 and one.max() > HIGHEST / HEADROOM
 
 
 def test_a_window_has_the_unit_of_the_file(study):
@@ -333,9 +335,74 @@ def test_a_class_that_the_window_cuts_off_is_told(study):
         dataset = open_dataset(prepare(config(**options), study, study / place))
         return [note for note in dataset.about["notes"] if "highest level" in note]
 
-    (note,) = told("cut off")
+    (note,) = told("cut off", percentiles=[0.5, 99.5])
     assert "% of 'class 1' has the highest level" in note and "percentiles up to 100" in note
     assert told("whole", percentiles=[0, 100]) == [] == told("window", window=[0, 10_000])
+    assert told("by default") == []
+    levels = whole(study, 0)[0]
+    assert len(np.unique(levels[0, 2:4, 2:4, 2:4])) == 8  # what each of its voxels was is kept
+    dataset = open_dataset(prepare(config(), study, study / "by default"))
+    np.testing.assert_array_equal(dataset.image_of(0), levels)
+    standardised = whole_volume(dataset, 0, torch.device("cpu")).numpy()[0, 0]
+    intensities = standardised * dataset.std[0] + dataset.mean[0]
+    np.testing.assert_allclose(intensities, levels[0] / HIGHEST * HEADROOM, atol=1e-4)
+    assert intensities.max() > 1
+    values = np.concatenate([whole(study, number)[0].ravel() for number in (0, 1)])
+    assert dataset.mean[0] == pytest.approx(values.mean() * HEADROOM / HIGHEST)
+
+
+def test_what_looks_like_hounsfield_units_has_one_window(study):
+    """Voxels of 0 are water, and the same number is the same tissue in every volume."""
+    for number in range(6):
+        scan = noise(number, 8, 10, 12) - (0 if number == 1 else 1024)  # one shows no air
+        scan[0, 0, 0] = 0
+        save(study / f"data/images/v{number}.nii.gz", scan.astype(np.int16))
+    found = source(study)
+    assert "0 and 1 are [-1000, 1000] of the files, as they look like Hounsfield units" in str(
+        found.notes
+    )
+    levels = [found.decode(number).images[0, 0] for number in (0, 1)]
+    assert levels[0][0, 0, 0] == levels[1][0, 0, 0] == round(HIGHEST / HEADROOM / 2)
+    assert found.identity["intensities"] == {"window": (-1000, 1000)}
+    asked = source(study, percentiles=[0.5, 99.5])
+    assert asked.identity["intensities"] == {"percentiles": (0.5, 99.5)}
+    assert "Hounsfield" not in str(asked.notes) + str(source(study, window=[0, 80]).notes)
+
+
+def test_the_fourth_axis_may_have_the_channels(study):
+    for number in range(6):
+        pair = [noise(number, 8, 10, 12), noise(50 + number, 8, 10, 12) * 3]
+        save(study / f"data/images/v{number}.nii.gz", np.stack(pair, axis=-1))
+    assert "or set fourth_axis: channels if it is one scan" in complaint(study)
+    found = source(study, fourth_axis="channels", window=[0, HIGHEST])
+    assert found.channels == 2
+    levels = found.decode(1).images[0]
+    np.testing.assert_array_equal(levels[0], noise(1, 8, 10, 12))
+    np.testing.assert_array_equal(levels[1], noise(51, 8, 10, 12) * 3)
+    mask = np.stack([box(8, 10, 12)] * 2, axis=-1)
+    save(study / "data/masks/v0.nii.gz", mask)
+    assert "masks/v0.nii.gz (manifest.csv line 2) has 4 axes, 8x10x12x2; expected one 3-D" in (
+        complaint(study, fourth_axis="channels")
+    )
+
+
+def test_volumes_are_judged_on_the_grid_of_their_files(study):
+    """Resampling may cost objects of a voxel: they are told, and the scores count them."""
+    labels = np.zeros((8, 10, 12), np.uint8)
+    labels[1:7:5, 1::4, 1::4] = 1  # 2 x 3 x 3 objects of one voxel, half of them between new ones
+    for number in range(6):
+        save(study / f"data/masks/v{number}.nii.gz", labels)
+    dataset = open_dataset(prepare(config(spacing=[2, 2, 2], size=[4, 4, 4]), study, study / "c"))
+    assert dataset.mask_of(2).shape == (4, 5, 6) and dataset.mask_of(2).sum() == 9
+    truth, spacing = dataset.truth_of(2)
+    np.testing.assert_array_equal(truth, labels)
+    assert spacing == (1.0, 1.0, 1.0)
+    assert dataset.about["objects"]["class 1"]["count"] == 36
+    (note,) = [one for one in dataset.about["notes"] if "resampling leaves" in one]
+    assert "leaves 18 of 36 objects of 'class 1' to learn from; scores count all of them" in note
+    as_filed = open_dataset(prepare(config(size=[4, 4, 4]), study, study / "c"))
+    assert as_filed.volumes.truth is None and as_filed.fingerprint != dataset.fingerprint
+    assert not any("resampling" in one for one in as_filed.about["notes"])
 
 
 def test_masks_of_floats_are_class_indices_if_they_are_whole(study):

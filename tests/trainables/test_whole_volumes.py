@@ -18,13 +18,14 @@ from tests.trainables.test_store import source_of
 from trainables.config import ProbeConfig
 from trainables.data import open_dataset
 from trainables.data.batches import Resident, to_device, whole_volume
-from trainables.data.source import Decoded, Whole
+from trainables.data.source import Decoded, Grids, Whole
 from trainables.data.store import write
 from trainables.losses import LOSSES
 from trainables.masking import MASKING
-from trainables.segment import evaluate, predict, predict_volume
+from trainables.segment import evaluate, predict, predict_truth, predict_volume
 from trainables.trial import run_trial
 from trainables.unetr import build_unetr
+from trainables.windows import likeliest_between
 
 torch.set_num_threads(1)
 
@@ -163,6 +164,44 @@ def test_objects_are_small_or_large_in_millimetres(tmp_path, monkeypatch):
     assert sizes != {"small"}  # as all would be if voxels were taken for millimetres
     assert {f"object_f1/{size}" for size in sizes} == {n for n in scores if "object_f1/" in n}
     assert scores["object_f1"] == 1 and scores["hd95"] == 0 and scores["nsd"] == 1
+
+
+def test_a_resampled_volume_is_judged_by_the_labels_of_its_file(tmp_path, monkeypatch):
+    """Scores of the voxels that the model saw, linear between them, against all voxels."""
+    shapes, filed = [(8, 12, 9)] * 6, [(16, 12, 18)] * 6
+    source = source_of(
+        np.zeros((6, 1, *SIZE), np.uint16),
+        splits=SPLITS,
+        classes=["background", "ball"],
+        window=(0, 65535),
+        decode=lambda part: Decoded(
+            *(a[None, ..., ::2, :, ::2] for a in ball(part, filed[part])),
+            truth=ball(part, filed[part])[1][None],
+        ),
+        whole=Whole(
+            shapes, [(2.0, 1.0, 2.0)] * 6, 0.5, 1.0, 1, Grids(filed, [(1.0, 1.0, 1.0)] * 6)
+        ),
+    )
+    dataset = open_dataset(write(source, tmp_path / "cache"))
+    settings, model = unetr(dataset)
+
+    def scores_of_truth(model, dataset, volume, *_):
+        is_ball = torch.tensor(dataset.mask_of(volume)).float()
+        return torch.stack([1 - is_ball, is_ball])
+
+    monkeypatch.setattr("trainables.segment._scores_of_volume", scores_of_truth)
+    found = predict_truth(model, dataset, 4, settings, CPU)[0]
+    assert found.shape == (16, 12, 18)
+    seen = torch.tensor(dataset.mask_of(4))
+    expected = likeliest_between(scores_of_truth(model, dataset, 4), filed[4], (0.5, 1.0, 0.5))
+    assert torch.equal(found, expected) and found.sum() > 2 * seen.sum()
+    scores = evaluate(model, settings, dataset, "val", toy.context(tmp_path, toy.Diary()))
+    truth = ball(4, filed[4])[1], ball(5, filed[5])[1]
+    guess = [predict_truth(model, dataset, volume, settings, CPU)[0].numpy() for volume in (4, 5)]
+    shared = sum(int((t & (g == 1)).sum()) for t, g in zip(truth, guess, strict=True))
+    total = sum(int(t.sum() + (g == 1).sum()) for t, g in zip(truth, guess, strict=True))
+    assert scores["dice/ball"] == pytest.approx(2 * shared / total)
+    assert 0.6 < scores["dice/ball"] < 1
 
 
 def test_training_draws_its_crops_and_only_segmentation_looks_for_classes(tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 pytest tests/trainables/test_windows.py
 """
 
+import numpy as np
 import pytest
 import torch
 from monai.inferers import sliding_window_inference
 from torch import nn
 
-from trainables.windows import stitched_scores, window_places, window_weight
+from trainables.data.volumes import resampled
+from trainables.windows import likeliest_between, stitched_scores, window_places, window_weight
 
 torch.set_num_threads(1)
 
@@ -109,3 +111,19 @@ def test_scores_are_monais_bit_for_bit(size, window, channels, overlap, batch):
     )
     assert torch.equal(scores, expected)
     assert ours.batches == theirs.batches and max(ours.batches) <= batch
+
+
+@pytest.mark.parametrize("shape", [(9, 10, 16), (6, 7, 8), (6, 14, 11)])
+def test_classes_between_voxels_are_those_of_linear_scores(shape):
+    """As resampling has it, of which this is the way back."""
+    scores = torch.randn(3, 6, 7, 8, generator=torch.Generator().manual_seed(0))
+    steps = [old / new for old, new in zip((6, 7, 8), shape, strict=True)]
+    expected = np.stack([resampled(of_class.numpy(), shape, steps) for of_class in scores])
+    found = likeliest_between(scores, shape, steps)
+    assert torch.equal(found, torch.from_numpy(expected.argmax(axis=0)).to(torch.uint8))
+
+
+def test_classes_of_fewer_voxels_are_those_of_the_nearest_two():
+    scores = torch.tensor([[[0.0, 1, 0, 5]], [[0.5, 0.5, 3, 0.5]]])
+    assert likeliest_between(scores, (1, 2), (1.0, 2.0)).tolist() == [[0, 0]]
+    assert likeliest_between(scores, (1, 1), (1.0, 4.0)).tolist() == [[1]]

@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.data.rows import joined
-from trainables.data.source import NOT_LABELLED, Array, Source, Whole, rows_of, tile_corners
+from trainables.data.source import (
+    NOT_LABELLED,
+    Array,
+    Grids,
+    Source,
+    Whole,
+    rows_of,
+    tile_corners,
+)
 from trainables.errors import UserError
 from trainables.scores import diameter, objects_in
 
@@ -31,8 +39,17 @@ class Sizes(NamedTuple):
     diameters: npt.NDArray[np.float64]  # of those that no border of an image cuts off
 
 
-def measure(source: Source, images: Array, masks: Array, instances: Array | None) -> dict[str, Any]:
-    """Everything in meta.json that has to be counted; windows the images in place."""
+def measure(
+    source: Source,
+    images: Array,
+    masks: Array,
+    instances: Array | None,
+    truth: Array | None = None,
+) -> dict[str, Any]:
+    """Everything in meta.json that has to be counted; windows the images in place.
+
+    `truth`: of resampled volumes, the labels on the grids of their files, by which objects count.
+    """
     splits = np.array(source.splits)
     training, labelled = rows_of(splits, "pretrain"), rows_of(splits, "train")
     counts = _histogram(source, images, training, source.channels)
@@ -45,12 +62,13 @@ def measure(source: Source, images: Array, masks: Array, instances: Array | None
         raise UserError(
             f"data: every pixel of the training images is {observed[0]}; expected pictures"
         )
-    if not is_default and (low, high) != (0, np.iinfo(images.dtype).max):
-        every = images.reshape(-1)  # of val and test as well, so that they stay in [0, 1]
+    highest = source.highest or high
+    if not is_default and (low, highest) != (0, np.iinfo(images.dtype).max):
+        every = images.reshape(-1)  # of val and test as well, so that they stay in the window
         for start in range(0, every.size, PIXELS_AT_ONCE):
             part = every[start : start + PIXELS_AT_ONCE]
-            np.clip(part, low, high, out=part)
-    levels = (np.clip(np.arange(counts.shape[1]), low, high) - low) / (high - low)
+            np.clip(part, low, highest, out=part)
+    levels = (np.clip(np.arange(counts.shape[1]), low, highest) - low) / (high - low)
     total = counts.sum(axis=1)
     mean = counts @ levels / total
     std = np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0))
@@ -60,7 +78,9 @@ def measure(source: Source, images: Array, masks: Array, instances: Array | None
     largest = int(np.flatnonzero(shares[:NOT_LABELLED]).max(initial=0))
     classes = source.classes or ["background", *(f"class {i}" for i in range(1, largest + 1))]
     share = _histogram(source, masks, labelled, 1)[0, : len(classes)]
-    sizes = _sizes(source, masks, instances, len(classes))
+    sizes = learnt = _sizes(source, masks, instances, len(classes))
+    if truth is not None and source.whole is not None and source.whole.scored is not None:
+        sizes = _sizes(source, truth, None, len(classes), source.whole.scored)
     every_diameter = np.concatenate([np.zeros(0), *(found.diameters for found in sizes)])
     edges = np.quantile(every_diameter, [1 / 3, 2 / 3]) if len(every_diameter) else np.zeros(2)
     return {
@@ -113,6 +133,7 @@ def measure(source: Source, images: Array, masks: Array, instances: Array | None
                 *source.notes,
                 *(_notes_of_window(counts, observed) if not is_set else []),
                 *(_notes_of_clipping(source, images, masks, classes) if not is_default else []),
+                *_notes_of_resampling(sizes, learnt, classes),
             ],
         },
     }
@@ -137,7 +158,9 @@ def _notes_of_clipping(
     """That most of a class has the highest level, where nothing tells its pixels apart."""
     if not source.is_labelled:
         return []
-    highest = int(np.iinfo(images.dtype).max) if source.window is None else source.window[1]
+    highest = int(np.iinfo(images.dtype).max)
+    if source.window is not None:
+        highest = source.highest or source.window[1]
     totals, clipped = np.zeros((2, len(classes)), np.int64)
     for row in rows_of(np.array(source.splits), "train"):
         labels = _row(source, masks, row).ravel()
@@ -153,6 +176,16 @@ def _notes_of_clipping(
         f"window, or percentiles up to 100"
         for name, share in list(zip(classes, shares, strict=True))[1:]
         if share > MOST_CLIPPED
+    ]
+
+
+def _notes_of_resampling(sizes: list[Sizes], learnt: list[Sizes], classes: list[str]) -> list[str]:
+    """That resampling costs objects: their scores count them all the same."""
+    return [
+        f"resampling leaves {after.total:,} of {before.total:,} objects of {name!r} to learn from; "
+        f"scores count all of them, on the grid of the files; take a finer spacing"
+        for name, before, after in zip(classes[1:], sizes, learnt, strict=True)
+        if after.total < before.total
     ]
 
 
@@ -194,7 +227,13 @@ def _row(source: Source, array: Array, row: int | np.int64, channels: int = 1) -
     return part.reshape((channels, *shape) if channels > 1 else shape)
 
 
-def _sizes(source: Source, masks: Array, instances: Array | None, num_classes: int) -> list[Sizes]:
+def _sizes(
+    source: Source,
+    masks: Array,
+    instances: Array | None,
+    num_classes: int,
+    scored: Grids | None = None,
+) -> list[Sizes]:
     """The training objects of each class but the background, as scores.py counts them.
 
     Diameters are those of discs (or balls) as large, in pixels, of volumes in mm.
@@ -204,8 +243,13 @@ def _sizes(source: Source, masks: Array, instances: Array | None, num_classes: i
     for part, rows in enumerate(source.parts):
         if source.splits[rows.start] != "train":
             continue
-        labels, objects = _whole_labels(source, masks, instances, part)
-        voxel = math.prod(source.whole.spacings[part]) if source.whole else 1.0
+        grids = scored or source.whole
+        if grids is None:
+            labels, objects = _whole_labels(source, masks, instances, part)
+        else:
+            begin, end = grids.begins[rows.start : rows.start + 2].tolist()
+            labels, objects = masks[begin:end].reshape(1, *grids.shapes[part]), None
+        voxel = math.prod(grids.spacings[part]) if grids else 1.0
         found = objects_in(labels, num_classes, objects)
         counts += np.bincount(found.label_N, minlength=num_classes)
         diameter_N = diameter(found.area_N, len(source.size), voxel)
@@ -220,10 +264,8 @@ def _sizes(source: Source, masks: Array, instances: Array | None, num_classes: i
 def _whole_labels(
     source: Source, masks: Array, instances: Array | None, part: int
 ) -> tuple[Array, Array | None]:
-    """Labels and instances, if there are any, of a part's whole images or its volume (n, *S)."""
+    """Labels and instances, if there are any, of a part's whole images (n, *S)."""
     rows = source.parts[part]
-    if source.whole is not None:
-        return _row(source, masks, rows.start)[None], None
     labels = masks[rows.start : rows.stop]
     objects = None if instances is None else instances[rows.start : rows.stop]
     if source.cut_from is None:

@@ -3,7 +3,7 @@
 The header is checked before memory is taken: what it promises has to be a volume, to stay below a
 limit, and to agree with the file. A packed file is never unpacked further than its header promises.
 
-Letters: i j k voxels along the stored axes.
+Letters: i j k voxels along the stored axes, c channels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ MILLIMETRES = {1: 1000.0, 3: 0.001}  # of metres and micrometres; unknown units 
 class Header:
     """What a file says of its voxels; value = slope x stored + intercept."""
 
-    shape: tuple[int, ...]  # of the three stored axes
+    shape: tuple[int, ...]  # of the first three stored axes
+    channels: int  # of the fourth
     dtype: np.dtype[Any]
     offset: int  # bytes before the first voxel
     slope: float
@@ -78,7 +79,7 @@ class Header:
     @property
     def num_bytes(self) -> int:
         """Bytes of all voxels as stored."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.channels * self.dtype.itemsize
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -93,15 +94,23 @@ class Inspected:
     header: Header
     voxels: str
     identity: str
+    lowest: float  # of its values
 
 
-def inspect(path: Path, inside: Path | None, most_bytes: int) -> Inspected:
-    """Check the header and walk through the file once; none of its voxels are kept."""
-    return _walk(path, inside, most_bytes, lambda header: lambda chunk: None)
+def inspect(
+    path: Path, inside: Path | None, most_bytes: int, *, has_channels: bool = False
+) -> Inspected:
+    """Check the header and walk through the file once; none of its voxels are kept.
+
+    `has_channels`: a fourth axis has the channels of one volume; else it is an error.
+    """
+    return _walk(path, inside, most_bytes, has_channels, lambda header: lambda chunk: None)
 
 
-def load(path: Path, inside: Path | None, most_bytes: int) -> tuple[Inspected, Array]:
-    """The same with the stored voxels (i, j, k), not yet scaled."""
+def load(
+    path: Path, inside: Path | None, most_bytes: int, *, has_channels: bool = False
+) -> tuple[Inspected, Array]:
+    """The same with the stored voxels (i, j, k), or (i, j, k, c) of several channels, unscaled."""
     parts: list[Array] = []
 
     def make_room(header: Header) -> Callable[[bytes], None]:
@@ -116,9 +125,10 @@ def load(path: Path, inside: Path | None, most_bytes: int) -> tuple[Inspected, A
 
         return keep
 
-    found = _walk(path, inside, most_bytes, make_room)
-    stored = parts[0].view(found.header.dtype).reshape(found.header.shape, order="F")
-    return found, stored
+    found = _walk(path, inside, most_bytes, has_channels, make_room)
+    header = found.header
+    shape = header.shape if header.channels == 1 else (*header.shape, header.channels)
+    return found, parts[0].view(header.dtype).reshape(shape, order="F")
 
 
 def values(header: Header, stored: Array) -> Array:
@@ -138,7 +148,7 @@ def values(header: Header, stored: Array) -> Array:
     return scaled
 
 
-def parse(raw: bytes) -> Header:
+def parse(raw: bytes, *, has_channels: bool = False) -> Header:
     """The header at the beginning of a file; nothing it says is believed unchecked."""
     order, size = _layout(raw)
     kind = nibabel.Nifti1Header if size == 348 else nibabel.Nifti2Header
@@ -160,9 +170,11 @@ def parse(raw: bytes) -> Header:
         raise UserError(
             f"says that its voxels begin at byte {offset:g}; expected {size + 4} to {MOST_BEFORE}"
         )
-    shape, affine = _shape([int(edge) for edge in fields["dim"]]), _affine(fields)
+    shape, channels = _shape([int(edge) for edge in fields["dim"]], has_channels)
+    affine = _affine(fields)
     return Header(
         shape=shape,
+        channels=channels,
         dtype=_dtype(int(fields["datatype"])).newbyteorder(order),
         offset=int(offset),
         slope=slope,
@@ -185,16 +197,22 @@ def _layout(raw: bytes) -> tuple[Literal["<", ">"], int]:
     raise UserError("is not a NIfTI file (.nii or .nii.gz)")
 
 
-def _shape(dim: list[int]) -> tuple[int, ...]:
+def _shape(dim: list[int], has_channels: bool) -> tuple[tuple[int, ...], int]:
+    """(edges of the first three axes, length of the fourth)."""
     if not 1 <= dim[0] <= 7:
         raise UserError(f"says that it has {dim[0]} axes; expected 3")
     edges = dim[1 : dim[0] + 1]
     if any(not 1 <= edge <= LARGEST_EDGE for edge in edges):
         raise UserError(f"has the size {times(edges)}; expected edges of 1 to {LARGEST_EDGE}")
-    if len(edges) < 3 or any(edge > 1 for edge in edges[3:]):
-        way_out = "; name the volumes of a series one by one" if len(edges) > 3 else ""
-        raise UserError(f"has {len(edges)} axes, {times(edges)}; expected one 3-D volume{way_out}")
-    return tuple(edges[:3])
+    most = 4 if has_channels else 3
+    if len(edges) < 3 or any(edge > 1 for edge in edges[most:]):
+        ways = ""
+        if len(edges) > most:
+            ways = "; name the volumes of a series one by one"
+            ways += ", or set fourth_axis: channels if it is one scan" * (not has_channels)
+        raise UserError(f"has {len(edges)} axes, {times(edges)}; expected one 3-D volume{ways}")
+    channels = edges[3] if has_channels and len(edges) > 3 else 1
+    return tuple(edges[:3]), channels
 
 
 def _dtype(code: int) -> np.dtype[Any]:
@@ -254,6 +272,7 @@ def _walk(
     path: Path,
     inside: Path | None,
     most_bytes: int,
+    has_channels: bool,
     make_room: Callable[[Header], Callable[[bytes], None]],
 ) -> Inspected:
     """Check the header, then hand the bytes of the voxels on, piece by piece."""
@@ -263,26 +282,40 @@ def _walk(
         file.seek(0)
         with _unpacking():
             stream = gzip.GzipFile(fileobj=file) if is_packed else file
-            header = parse(stream.read(540))
+            header = parse(stream.read(540), has_channels=has_channels)
             _check_room(header, file_bytes, is_packed, most_bytes)
             stream.seek(header.offset)
             keep, seen, left = make_room(header), hashlib.sha256(), header.num_bytes
+            ends: list[float] = []
             while left:
                 chunk = stream.read(min(AT_ONCE, left))
-                if not chunk:
-                    raise UserError(f"is truncated: {left:,} of {header.num_bytes:,} bytes missing")
+                if len(chunk) < min(AT_ONCE, left):
+                    missing = left - len(chunk)
+                    raise UserError(
+                        f"is truncated: {missing:,} of {header.num_bytes:,} bytes missing"
+                    )
                 seen.update(chunk)
                 keep(chunk)
+                ends += _ends(np.frombuffer(chunk, header.dtype))
                 left -= len(chunk)
             _check_end(header, file, stream)
-    facts = [header.shape, header.dtype.str, header.slope, header.intercept, header.affine.tolist()]
+    shape = header.shape if header.channels == 1 else (*header.shape, header.channels)
+    facts = [shape, header.dtype.str, header.slope, header.intercept, header.affine.tolist()]
     voxels = seen.hexdigest()
-    return Inspected(header, voxels, digest([facts, voxels]))
+    lowest = min((end * header.slope + header.intercept for end in ends), default=0.0)
+    return Inspected(header, voxels, digest([facts, voxels]), lowest)
+
+
+def _ends(stored: Array) -> list[float]:
+    """The lowest and the highest of some values; none if no value is finite."""
+    if stored.dtype.kind == "f":
+        stored = stored[np.isfinite(stored)]
+    return [float(stored.min()), float(stored.max())] if stored.size else []
 
 
 def _check_room(header: Header, file_bytes: int, is_packed: bool, most_bytes: int) -> None:
     """What the header promises must be bearable, and possible for a file of this size."""
-    needed = math.prod(header.shape) * max(4, header.dtype.itemsize)
+    needed = math.prod(header.shape) * header.channels * max(4, header.dtype.itemsize)
     if needed > most_bytes:
         raise UserError(
             f"is {times(header.shape)} voxels, {needed / 2**20:,.0f} MiB in memory; expected at "

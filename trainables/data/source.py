@@ -38,6 +38,20 @@ class Decoded:
     images: Array  # (n, C, *S)
     masks: Array  # (n, *S) uint8
     instances: Array | None = None  # (n, *S) uint16, 0 = no object
+    truth: Array | None = None  # of a volume: its labels on the grid of the file, if that differs
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The grid of each volume."""
+
+    shapes: list[tuple[int, ...]]
+    spacings: list[tuple[float, ...]]  # mm from voxel to voxel
+
+    @cached_property
+    def begins(self) -> npt.NDArray[np.int64]:
+        """The first voxel of each, one behind the other, and the end of the last."""
+        return begins(self.shapes)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ class Whole:
     )
     tolerance: float  # mm within which surfaces agree
     decode_bytes: int  # memory that decoding the largest takes
+    scored: Grids | None = None  # on which they are judged, where it is not that of the voxels
 
     @cached_property
     def begins(self) -> npt.NDArray[np.int64]:
@@ -78,6 +93,7 @@ class Source:
     parts: list[range]  # the rows that each call of `decode` fills
     decode: Callable[[int], Decoded]
     notes: list[str]  # for people: what was left out, and why
+    highest: int | None = None  # the highest intensity that is kept; None: what maps to 1
     whole: Whole | None = None  # of volumes, where `size` is that of a crop
     # of images whose tiles are the rows: the size of each part's image
     cut_from: list[tuple[int, ...]] | None = None
@@ -98,6 +114,10 @@ class Source:
         }
         if self.whole is not None:
             facts["whole"] = [self.whole.shapes, self.whole.overlap, self.whole.tolerance]
+            if self.whole.scored is not None:
+                facts["scored"] = self.whole.scored.shapes
+        if self.highest is not None:
+            facts["highest"] = self.highest
         return digest(facts)
 
 

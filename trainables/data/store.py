@@ -9,7 +9,8 @@ for all processes of a node; `open_dataset` maps that folder.
 
 Volumes are whole, each with a shape of its own: images.npy and masks.npy then are flat, one volume
 behind the other; rows.json has their shapes and spacings, and spots.npy (N, K, M, A) some voxels
-of each class, around which segmentation may look. Their rows are crops that cover them.
+of each class, around which segmentation may look. Their rows are crops that cover them. Of those
+that were resampled truth.npy has the labels on the grids of the files, by which they are judged.
 
 Letters: N images, C channels, *S pixels (any number of axes A), K classes, M spots of a class.
 """
@@ -42,6 +43,7 @@ from trainables.data.source import (
     NOT_LABELLED,
     SPLITS,
     Array,
+    Grids,
     Source,
     Split,
     begins,
@@ -62,6 +64,18 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
+class Truth:
+    """The labels of volumes on the grids of their files, one behind the other."""
+
+    labels: Array
+    grids: Grids
+
+    def of(self, volume: int) -> Array:
+        begin, end = self.grids.begins[volume : volume + 2].tolist()
+        return self.labels[begin:end].reshape(self.grids.shapes[volume])
+
+
+@dataclass(frozen=True, eq=False)
 class Volumes:
     """Where whole volumes stand in flat arrays, and which crops of them are the data set's rows."""
 
@@ -72,8 +86,10 @@ class Volumes:
     corners: npt.NDArray[np.int64]  # (rows, A) where its crop begins
     spots: npt.NDArray[np.uint16]  # (N, K, M, A) voxels of each class, 0 where it has none
     has_class: npt.NDArray[np.bool_]  # (N, K); never the background
+    shows: npt.NDArray[np.bool_]  # (N, K) likewise, by the labels that judge
     overlap: float
     tolerance: float
+    truth: Truth | None  # None: the labels as they are learnt from
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +144,14 @@ class Dataset:
         assert self.volumes is not None
         return _part_of(self.masks, self.volumes, volume, ())
 
+    def truth_of(self, volume: int) -> tuple[Array, tuple[float, ...]]:
+        """The labels by which a volume is judged, and the mm between their voxels."""
+        assert self.volumes is not None
+        truth = self.volumes.truth
+        if truth is None:
+            return self.mask_of(volume), tuple(self.volumes.spacings[volume].tolist())
+        return truth.of(volume), truth.grids.spacings[volume]
+
     def labels_of(self, image: int) -> tuple[Array, Array | None]:
         """The labels and the instances, if there are any, (*shape) of an image cut into tiles."""
         assert self.tiles is not None
@@ -160,7 +184,7 @@ class Dataset:
     def _has_class_RK(self) -> npt.NDArray[np.bool_]:
         """Whether each row shows each class; of volumes whether the whole one does."""
         if self.volumes is not None:
-            return self.volumes.has_class[self.volumes.owner]
+            return self.volumes.shows[self.volumes.owner]
         num_rows, step = len(self.splits), max(1, PIXELS_AT_ONCE // math.prod(self.size))
         found = np.zeros((num_rows, len(self.classes)), bool)
         for start in range(0, num_rows, step):
@@ -300,9 +324,16 @@ def _open_volumes(folder: Path, size: tuple[int, ...], rows: dict[str, Any]) -> 
         corners=np.array(list(itertools.chain(*corners)), np.int64),
         spots=spots,
         has_class=np.array(rows["has_class"], bool),
+        shows=np.array(rows["scored"]["shows"] if "scored" in rows else rows["has_class"], bool),
         overlap=rows["overlap"],
         tolerance=rows["tolerance"],
+        truth=_open_truth(folder, rows["scored"]) if "scored" in rows else None,
     )
+
+
+def _open_truth(folder: Path, scored: dict[str, Any]) -> Truth:
+    shapes, spacings = ([tuple(each) for each in scored[key]] for key in ("shapes", "spacings"))
+    return Truth(_map(folder / "truth.npy"), Grids(shapes, spacings))
 
 
 def _row_names(names: Sequence[str], volumes: Volumes) -> list[str]:
@@ -339,6 +370,11 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
         else None
     )
 
+    scored = source.whole.scored if source.whole is not None else None
+    truth = None
+    if scored is not None:
+        truth = _create(folder / "truth.npy", (int(scored.begins[-1]),), np.dtype(np.uint8))
+
     done = itertools.count(1)
 
     def fill(part: int) -> UserError | None:
@@ -352,6 +388,9 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
             start, end = int(first[rows.start]), int(first[rows.stop])
             images[start * channels : end * channels] = found.images.reshape(-1)
             masks[start:end] = found.masks.reshape(-1)
+            if truth is not None and scored is not None and found.truth is not None:
+                start, end = scored.begins[[rows.start, rows.stop]].tolist()
+                truth[start:end] = found.truth.reshape(-1)
             return None
         images[rows], masks[rows] = found.images, found.masks
         if instances is not None:
@@ -364,7 +403,7 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
     with ThreadPoolExecutor(at_once) as pool:
         refuse([problem for problem in pool.map(fill, range(len(source.parts))) if problem])
 
-    meta = measure(source, images, masks, instances)
+    meta = measure(source, images, masks, instances, truth)
     rows: dict[str, Any] = {
         "names": source.names,
         "groups": source.groups,
@@ -380,9 +419,19 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
             "overlap": source.whole.overlap,
             "tolerance": source.whole.tolerance,
         }
+        if scored is not None and truth is not None:
+            labels = Truth(truth, scored)
+            rows["scored"] = {
+                "shapes": scored.shapes,
+                "spacings": scored.spacings,
+                "shows": [
+                    [label in found for label in range(len(meta["classes"]))]
+                    for found in (set(np.unique(labels.of(i))) - {0} for i in range(num_images))
+                ],
+            }
     if source.cut_from is not None:
         rows["cut_from"] = source.cut_from
-    for array in (images, masks, instances):
+    for array in (images, masks, instances, truth):
         if isinstance(array, np.memmap):
             array.flush()
     (folder / "rows.json").write_text(canonical_json(rows))

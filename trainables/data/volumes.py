@@ -6,7 +6,12 @@ turned to the nearest axes and not resampled. Models see crops of `size`.
 
 Intensities become 16-bit levels per volume and channel, so that volumes whose numbers have no
 common unit are alike: by `percentiles` of the voxels that are not 0, which leaves out the empty
-surroundings, or, where numbers have a unit (CT), by `window` in that unit.
+surroundings, or, where numbers have a unit (CT), by `window` in that unit. Without either, what is
+brighter than the percentiles is kept, as small bright lesions lie there; and numbers that look like
+Hounsfield units have one window in all volumes.
+
+Models see, and learn from, voxels of `spacing`; they are judged by the labels on the grid of the
+file, which resampling may have cost small objects.
 
 A volume that is smaller than a crop is padded at its end; padding counts nowhere.
 
@@ -18,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,7 +67,7 @@ from trainables.data.rows import (
     times,
     usable,
 )
-from trainables.data.source import NOT_LABELLED, Decoded, Source, Whole, refuse
+from trainables.data.source import NOT_LABELLED, Decoded, Grids, Source, Whole, refuse
 from trainables.errors import UserError
 from trainables.late import Late
 
@@ -87,6 +92,9 @@ DEFAULT_PERCENTILES = (0.5, 99.5)
 DEFAULT_MIB = 2048  # that a volume may take in memory
 SEPARATOR = ";"
 HIGHEST = 65535  # the level of what lies at or above the window
+HEADROOM = 15  # windows above one that nobody set are kept; divides HIGHEST
+HOUNSFIELD = (-1000.0, 1000.0)  # from air to dense bone
+AIR = -500.0  # Hounsfield units that only air is below; the lowest of no MR or PET
 SAME_SPACING = 1e-3  # relative difference that is not worth resampling
 COPIES = 3  # of the values of a channel while it is decoded
 
@@ -95,10 +103,14 @@ COPIES = 3  # of the values of a channel while it is decoded
 class Inspected:
     """What is known of an entry before its voxels are kept."""
 
-    images: tuple[nifti.Inspected, ...]  # a channel each
+    images: tuple[nifti.Inspected, ...]  # files, of a channel each or more
     mask: nifti.Inspected | None
     shape: Shape  # of the rows' axes, resampled
     spacing: tuple[float, ...]  # likewise
+
+    @property
+    def channels(self) -> int:
+        return sum(image.header.channels for image in self.images)
 
     @property
     def content(self) -> str:
@@ -116,6 +128,8 @@ class Reading:
     labels: Labels
     inside: Path | None
     most_bytes: int
+    has_channels: bool
+    headroom: int  # windows above the window that are kept, with it
 
 
 def volumes(
@@ -147,7 +161,14 @@ def volumes(
     ] = None,
     percentiles: Annotated[
         tuple[Percent, Percent] | None,
-        Field(description="of each volume's voxels that are not 0; null: 0.5 and 99.5"),
+        Field(
+            description="of each volume's voxels that are not 0; null: 0.5 and 99.5, and what is "
+            "brighter is kept"
+        ),
+    ] = None,
+    fourth_axis: Annotated[
+        Literal["channels"] | None,
+        Field(description="what the fourth axis of a file is; null: files have three"),
     ] = None,
     overlap: Annotated[
         float,
@@ -195,6 +216,8 @@ def volumes(
         labels=labels_of(mask_encoding, ignore, classes, small_classes or [], threshold),
         inside=None if allow_outside else places.base,
         most_bytes=max_mib * 2**20,
+        has_channels=fourth_axis == "channels",
+        headroom=HEADROOM if window is None and percentiles is None else 1,
     )
 
     inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
@@ -214,7 +237,14 @@ def volumes(
         notes.append(f"{len(entries) - len(kept)} volumes of val or test have no mask: left out")
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
+    if reading.headroom > 1 and _are_hounsfield(reads):
+        reading = replace(reading, window=HOUNSFIELD)
     notes += _notes(entries, reads, reading, size)
+    scored = Grids(
+        shapes=[in_ras(read.images[0].header)[0] for read in reads],
+        spacings=[in_ras(read.images[0].header)[1] for read in reads],
+    )
+    is_resampled = scored.spacings != [read.spacing for read in reads]
     return Source(
         name=name,
         identity={
@@ -223,15 +253,18 @@ def volumes(
                 for read in reads
             ],
             "spacing": reading.spacing,
-            "intensities": {"window": window} if window else {"percentiles": reading.percentiles},
+            "intensities": {"window": reading.window}
+            if reading.window
+            else {"percentiles": reading.percentiles},
             **reading.labels.identity(),
         },
         size=size,
-        channels=len(reads[0].images),
+        channels=reads[0].channels,
         dtype="uint16",
         classes=reading.labels.names or (None if is_labelled else ["background"]),
         small_classes=[(reading.labels.names or []).index(word) for word in small_classes or []],
-        window=(0, HIGHEST),
+        window=(0, HIGHEST // reading.headroom),
+        highest=HIGHEST if reading.headroom > 1 else None,
         is_labelled=is_labelled,
         has_instances=False,
         names=[entry.name for entry in entries],
@@ -246,6 +279,7 @@ def volumes(
             overlap=overlap,
             tolerance=tolerance,
             decode_bytes=max(_decode_bytes(read) for read in reads),
+            scored=scored if is_resampled else None,
         ),
     )
 
@@ -267,7 +301,7 @@ def example(folder: Path) -> dict[str, Any]:
 def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
     """Headers and hashes of an entry's files; an error says what does not fit."""
     with naming(entry.image, entry):
-        first = nifti.inspect(entry.image, reading.inside, reading.most_bytes)
+        first = _inspect(entry.image, reading)
         shape = _resampled(first.header, reading.spacing)
         needed = math.prod(shape) * 4
         if needed > reading.most_bytes:
@@ -279,7 +313,7 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
     others = []
     for path in entry.more:
         with naming(path, entry):
-            others.append(nifti.inspect(path, reading.inside, reading.most_bytes))
+            others.append(_inspect(path, reading))
             _check_place(others[-1].header, first.header, entry)
     mask = None
     if entry.mask:
@@ -295,24 +329,41 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
 
 def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decoded:
     """The whole volume of an entry."""
-    picture = np.empty((len(inspected.images), *inspected.shape), np.uint16)
+    picture = np.empty((inspected.channels, *inspected.shape), np.uint16)
+    channels = iter(picture)
     paths = (entry.image, *entry.more)
-    for channel, path, before in zip(picture, paths, inspected.images, strict=True):
+    for path, before in zip(paths, inspected.images, strict=True):
         with naming(path, entry):
-            intensities = nifti.values(before.header, _unchanged(path, before, reading))
-            low, high = levels_between(intensities, reading)
-            intensities = to_ras(intensities, before.header.affine)
-            intensities = resampled(intensities, inspected.shape, _steps(before.header, reading))
-            channel[:] = to_levels(intensities, low, high)
-    labels = np.full(inspected.shape, NOT_LABELLED, np.uint8)
+            stored = _unchanged(path, before, reading)
+            of_channels = [stored] if before.header.channels == 1 else np.moveaxis(stored, -1, 0)
+            for of_channel in of_channels:
+                intensities = nifti.values(before.header, of_channel)
+                low, high = levels_between(intensities, reading)
+                intensities = to_ras(intensities, before.header.affine)
+                steps = _steps(before.header, reading)
+                intensities = resampled(intensities, inspected.shape, steps)
+                next(channels)[:] = to_levels(intensities, low, high, reading.headroom)
+    header = inspected.images[0].header
+    labels = np.full(in_ras(header)[0], NOT_LABELLED, np.uint8)
     if entry.mask and inspected.mask:
         with naming(entry.mask, entry):
             stored = _unchanged(entry.mask, inspected.mask, reading)
             labels = reading.labels.of(nifti.values(inspected.mask.header, stored))
             labels = to_ras(labels, inspected.mask.header.affine)
-            steps = _steps(inspected.images[0].header, reading)
-            labels = resampled(labels, inspected.shape, steps, is_nearest=True)
-    return Decoded(picture[None], labels[None])
+    learnt = resampled(labels, inspected.shape, _steps(header, reading), is_nearest=True)
+    return Decoded(picture[None], learnt[None], truth=labels[None])
+
+
+def _inspect(path: Path, reading: Reading) -> nifti.Inspected:
+    return nifti.inspect(
+        path, reading.inside, reading.most_bytes, has_channels=reading.has_channels
+    )
+
+
+def _are_hounsfield(reads: Sequence[Inspected]) -> bool:
+    """Whether most volumes reach so far below 0 as only air in a CT does."""
+    is_low = [image.lowest < AIR for read in reads for image in read.images]
+    return sum(is_low) * 2 > len(is_low)
 
 
 def to_ras(stored: Array, affine: Array) -> Array:
@@ -364,17 +415,23 @@ def levels_between(intensities: Array, reading: Reading) -> tuple[float, float]:
     return low, high
 
 
-def to_levels(intensities: Array, low: float, high: float) -> npt.NDArray[np.uint16]:
-    """Intensities as levels from 0 (low and less) to HIGHEST (high and more)."""
+def to_levels(
+    intensities: Array, low: float, high: float, headroom: int = 1
+) -> npt.NDArray[np.uint16]:
+    """Intensities as levels from 0 (low and less) to HIGHEST.
+
+    That is the level of what lies `headroom` times as far from low as high does, and of all above.
+    """
     levels = np.empty(intensities.shape, np.uint16)
     for level, slab in zip(levels, intensities, strict=True):  # few float64 at a time
-        share = (np.clip(slab.astype(np.float64), low, high) - low) / (high - low)
-        level[...] = np.rint(share * HIGHEST)
+        share = np.clip((slab.astype(np.float64) - low) / (high - low), 0, headroom)
+        level[...] = np.rint(share * (HIGHEST // headroom))
     return levels
 
 
 def _unchanged(path: Path, before: nifti.Inspected, reading: Reading) -> Array:
-    now, stored = nifti.load(path, reading.inside, reading.most_bytes)
+    has_channels = before.header.channels > 1
+    now, stored = nifti.load(path, reading.inside, reading.most_bytes, has_channels=has_channels)
     if now.identity != before.identity:
         raise UserError("changed while it was read; start again")
     return stored
@@ -410,7 +467,8 @@ def _decode_bytes(inspected: Inspected) -> int:
     """About what decoding takes: all levels, the labels, and a channel as stored and as values."""
     voxels = max(math.prod(inspected.shape), math.prod(inspected.images[0].header.shape))
     stored = max(image.header.dtype.itemsize for image in inspected.images)
-    return voxels * (2 * len(inspected.images) + 1 + stored + COPIES * max(4, stored))
+    channels = max(image.header.channels for image in inspected.images)  # of one file
+    return voxels * (2 * inspected.channels + 1 + stored * channels + COPIES * max(4, stored))
 
 
 def _check_place(header: nifti.Header, image: nifti.Header, entry: Entry) -> None:
@@ -441,12 +499,12 @@ def _check_intensities(
 
 def _disagreements(entries: Sequence[Entry], found: dict[int, Inspected]) -> list[str]:
     """Volumes that differ from most of the others in channels."""
-    usual = Counter(len(item.images) for item in found.values()).most_common(1)
+    usual = Counter(item.channels for item in found.values()).most_common(1)
     return [
-        f"{entries[i].image}{entries[i].line} has {len(item.images)} channels; most volumes have "
+        f"{entries[i].image}{entries[i].line} has {item.channels} channels; most volumes have "
         f"{usual[0][0]}; expected the same files of all, in the same order"
         for i, item in found.items()
-        if len(item.images) != usual[0][0]
+        if item.channels != usual[0][0]
     ]
 
 
@@ -459,6 +517,11 @@ def _notes(
         if reading.window
         else f"the percentiles {_listed(reading.percentiles)} of each volume, without voxels of 0"
     )
+    if reading.headroom > 1:
+        if reading.window:
+            lowest = min(image.lowest for read in reads for image in read.images)
+            what += f", as they look like Hounsfield units (the lowest is {lowest:g})"
+        what += "; what is brighter is kept; set `window` or `percentiles` to have it otherwise"
     notes = [f"0 and 1 are {what}; axes go to the right, to the front, upwards"]
     headers = [image.header for read in reads for image in read.images]
     guessed = sum(not header.is_placed for header in headers)
