@@ -40,6 +40,7 @@ from trainables.context import Context
 from trainables.cost import segment_flops
 from trainables.data import Dataset
 from trainables.data.batches import to_device, whole_volume
+from trainables.data.source import tile_within
 from trainables.endings import Ending
 from trainables.errors import UserError
 from trainables.labelled import labelled_rows
@@ -335,9 +336,8 @@ def _stitched(
         place = _stitching_place(math.prod(shape), num_classes + 1, device)
         sums_KS = torch.zeros(num_classes, *shape, device=place)
         for row, scores_KT in its_tiles:
-            corner = tiles.corners[row].tolist()
-            part = [slice(c, c + edge) for c, edge in zip(corner, size, strict=True)]
-            sums_KS[:, *part] += scores_KT.to(place)
+            part, there = tile_within(shape, tiles.corners[row].tolist(), size)
+            sums_KS[:, *part] += scores_KT[:, *there].to(place)
         labels, instances = dataset.labels_of(image)
         yield Judged(
             torch.from_numpy(labels)[None].to(place),

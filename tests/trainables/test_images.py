@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from trainables.data import DataConfig, open_dataset, prepare
-from trainables.data.files import MAX_PIXELS
+from trainables.data import DataConfig, Dataset, open_dataset, prepare
+from trainables.data.batches import to_device
 from trainables.data.images import images
 from trainables.data.rows import tile_corners
 from trainables.data.source import Source
@@ -86,6 +87,13 @@ def source(study: Path, **options: Any) -> Source:
     return images(study, **TypeAdapter(DataConfig).validate_python(settings).options())
 
 
+def prepared(study: Path, size: Any) -> Dataset:
+    config = TypeAdapter(DataConfig).validate_python(
+        {"source": "images", "manifest": "data/manifest.csv", "size": size}
+    )
+    return open_dataset(prepare(config, study, study / "cache"))
+
+
 def one(study: Path, file: str, **options: Any) -> Source:
     """A source in which `file` (below data/) is the first image, without a mask."""
     change(study, 0, image=file, mask="")
@@ -115,10 +123,7 @@ def test_a_manifest_names_images_masks_splits_and_groups(study):
 
 
 def test_the_whole_way_from_the_study_file_to_arrays(study):
-    config = TypeAdapter(DataConfig).validate_python(
-        {"source": "images", "manifest": "data/manifest.csv", "size": [8, 16]}
-    )
-    dataset = open_dataset(prepare(config, study, study / "cache"))
+    dataset = prepared(study, [8, 16])
     assert dataset.images.shape == (12, 1, 8, 16)
     assert dataset.classes == ["background", "class 1"]
     assert dataset.rows("train").tolist() == [0, 1, 2, 3]
@@ -334,10 +339,7 @@ def test_tiles_know_their_image_and_their_objects_are_those_of_the_image(study):
     assert found.cut_from == [(24, 40)] * 6
     decoded = found.decode(2)
     assert len(decoded.masks) == 6 and set(np.unique(decoded.instances)) == {0, 1, 500}
-    setting = TypeAdapter(DataConfig).validate_python(
-        {"source": "images", "manifest": "data/manifest.csv", "size": EDGE}
-    )
-    dataset = open_dataset(prepare(setting, study, study / "cache"))
+    dataset = prepared(study, EDGE)
     for image in range(6):
         labels, instances = dataset.labels_of(image)
         np.testing.assert_array_equal(labels, mask)
@@ -446,10 +448,11 @@ def test_a_row_given_twice_is_refused(study):
     assert "lines" not in complaint(study) and "listed twice" in complaint(study)
 
 
-def bomb() -> bytes:
-    """A PNG of one gigapixel in a hundred bytes."""
-    ihdr = struct.pack(">IIBBBBB", 31623, 31623, 8, 0, 0, 0, 0)
-    parts = [(b"IHDR", ihdr), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+def bomb(edge: int = 31623, text: bytes = b"") -> bytes:
+    """A PNG of one gigapixel or more in a hundred bytes."""
+    ihdr = struct.pack(">IIBBBBB", edge, edge, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", ihdr), (b"IDAT", zlib.compress(b"")), (b"tEXt", b"Comment\0" + text)]
+    parts.append((b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in parts
@@ -508,7 +511,8 @@ BAD = {
     "leads out of the data folder": lambda study: change(study, 0, image="../secret.png"),
     "is not a PNG, JPEG, BMP, GIF or TIFF image": image_bytes(b"8BPS nothing of use"),
     "i0.png (manifest.csv line 2) is not a PNG, JPEG, BMP, GIF": image_bytes(b"GIF89a nothing"),
-    "is larger than 25 megapixels": image_bytes(bomb()),
+    "expected at most 25 megapixels": image_bytes(bomb()),
+    "is 65000x65000 with 1 channels": image_bytes(bomb(65000, b"eXIf")),
     "colour PNG of 16 bits": image_bytes(deep_colour()),
     "may be truncated": cut(".png"),
     "may be truncated: image file is truncated": cut(".jpg"),
@@ -518,7 +522,6 @@ BAD = {
     "pages, which may be channels or not": image_array(texture(1, 7, EDGE, EDGE), ".tif"),
     "has 3 channels of 8 bits": image_array(texture(1, EDGE, EDGE, 3)),
     "has 1 channels of 16 bits": image_array(texture(1, EDGE, EDGE, dtype=np.uint16)),
-    "smaller than a tile of 16x16": image_array(texture(1, 12, 30)),
     "but its image images/i0.png is 16x16": mask_array(np.zeros((16, 17), np.uint8)),
     "expected one channel of class indices": mask_array(
         (np.eye(EDGE)[..., None] * [255, 0, 0]).astype(np.uint8)
@@ -564,13 +567,13 @@ def test_a_pipe_is_never_opened(study):
 def test_all_bad_files_are_told_at_once_whenever_they_are_found(study):
     change(study, 0, image="images/gone.png")
     save(study / "data/masks/i1.png", np.full((EDGE, EDGE), 200, np.uint8))  # found in decoding
-    save(study / "data/images/i2.png", texture(1, 8, 8))
+    save(study / "data/images/i2.png", texture(1, 8, 8))  # unlike its mask
     change(study, 5, group="patient-1")
     with pytest.raises(UserError) as caught:
         source(study)
     text = str(caught.value)
     assert text.startswith("data: 4 problems\n")
-    for reason in ("does not exist", "has the values 200", "smaller than a tile", "two splits"):
+    for reason in ("does not exist", "has the values 200", "i2.png is 8x8", "two splits"):
         assert reason in text
 
 
@@ -593,10 +596,58 @@ def test_no_more_than_twenty_kinds_are_shown(study):
     assert text.count("listed twice") == 20 and text.endswith("… and 5 more kinds of problems")
 
 
+def test_images_smaller_than_a_tile_are_padded_and_padding_counts_nowhere(study):
+    """One of 12 x 30 in two tiles of 16 x 16: their last four rows are no image."""
+    picture = texture(1, 12, 30) // 2 + 100
+    mask = np.zeros((12, 30), np.uint8)
+    mask[3:9, 12:20] = 1  # across both tiles
+    save(study / "data/images/i0.png", picture)
+    save(study / "data/masks/i0.png", mask)
+    note = "1 of 6 images are smaller than a tile of 16x16, and padded at their ends: 7% of all"
+    assert note in " ".join(source(study).notes)
+    dataset = prepared(study, EDGE)
+    assert dataset.is_padded and dataset.names[:2] == ["images/i0.png@0,0", "images/i0.png@0,14"]
+    np.testing.assert_array_equal(dataset.labels_of(0)[0], mask)
+    tiles = [picture[:, :16].ravel(), picture[:, 14:].ravel(), dataset.images[2].ravel()]
+    assert dataset.mean[0] == pytest.approx(np.concatenate(tiles).mean() / 255)
+    batch, labels = to_device(dataset, dataset.rows("train"), "cpu").batch(torch.arange(3))
+    assert torch.isnan(batch[:2, :, 12:]).all() and not torch.isnan(batch[:2, :, :12]).any()
+    assert not torch.isnan(batch[2]).any() and (labels[:2, 12:] == 255).all()
+    shown = batch[1, 0, :12].numpy() * dataset.std[0] + dataset.mean[0]
+    np.testing.assert_allclose(shown, picture[:, 14:] / 255, atol=1e-5)
+
+
+def test_pictures_of_any_unit_need_a_window(study):
+    values = [texture(seed, EDGE, EDGE).astype(np.float32) / 100 - 1 for seed in range(6)]
+    for number, array in enumerate(values):
+        save(study / f"data/images/f{number}.tif", array)
+        change(study, number, image=f"images/f{number}.tif")
+    text = complaint(study)
+    low, high = values[0].min(), values[0].max()
+    assert f"holds float32 values from {low:g} to {high:g}; expected integers of 8 or 16" in text
+    assert "likewise" in text and "`window: [low, high]`, what becomes 0 and 1" in text
+    found = source(study, window=[-1, 1])
+    assert (found.dtype, found.window, found.identity["levels"]) == ("uint16", (0, 65535), (-1, 1))
+    levels = found.decode(0).images[0, 0]
+    np.testing.assert_allclose(levels / 65535 * 2 - 1, np.clip(values[0], -1, 1), atol=2e-5)
+    values[0][3, 3] = np.nan
+    save(study / "data/images/f0.tif", values[0])
+    assert "holds 1 pixels that are no number (NaN or infinite) of 256" in complaint(
+        study, window=[-1, 1]
+    )
+
+
+def test_a_window_of_integers_is_of_whole_numbers(study):
+    assert "[0.5, 9.0]; expected whole numbers from 0" in complaint(study, window=[0.5, 9])
+    assert "[-1.0, 9.0]; expected whole" in complaint(study, window=[-1, 9])
+
+
 def test_the_limit_of_pixels_is_read_from_the_header(study):
-    assert MAX_PIXELS == 25_000_000
     save(study / "data/images/i0.png", np.zeros((5001, 5000), np.uint8))
-    assert "is 5001x5000 with 1 channels; expected at most 25 megapixels" in complaint(study)
+    text = complaint(study)
+    assert "is 5001x5000 with 1 channels; expected at most 25 megapixels" in text
+    assert "cut it up, or raise max_megapixels" in text
+    assert "its image images/i0.png is 5001x5000" in complaint(study, max_megapixels=26)
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(study):

@@ -20,7 +20,7 @@ from trainables.data import DataConfig, default_cache, open_dataset, prepare
 from trainables.data.batches import to_device
 from trainables.data.rows import cut
 from trainables.data.source import Decoded, Source
-from trainables.data.store import damage, write
+from trainables.data.store import Dataset, damage, write
 from trainables.errors import StorageError, UserError
 
 SPLITS = ["train", "val", "train", "pretrain", "test"]
@@ -402,17 +402,28 @@ def test_the_gpu_makes_the_same_batches_resident_or_not(tmp_path, monkeypatch, s
     assert masks is not None and labels is not None and torch.equal(masks.cpu(), labels)
 
 
-def test_a_few_hot_pixels_that_stretch_the_window_are_told(tmp_path: Path) -> None:
+def test_a_few_hot_pixels_do_not_stretch_the_window(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(500, 1500, (4, 1, 160, 160)).astype(np.uint16)
+    masks = np.zeros((4, 160, 160), np.uint8)
 
-    def notes(place: str, **options: Any) -> list[str]:
-        source = source_of(images, splits=["train", "train", "val", "test"], **options)
-        found: list[str] = open_dataset(write(source, tmp_path / place)).about["notes"]
-        return found
+    def prepared(place: str, **options: Any) -> Dataset:
+        splits = ["train", "train", "val", "test"]
+        return open_dataset(
+            write(source_of(images, masks, splits=splits, **options), tmp_path / place)
+        )
 
-    assert notes("even") == []
+    even = prepared("even", window=None)
+    assert (even.low, even.high) == (500, 1499) and even.about["notes"] == []
     images[0, 0, 3, 3] = 65535
-    (told,) = notes("hot", window=None)
-    assert told.startswith("99.99% of the pixels lie between 500 and 1499, in 1.5% of the window")
-    assert told.endswith("set window: [500, 1499]")
-    assert notes("set", window=(500, 1499)) == []
+    hot = prepared("hot", window=None)
+    assert (hot.low, hot.high) == (500, 1499)
+    assert hot.images.max() == 1499 and hot.mean == pytest.approx(even.mean, abs=1e-4)
+    (told,) = hot.about["notes"]
+    assert told.startswith("99.99% of the pixels lie between 500 and 1499, in 1.5% of what there")
+    assert told.endswith("set window: [500, 65535] to have all of it")
+    assert prepared("set", window=(500, 1499)).about["notes"] == []
+    masks[0, 3, 3] = 1  # what is bright there is what is looked for
+    meant = prepared("meant", window=None)
+    assert (meant.low, meant.high) == (500, 65535)
+    (told,) = meant.about["notes"]
+    assert told.endswith("all of it is the window, as a class lies above")

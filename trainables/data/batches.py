@@ -8,7 +8,7 @@ Training draws crops at random, so that no two epochs see the same; everywhere e
 data set is one crop (`Volumes.corners`). Segmentation may ask that a share of them shows something;
 pretraining never sees a label, not even through where it looks.
 
-Padding, which only volumes have that are smaller than a crop, is NaN in images and 255 in labels.
+Padding, behind the end of what is smaller than a crop or tile, is NaN in images and 255 in labels.
 Whoever forgets it gets NaN, never a number that is quietly wrong.
 
 Letters: B batch, C channels, A axes, *S pixels along every axis, K classes.
@@ -51,6 +51,10 @@ class Resident:
         self.images, self.masks = images, masks if has_labels else None
         self.rows = torch.arange(len(row_index), device=place)
         self.shape, self.corner, self.begin = shape.to(place), corner.to(place), begin.to(place)
+        self.real = self.shape  # what is no padding
+        if dataset.tiles is not None:
+            ends = dataset.tiles.shapes[dataset.tiles.owner[row_index]]
+            self.real = torch.from_numpy(ends - dataset.tiles.corners[row_index]).to(place)
         self.has_class = self.spots = None
         if has_labels and dataset.volumes is not None:
             owner = dataset.volumes.owner[row_index]
@@ -120,7 +124,7 @@ class Resident:
         images = _intensities(images).sub_(self.centre_C).mul_(self.gain_C)
         is_padding = None
         if self.is_padded:
-            is_padding = _is_beyond(shape_BA, corner_BA, self.size).to(self.device)
+            is_padding = _is_beyond(self.real[index_B], corner_BA, self.size).to(self.device)
             images = images.masked_fill_(is_padding[:, None], math.nan)
         if self.masks is None:
             return images, None
@@ -219,7 +223,7 @@ def _crop(
 
 
 def _is_beyond(shape_BA: Tensor, corner_BA: Tensor, size: Sequence[int]) -> Tensor:
-    """Which voxels (B, *S) of a crop lie behind the end of its volume."""
+    """Which voxels (B, *S) of a crop lie behind the end of what it is from."""
     beyond = torch.zeros(len(shape_BA), *[1] * len(size), dtype=torch.bool, device=shape_BA.device)
     for axis, edge in enumerate(size):
         position = corner_BA[:, axis, None] + torch.arange(edge, device=shape_BA.device)

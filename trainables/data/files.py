@@ -10,6 +10,7 @@ Letters: C channels, H W pixels.
 from __future__ import annotations
 
 import io
+import math
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ else:
 Array = npt.NDArray[Any]
 Colour = tuple[int, int, int]  # red, green, blue of 0 to 255
 
-MAX_PIXELS = 25_000_000  # of one image; some large slide should be cut up first
+MEGAPIXEL = 10**6
+DEFAULT_MEGAPIXELS = 25  # of one image, at most
 MAX_CHANNELS = 64
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
@@ -49,6 +51,8 @@ PILLOW_MODES = {  # mode -> channels, bits, has an alpha channel
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_GREY = 0
+# Without one of them a PNG has no EXIF, for which Pillow would decode all of it
+PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 PICTURE_TYPES = (np.uint8, np.uint16, np.bool_)
 READ_ALIKE = (1, 8, 32773, 32946)  # compressions of TIFF: none, Deflate, PackBits
 UPRIGHT = 1  # orientation of EXIF and TIFF: the first row on top, the first column left
@@ -65,6 +69,7 @@ TURNS = {
 }
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # some packages turn it on; half an image is no image
+Image.MAX_IMAGE_PIXELS = None  # the limit is `inspect`'s, which comes before anything is decoded
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Header:
 
     size: tuple[int, int]  # H, W, turned upright
     channels: int
-    bits: int
+    bits: int  # of grey or colours from 0 on; 32: numbers of any unit
     has_alpha: bool
     is_lossy: bool = False
     is_stack: bool = False  # pages that nobody called channels
@@ -110,24 +115,27 @@ def opened(path: Path, inside: Path | None) -> Iterator[BinaryIO]:
         raise UserError(f"cannot be read: {error}") from error
 
 
-def inspect(data: bytes, *, as_labels: bool = False) -> Header:
+def inspect(
+    data: bytes, *, as_labels: bool = False, megapixels: int = DEFAULT_MEGAPIXELS
+) -> Header:
     """The header of an image; a palette means colours in pictures and indices in labels."""
     is_tiff = data[:4] in TIFF_MAGIC
     with _reading():
-        header = _inspect_tiff(data, as_labels) if is_tiff else _inspect_pillow(data, as_labels)
-    height, width = header.size
-    if height * width > MAX_PIXELS or header.channels > MAX_CHANNELS:
-        raise UserError(
-            f"is {height}x{width} with {header.channels} channels; expected at most "
-            f"{MAX_PIXELS // 10**6} megapixels and {MAX_CHANNELS} channels: cut it up first"
-        )
+        if is_tiff:
+            header = _inspect_tiff(data, as_labels)
+            _check_room(header.size, header.channels, megapixels)
+        else:
+            header = _inspect_pillow(data, as_labels, megapixels)
     if TURNS[header.orientation][0]:
-        header = replace(header, size=(width, height))
+        header = replace(header, size=header.size[::-1])
     return header
 
 
 def pixels(data: bytes, *, as_labels: bool = False) -> Array:
-    """The decoded image (C, H, W), uint8 or uint16, upright; `inspect` comes first."""
+    """The decoded image (C, H, W), upright; `inspect` comes first.
+
+    uint8 or uint16; numbers of any unit, and labels, as they are stored.
+    """
     is_tiff = data[:4] in TIFF_MAGIC
     with _reading():
         if is_tiff:
@@ -162,10 +170,6 @@ def _reading() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(
-            f"is larger than {MAX_PIXELS // 10**6} megapixels: cut it up first"
-        ) from None
     except UnidentifiedImageError:
         raise UserError("is not a PNG, JPEG, BMP, GIF or TIFF image") from None
     except Exception as error:
@@ -173,11 +177,23 @@ def _reading() -> Iterator[None]:
         raise UserError(f"cannot be decoded, it may be truncated: {reason}") from error
 
 
-def _inspect_pillow(data: bytes, as_labels: bool) -> Header:
+def _check_room(size: tuple[int, int], channels: int, megapixels: float) -> None:
+    height, width = size
+    if height * width > megapixels * MEGAPIXEL or channels > MAX_CHANNELS:
+        raise UserError(
+            f"is {height}x{width} with {channels} channels; expected at most {megapixels} "
+            f"megapixels and {MAX_CHANNELS} channels: cut it up, or raise max_megapixels"
+        )
+
+
+def _inspect_pillow(data: bytes, as_labels: bool, megapixels: float) -> Header:
     with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
         mode, (width, height), kind = image.mode, image.size, image.format
         frames = getattr(image, "n_frames", 1) if kind in ("PNG", "GIF") else 1
-        orientation = _known(image.getexif().get(ExifTags.Base.Orientation))
+        _check_room((height, width), len(image.getbands()), megapixels)
+        orientation = UPRIGHT
+        if kind != "PNG" or any(word in data for word in PNG_EXIF):
+            orientation = _known(image.getexif().get(ExifTags.Base.Orientation))
     if mode not in PILLOW_MODES or frames > 1:
         raise UserError(f"is a {kind} of mode {mode} with {frames} frames; expected grey or RGB")
     if data.startswith(PNG_MAGIC) and data[24] == 16 and data[25] != PNG_GREY:
@@ -198,7 +214,7 @@ def _inspect_pillow(data: bytes, as_labels: bool) -> Header:
 
 
 def _decode_pillow(data: bytes, as_labels: bool) -> tuple[Header, Array]:
-    header = _inspect_pillow(data, as_labels)
+    header = _inspect_pillow(data, as_labels, math.inf)
     with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
         image.load()
         if image.mode in ("1", "P") and not as_labels:
@@ -225,13 +241,13 @@ def _inspect_tiff(data: bytes, as_labels: bool) -> Header:
         orientation = _known(tag.value if tag else None)
         is_inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
         was_left_to_pillow = page.compression not in READ_ALIKE
-    if dtype not in PICTURE_TYPES and not (as_labels and dtype.kind in "iuf"):
-        raise UserError(f"holds {dtype} values; expected unsigned integers of 8 or 16 bits")
+    if dtype not in PICTURE_TYPES and dtype.kind not in "iuf":
+        raise UserError(f"holds {dtype} values; expected integers or floats")
     if is_palette and not as_labels:
         raise UserError("is a TIFF with a palette; save it as RGB")
     if axes not in ("YX", "YXS") and not (len(axes) == 3 and axes.endswith("YX")):
         raise UserError(f"has the axes {axes} of {shape}; expected height, width and channels")
-    bits = 16 if dtype == np.uint16 else 8
+    bits = 8 if dtype in (np.uint8, np.bool_) else 16 if dtype == np.uint16 else 32
     header = Header(
         (shape[0], shape[1]),
         1,
@@ -273,6 +289,8 @@ def _decode_tiff(data: bytes, as_labels: bool) -> tuple[Header, Array]:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * (1 if as_labels else 255)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and not as_labels:
+        if array.dtype.kind == "f":
+            raise UserError("is WhiteIsZero in floats; expected BlackIsZero: save it anew")
         array = np.invert(array)
     if array.ndim == 2:
         return header, array[None]

@@ -60,7 +60,14 @@ from trainables.data.rows import (
     times,
     usable,
 )
-from trainables.data.source import NOT_LABELLED, Decoded, Source, refuse, tile_corners
+from trainables.data.source import (
+    NOT_LABELLED,
+    Decoded,
+    Source,
+    padding_share,
+    refuse,
+    tile_corners,
+)
 from trainables.errors import UserError
 from trainables.late import Late
 
@@ -71,10 +78,9 @@ else:
 
 Array = npt.NDArray[Any]
 Edge = Annotated[int, Field(ge=8, le=4096)]
-Level = Annotated[int, Field(ge=0, le=65535)]
 
 DEFAULT_SHARES = Shares()
-HIGHEST = 65535  # number of an object
+HIGHEST = 65535  # number of an object, or level
 LOOKED_AT = 40  # masks, to tell whether their values number objects
 OBJECTS = 3  # that one of them has at least, then
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -103,6 +109,8 @@ class Reading:
     channels: int | None
     labels: Labels
     inside: Path | None
+    window: tuple[float, float] | None
+    megapixels: int
 
 
 def images(
@@ -134,13 +142,17 @@ def images(
     threshold: Threshold = None,
     ignore: Ignored = None,
     window: Annotated[
-        tuple[Level, Level] | None, Field(description="16 bit: intensities that become 0 and 1")
+        tuple[float, float] | None,
+        Field(description="intensities that become 0 and 1, of 16 bits or of any unit (TIFF)"),
     ] = None,
     split: Shares = DEFAULT_SHARES,
     allow_outside: AllowOutside = False,
+    max_megapixels: Annotated[int, Field(ge=1, description="refuse larger images")] = (
+        files.DEFAULT_MEGAPIXELS
+    ),
 ) -> Source:
     """PNG, JPEG, TIFF, BMP or GIF files, named in a manifest (image, mask, …) or in a folder."""
-    if window is not None and window[0] >= window[1]:
+    if window is not None and not window[0] < window[1]:
         raise UserError(f"data.window: {list(window)} is empty; expected [low, high], low < high")
     places = Places(
         root, manifest, folder, where or {}, columns or {}, layout, image_folder, mask_folder,
@@ -162,6 +174,8 @@ def images(
         channels=channels,
         labels=labels_of(mask_encoding, ignore, classes, small_classes or [], threshold),
         inside=None if allow_outside else places.base,
+        window=window,
+        megapixels=max_megapixels,
     )
 
     inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
@@ -185,13 +199,14 @@ def images(
     check_not_empty(entries)
     has_instances = mask_encoding == "instances" or any(entry.instances for entry in entries)
     notes += _turned(reads)
-    corners = [
-        tile_corners(read.header.size, reading.size) if fit == "tile" else [(0, 0)]
-        for read in reads
-    ]
-    names, groups, splits, parts = lay_out(entries, corners)
+    sizes = [read.header.size if fit == "tile" else reading.size for read in reads]
+    notes += _padded(sizes, reading.size)
+    names, groups, splits, parts = lay_out(
+        entries, [tile_corners(one, reading.size) for one in sizes]
+    )
     header = reads[0].header
-    is_cut = any(len(of_image) > 1 for of_image in corners)
+    is_cut = len(names) > len(entries) or any(np.less(one, reading.size).any() for one in sizes)
+    levels = _levels_of_type(header.bits, window)
     return Source(
         name=name,
         identity={
@@ -199,13 +214,15 @@ def images(
             "fit": fit,
             **reading.labels.identity(),
             **_read_anew(reads),
+            **({"levels": window} if header.bits == 32 else {}),
+            **({"window": "robust"} if header.bits == 16 and window is None else {}),
         },
         size=reading.size,
         channels=channels or header.channels,
-        dtype="uint16" if header.bits == 16 else "uint8",
+        dtype="uint8" if header.bits == 8 else "uint16",
         classes=reading.labels.names or (None if is_labelled else ["background"]),
         small_classes=[(reading.labels.names or []).index(word) for word in small_classes or []],
-        window=window,
+        window=levels,
         is_labelled=is_labelled,
         has_instances=has_instances,
         names=names,
@@ -214,7 +231,7 @@ def images(
         parts=parts,
         decode=lambda part: decode_entry(entries[part], reads[part], reading, has_instances),
         notes=notes,
-        cut_from=[read.header.size for read in reads] if is_cut else None,
+        cut_from=list(sizes) if is_cut else None,
     )
 
 
@@ -243,16 +260,10 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
     """Headers and hashes of an entry's files; an error says what does not fit."""
     with naming(entry.image, entry):
         image = files.read(entry.image, reading.inside)
-        header = files.inspect(image)
+        header = files.inspect(image, megapixels=reading.megapixels)
         _convert(np.empty((header.channels, 0, 0), np.uint8), header, reading.channels)
-        smallest = min(
-            zip(header.size, reading.size, strict=True), key=lambda pair: pair[0] - pair[1]
-        )
-        if reading.fit == "tile" and smallest[0] < smallest[1]:
-            raise UserError(
-                f"is {times(header.size)}, smaller than a tile of {times(reading.size)}; choose "
-                f"a smaller size, or fit: resize"
-            )
+        if header.bits == 32 and reading.window is None:
+            raise UserError(_without_window(files.pixels(image)))
     hashes, of_mask, palette = {"image": hashlib.sha256(image).hexdigest()}, None, None
     for kind in ("mask", "instances"):
         path: Path | None = getattr(entry, kind)
@@ -260,7 +271,7 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
             continue
         with naming(path, entry):
             data = files.read(path, reading.inside)
-            labels = files.inspect(data, as_labels=True)
+            labels = files.inspect(data, as_labels=True, megapixels=reading.megapixels)
             if labels.size != header.size:
                 raise UserError(
                     f"is {times(labels.size)}, but its image {entry.name} is {times(header.size)}"
@@ -287,7 +298,10 @@ def decode_entry(
     """The rows of an entry: its tiles, or itself resized."""
     with naming(entry.image, entry):
         data = _unchanged(entry, "image", inspected, reading)
-        picture = _convert(files.pixels(data), inspected.header, reading.channels)
+        picture = files.pixels(data)
+        if inspected.header.bits == 32:
+            picture = _to_levels(picture, reading.window)
+        picture = _convert(picture, inspected.header, reading.channels)
     labels = np.full(inspected.header.size, NOT_LABELLED, np.uint8)
     if entry.mask:
         with naming(entry.mask, entry):
@@ -371,6 +385,56 @@ def _convert(picture: Array, header: Header, asked: int | None) -> Array:
         f"has {have} channels, channels: {asked} was asked for; expected {asked} channels"
         + (", or one or three" if asked in (1, 3) else "")
     )
+
+
+def _without_window(picture: Array) -> str:
+    """What is wrong with a picture of any unit that no window makes intensities."""
+    finite = picture[np.isfinite(picture)]
+    ends = f" from {finite.min():g} to {finite.max():g}" if finite.size else ""
+    return (
+        f"holds {picture.dtype} values{ends}; expected integers of 8 or 16 bits, or "
+        f"`window: [low, high]`, what becomes 0 and 1 in all images"
+    )
+
+
+def _to_levels(picture: Array, window: tuple[float, float] | None) -> Array:
+    """Numbers of any unit as levels of 16 bits, those beyond the window at its ends."""
+    assert window is not None
+    wrong = picture.size - int(np.count_nonzero(np.isfinite(picture)))
+    if wrong:
+        raise UserError(
+            f"holds {wrong:,} pixels that are no number (NaN or infinite) of {picture.size:,}; "
+            f"expected finite values: replace them by what they mean, often the background"
+        )
+    low, high = window
+    share = (np.clip(picture.astype(np.float64), low, high) - low) / (high - low)
+    return np.rint(share * HIGHEST).astype(np.uint16)
+
+
+def _levels_of_type(bits: int, window: tuple[float, float] | None) -> tuple[int, int] | None:
+    """The stored levels that become 0 and 1; None: of 8 bits all, of 16 as images have them."""
+    if bits == 32:
+        return 0, HIGHEST
+    if window is None:
+        return None
+    low, high = map(int, window)
+    if (low, high) != window or not 0 <= low < high <= HIGHEST:
+        raise UserError(
+            f"data.window: {list(window)}; expected whole numbers from 0 to {HIGHEST} for images "
+            f"of {bits} bits"
+        )
+    return low, high
+
+
+def _padded(sizes: Sequence[Sequence[int]], tile: Sequence[int]) -> list[str]:
+    """That some images are smaller than a tile."""
+    count = sum(np.less(size, tile).any() for size in sizes)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(sizes)} images are smaller than a tile of {times(tile)}, and padded at "
+        f"their ends: {padding_share(sizes, tile):.0%} of all pixels; padding counts nowhere"
+    ]
 
 
 def _components(labels: Array) -> npt.NDArray[np.uint16]:

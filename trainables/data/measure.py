@@ -54,10 +54,12 @@ def measure(
     training, labelled = rows_of(splits, "pretrain"), rows_of(splits, "train")
     counts = _histogram(source, images, training, source.channels)
     seen = np.flatnonzero(counts.sum(axis=0))
-    observed = [int(seen[0]), int(seen[-1])]
+    observed = (int(seen[0]), int(seen[-1]))
     is_default = source.window is None and source.dtype == "uint8"
-    is_set = is_default or source.window is not None
-    low, high = (0, 255) if is_default else source.window or observed
+    robust, notes = observed, list[str]()
+    if not is_default and source.window is None:
+        robust, notes = _robust_window(source, images, masks, counts, observed)
+    low, high = (0, 255) if is_default else source.window or robust
     if observed[0] == observed[1] or low >= high:
         raise UserError(
             f"data: every pixel of the training images is {observed[0]}; expected pictures"
@@ -106,7 +108,7 @@ def measure(
                 else "the data setting"
                 if source.window
                 else "the training images",
-                "observed": observed,
+                "observed": list(observed),
                 "mean": [round(value, 4) for value in mean.tolist()],
                 "std": [round(value, 4) for value in std.tolist()],
             },
@@ -131,36 +133,53 @@ def measure(
             ),
             "notes": [
                 *source.notes,
-                *(_notes_of_window(counts, observed) if not is_set else []),
-                *(_notes_of_clipping(source, images, masks, classes) if not is_default else []),
+                *notes,
+                *(
+                    _notes_of_clipping(source, images, masks, highest, classes)
+                    if source.window is not None or (low, high) == robust != observed
+                    else []
+                ),
                 *_notes_of_resampling(sizes, learnt, classes),
             ],
         },
     }
 
 
-def _notes_of_window(counts_CV: npt.NDArray[np.int64], observed: list[int]) -> list[str]:
-    """That a few pixels, hot ones perhaps, stretch the window so that all others look alike."""
+def _robust_window(
+    source: Source,
+    images: Array,
+    masks: Array,
+    counts_CV: npt.NDArray[np.int64],
+    observed: tuple[int, int],
+) -> tuple[tuple[int, int], list[str]]:
+    """(the window of all training images, without a few hot pixels that stretch it; notes).
+
+    They stay where they are what a class is made of.
+    """
     reached = np.cumsum(counts_CV.sum(axis=0)) / counts_CV.sum()
-    ends = [int(np.searchsorted(reached, share)) for share in (1 - MOST_PIXELS, MOST_PIXELS)]
-    share = (ends[1] - ends[0]) / (observed[1] - observed[0])
-    if share >= NARROW:
-        return []
-    return [
-        f"{MOST_PIXELS:.2%} of the pixels lie between {ends[0]} and {ends[1]}, in {share:.1%} of "
-        f"the window {observed}, which a few others stretch; set window: {ends}"
+    low, high = (int(np.searchsorted(reached, share)) for share in (1 - MOST_PIXELS, MOST_PIXELS))
+    share = (high - low) / max(1, observed[1] - observed[0])
+    if share >= NARROW or low == high:
+        return observed, []
+    what = (
+        f"{MOST_PIXELS:.2%} of the pixels lie between {low} and {high}, in {share:.1%} of what "
+        f"there is, {list(observed)}"
+    )
+    names = [str(label) for label in range(NOT_LABELLED)]
+    if _notes_of_clipping(source, images, masks, high, names):
+        return observed, [f"{what}; all of it is the window, as a class lies above"]
+    return (low, high), [
+        f"{what}, which a few others stretch: they are the window, beyond which nothing is told "
+        f"apart; set window: {list(observed)} to have all of it"
     ]
 
 
 def _notes_of_clipping(
-    source: Source, images: Array, masks: Array, classes: list[str]
+    source: Source, images: Array, masks: Array, highest: int, classes: list[str]
 ) -> list[str]:
     """That most of a class has the highest level, where nothing tells its pixels apart."""
     if not source.is_labelled:
         return []
-    highest = int(np.iinfo(images.dtype).max)
-    if source.window is not None:
-        highest = source.highest or source.window[1]
     totals, clipped = np.zeros((2, len(classes)), np.int64)
     for row in rows_of(np.array(source.splits), "train"):
         labels = _row(source, masks, row).ravel()
@@ -198,7 +217,20 @@ def _histogram(
     for chunk in _chunks(source, array, rows, channels):
         for channel in range(channels):
             counts[channel] += np.bincount(chunk[channel].ravel(), minlength=levels)
+    if source.cut_from is not None and array.ndim > len(source.size) + 1:
+        counts[:, 0] -= _padding(source, rows)  # of images; no label tells that of masks
     return counts
+
+
+def _padding(source: Source, rows: npt.NDArray[np.int64]) -> int:
+    """How many pixels of these rows are padding."""
+    assert source.cut_from is not None
+    real = [
+        math.prod(map(min, size, source.size))
+        for size, part in zip(source.cut_from, source.parts, strict=True)
+        for _ in part
+    ]
+    return len(rows) * math.prod(source.size) - int(np.array(real, np.int64)[rows].sum())
 
 
 def _chunks(

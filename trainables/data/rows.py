@@ -17,7 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.data.entries import Entry
-from trainables.data.source import NOT_LABELLED, Decoded, tile_corners, tile_names
+from trainables.data.source import (
+    NOT_LABELLED,
+    Decoded,
+    tile_corners,
+    tile_names,
+    tile_within,
+)
 from trainables.errors import FileError, UserError
 
 Array = npt.NDArray[Any]
@@ -27,21 +33,23 @@ def cut(picture: Array, labels: Array, objects: Array | None, tile: Sequence[int
     """Tiles of an image (C, *S), its labels (*S) and its objects (*S), if there are any.
 
     Where tiles overlap, a pixel is labelled, and belongs to an object, in the first of them only.
+    Behind the end of an image that is smaller than a tile are 0 and no label.
     """
     labels = labels.copy()
     objects = None if objects is None else objects.copy()
-    images, masks, instances = [], [], []
-    for corner in tile_corners(labels.shape, tile):
-        part = tuple(slice(c, c + edge) for c, edge in zip(corner, tile, strict=True))
-        images.append(picture[(slice(None), *part)])
-        masks.append(labels[part].copy())
+    corners = tile_corners(labels.shape, tile)
+    images = np.zeros((len(corners), len(picture), *tile), picture.dtype)
+    masks = np.full((len(corners), *tile), NOT_LABELLED, labels.dtype)
+    instances = None if objects is None else np.zeros((len(corners), *tile), objects.dtype)
+    for number, corner in enumerate(corners):
+        part, there = tile_within(labels.shape, corner, tile)
+        images[number][(slice(None), *there)] = picture[(slice(None), *part)]
+        masks[number][there] = labels[part]
         labels[part] = NOT_LABELLED
-        if objects is not None:
-            instances.append(objects[part].copy())
+        if objects is not None and instances is not None:
+            instances[number][there] = objects[part]
             objects[part] = 0
-    return Decoded(
-        np.stack(images), np.stack(masks), None if objects is None else np.stack(instances)
-    )
+    return Decoded(images, masks, instances)
 
 
 def joined(tiles: Array, corners: Array, shape: Sequence[int], nothing: int) -> Array:
@@ -51,8 +59,8 @@ def joined(tiles: Array, corners: Array, shape: Sequence[int], nothing: int) -> 
     """
     whole = np.full(tuple(shape), nothing, tiles.dtype)
     for tile, corner in zip(tiles, corners, strict=True):
-        part = tuple(slice(c, c + edge) for c, edge in zip(corner, tile.shape, strict=True))
-        np.copyto(whole[part], tile, where=tile != nothing)
+        part, there = tile_within(shape, corner, tile.shape)
+        np.copyto(whole[part], tile[there], where=tile[there] != nothing)
     return whole
 
 

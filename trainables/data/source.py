@@ -95,7 +95,7 @@ class Source:
     notes: list[str]  # for people: what was left out, and why
     highest: int | None = None  # the highest intensity that is kept; None: what maps to 1
     whole: Whole | None = None  # of volumes, where `size` is that of a crop
-    # of images whose tiles are the rows: the size of each part's image
+    # of images whose tiles are the rows, some of them padded perhaps: the size of each part's image
     cut_from: list[tuple[int, ...]] | None = None
 
     def fingerprint(self) -> str:
@@ -173,6 +173,23 @@ def tile_corners(size: Sequence[int], tile: Sequence[int]) -> list[tuple[int, ..
         for edge, part in zip(size, tile, strict=True)
     ]
     return list(itertools.product(*starts))
+
+
+def tile_within(
+    size: Sequence[int], corner: Sequence[int], tile: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """(where a tile lies in its image, what of the tile is image and no padding)."""
+    ends = [min(edge, c + part) for edge, c, part in zip(size, corner, tile, strict=True)]
+    pairs = list(zip(corner, ends, strict=True))
+    return tuple(slice(c, end) for c, end in pairs), tuple(slice(end - c) for c, end in pairs)
+
+
+def padding_share(sizes: Sequence[Sequence[int]], tile: Sequence[int]) -> float:
+    """The share of the pixels of all tiles, or crops, that lie behind the end of an image."""
+    counts = [len(tile_corners(size, tile)) for size in sizes]
+    real = [math.prod(map(min, size, tile)) for size in sizes]
+    shown = sum(count * pixels for count, pixels in zip(counts, real, strict=True))
+    return 1 - shown / (sum(counts) * math.prod(tile))
 
 
 def tile_names(name: str, corners: Sequence[Sequence[int]]) -> list[str]:

@@ -131,8 +131,9 @@ class Dataset:
 
     @property
     def is_padded(self) -> bool:
-        """Whether a crop may reach beyond its volume."""
-        return self.volumes is not None and bool((self.volumes.shapes < self.size).any())
+        """Whether a crop or tile may reach beyond its volume or image."""
+        parts = self.volumes or self.tiles
+        return parts is not None and bool((parts.shapes < self.size).any())
 
     def image_of(self, volume: int) -> Array:
         """A whole volume (C, *shape) as it is stored."""
