@@ -23,6 +23,7 @@ from trainables.data.entries import (
     Places,
     delimiter_of,
     named_classes,
+    places_of,
     read_entries,
     text_of,
 )
@@ -191,18 +192,7 @@ def _mask_suffix(stems: set[str], others: set[str], *, is_apart: bool) -> str:
 
 
 def _places(found: Survey) -> Places:
-    data = found.data
-    return Places(
-        Path(),
-        data.get("manifest"),
-        data.get("folder"),
-        {},
-        data.get("columns", {}),
-        data.get("layout", "folders"),
-        data.get("image_folder", "images"),
-        data.get("mask_folder", "masks"),
-        data.get("mask_suffix", ""),
-    )
+    return places_of(Path(), found.data)
 
 
 def _find_groups(entries: Sequence[Entry], found: Survey) -> None:

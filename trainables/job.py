@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context, Row
 from trainables.data import DataConfig, Dataset, default_cache, open_dataset, prepare
-from trainables.data.store import Hears, damage
+from trainables.data.source import Hears
+from trainables.data.store import damage
 from trainables.endings import Ending
 from trainables.errors import UserError
 from trainables.storage import mirror_of

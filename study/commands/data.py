@@ -47,6 +47,7 @@ def _decoded(spec: StudySpec) -> Path:
             spec.folder_of_yaml,
             default_cache(),
             lambda done, parts: patience.say(f"decoding: {done:,} of {parts:,} parts"),
+            lambda done, files: patience.say(f"checking the data: {done:,} of {files:,} images"),
         )
 
 

@@ -15,10 +15,10 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -56,7 +56,8 @@ AllowOutside = Annotated[bool, Field(description="read files that are not below 
 
 SPLITS = ("train", "val", "test", "pretrain")
 INSTANCES = "instances"  # folder, and column, of numbers of objects
-NNUNET_IMAGES, NNUNET_MASKS = "imagesTr", "labelsTr"
+CLASSES_FILE = "classes.json"
+NNUNET_IMAGES, NNUNET_MASKS, NNUNET_FILE = "imagesTr", "labelsTr", "dataset.json"
 CHANNEL = re.compile(r"_(\d{4})$")  # of nnU-Net, behind the stem
 DELIMITERS = ",;\t"
 MARKS = {  # byte order mark -> encoding
@@ -99,6 +100,21 @@ class Places:
         if self.manifest is not None:
             return (self.root / self.manifest).parent
         return self.root / str(self.folder)
+
+
+def places_of(root: Path, options: Mapping[str, Any]) -> Places:
+    """Where the options of a source say that its files are."""
+    return Places(
+        root,
+        options.get("manifest"),
+        options.get("folder"),
+        options.get("where") or {},
+        options.get("columns") or {},
+        options.get("layout", "folders"),
+        options.get("image_folder", "images"),
+        options.get("mask_folder", "masks"),
+        options.get("mask_suffix", ""),
+    )
 
 
 @dataclass(frozen=True)
@@ -289,6 +305,28 @@ def _channels(images: dict[str, Path]) -> dict[str, list[Path]]:
     return several
 
 
+def paths_read(root: Path, options: Mapping[str, Any], separator: str | None) -> list[Path]:
+    """Every file on which reading the data depends, or would if it were there; none is opened.
+
+    Only the manifest is, to know what it names. UserError: it cannot be read.
+    """
+    places = places_of(root, options)
+    if places.manifest is None:
+        names = (NNUNET_IMAGES, NNUNET_MASKS, places.images, places.masks, INSTANCES)
+        found = [places.base / NNUNET_FILE, places.base / CLASSES_FILE]
+        for folder in sorted({os.path.normpath(places.base / name) for name in names}):
+            found += [Path(place, name) for place, _, inside in os.walk(folder) for name in inside]
+        return found
+    path = places.root / places.manifest
+    entries = read_manifest(path, places.where, places.columns, separator)
+    above = {folder for entry in entries for folder in entry.image.parents}
+    found = [path, *(folder / CLASSES_FILE for folder in sorted(above))]
+    for entry in entries:
+        named = (entry.image, *entry.more, entry.mask, entry.instances)
+        found += [file for file in named if file is not None]
+    return found
+
+
 def split_by_group(
     entries: Sequence[Entry], shares: Shares
 ) -> tuple[list[Entry], list[str], list[str]]:
@@ -366,14 +404,14 @@ def named_classes(
     It lies at or above the images, up to the data folder; nnU-Net's are in dataset.json.
     """
     if places.layout == "nnunet":
-        return _nnunet_classes(places.base / "dataset.json"), []
+        return _nnunet_classes(places.base / NNUNET_FILE), []
     folder = Path(os.path.commonpath([os.path.normpath(entry.image.parent) for entry in entries]))
     top = Path(os.path.normpath(places.base))
-    while not (folder / "classes.json").is_file():
+    while not (folder / CLASSES_FILE).is_file():
         if folder == top or top not in folder.parents:
             return None, []
         folder = folder.parent
-    path = folder / "classes.json"
+    path = folder / CLASSES_FILE
     try:
         content = json.loads(path.read_text())
         named = content["classes"]
@@ -419,20 +457,17 @@ def _by_stem(
         return {}, []
     found: dict[str, Path] = {}
     unread: Counter[str] = Counter()
-    for path in sorted(folder.rglob("*")):
-        name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
-        if any(part.startswith(".") for part in name.split("/")) or path.is_dir():
-            continue
-        if any(other in path.parents and folder in other.parents for other in elsewhere):
-            continue
+    not_here = {str(other.relative_to(folder)) for other in elsewhere if folder in other.parents}
+    for written in sorted(_files_below(folder, not_here), key=lambda one: one.split("/")):
+        name = unicodedata.normalize("NFC", written)
         suffix = next((end for end in suffixes if name.lower().endswith(end)), None)
         if suffix is None:
-            unread[path.suffix.lower() or "no suffix"] += 1
+            unread[Path(name).suffix.lower() or "no suffix"] += 1
             continue
         stem = name[: -len(suffix)]
         if stem in found:
-            raise UserError(f"data: {path} and {found[stem].name} have the same stem")
-        found[stem] = path
+            raise UserError(f"data: {folder / written} and {found[stem].name} have the same stem")
+        found[stem] = folder / written
     if not unread:
         return found, []
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(unread.items()))
@@ -440,6 +475,22 @@ def _by_stem(
         f"{unread.total()} files in {folder.name}/ are not read ({kinds}); expected "
         f"{', '.join(suffixes)}"
     ]
+
+
+def _files_below(folder: Path, not_here: set[str], below: str = "") -> Iterator[str]:
+    """Files, by their path from the folder on, but for hidden ones and folders not to look into.
+
+    Links are followed to files and not to folders, which might lead in circles.
+    """
+    with os.scandir(folder / below) as found:
+        for one in found:
+            if one.name.startswith("."):
+                continue
+            name = f"{below}/{one.name}" if below else one.name
+            if not one.is_dir():
+                yield name
+            elif not one.is_symlink() and name not in not_here:
+                yield from _files_below(folder, not_here, name)
 
 
 def text_of(manifest: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,6 +33,7 @@ from trainables.data.entries import (
     Shares,
     Where,
     named_classes,
+    paths_read,
     read_entries,
     split_by_group,
     with_groups,
@@ -63,10 +64,12 @@ from trainables.data.rows import (
 from trainables.data.source import (
     NOT_LABELLED,
     Decoded,
+    Hears,
     Source,
     padding_share,
     refuse,
     tile_corners,
+    unheard,
 )
 from trainables.errors import UserError
 from trainables.late import Late
@@ -115,6 +118,7 @@ class Reading:
 
 def images(
     root: Path,
+    looked_at: Hears = unheard,
     *,
     manifest: Annotated[
         str | None,
@@ -178,7 +182,7 @@ def images(
         megapixels=max_megapixels,
     )
 
-    inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
+    inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries, looked_at)
     found = {i: item for i, item in enumerate(inspected) if isinstance(item, Inspected)}
     problems: list[str | UserError] = [i for i in inspected if isinstance(i, UserError)]
     problems += _disagreements(entries, found, reading) + _palettes(entries, found)
@@ -188,7 +192,7 @@ def images(
     notes += notes_of_split
     problems += leaks + duplicates(entries, {i: item.hashes["image"] for i, item in found.items()})
     if problems:  # decode what is left, so that one run tells everything
-        rest = in_parallel(lambda i: decode_entry(entries[i], found[i], reading, False), found)
+        rest = in_parallel(lambda i: decode_entry(entries[i], found[i], reading, False), [*found])
         refuse([*problems, *(item for item in rest if isinstance(item, UserError))])
 
     is_labelled = any(entry.mask for entry in entries)
@@ -233,6 +237,11 @@ def images(
         notes=notes,
         cut_from=list(sizes) if is_cut else None,
     )
+
+
+def files_read(root: Path, options: Mapping[str, Any]) -> list[Path]:
+    """Every file on which reading these data depends."""
+    return paths_read(root, options, None)
 
 
 def example(folder: Path) -> dict[str, Any]:

@@ -5,9 +5,10 @@ Letters: C channels, *S pixels along every axis, n tiles.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,11 @@ from trainables.data.entries import Entry
 from trainables.data.source import (
     NOT_LABELLED,
     Decoded,
+    Hears,
     tile_corners,
     tile_names,
     tile_within,
+    unheard,
 )
 from trainables.errors import FileError, UserError
 
@@ -121,14 +124,19 @@ def check_not_empty(entries: Sequence[Entry]) -> None:
             )
 
 
-def in_parallel(task: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+def in_parallel(
+    task: Callable[[Any], Any], items: Sequence[Any], heard: Hears = unheard
+) -> list[Any]:
     """What the task returns for each item, or its UserError."""
+    done = itertools.count(1)
 
     def attempt(item: Any) -> Any:
         try:
             return task(item)
         except UserError as error:
             return error
+        finally:
+            heard(next(done), len(items))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(attempt, items))

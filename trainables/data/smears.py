@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from trainables.data.generated import Count, Edge, Picture, generated
-from trainables.data.source import Source
+from trainables.data.source import Hears, Source, unheard
 from trainables.late import Late
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ DARTS = 24  # tries to place an object
 
 def smears(
     root: Path,
+    looked_at: Hears = unheard,
     *,
     size: Edge | tuple[Edge, Edge] = 64,
     images: Annotated[int, Field(ge=1)] = 256,

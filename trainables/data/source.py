@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from trainables.errors import FileError, UserError
 from trainables.settings import digest
 
 Array = npt.NDArray[Any]
+Hears = Callable[[int, int], None]  # (parts that are done, of how many), from any thread
 Split = Literal["pretrain", "train", "val", "test"]
 
 SPLITS: tuple[Split, ...] = ("pretrain", "train", "val", "test")
@@ -124,9 +125,15 @@ class Source:
 class SourceKind(NamedTuple):
     """An entry of SOURCES. Options are the keyword-only ones of `make`."""
 
-    make: Callable[..., Source]  # (root, *, options); paths among them count from root
+    make: Callable[..., Source]  # (root, heard, *, options); paths among them count from root
     # (folder) -> options: writes a few small files there, if any, and says how they are read
     example: Callable[[Path], dict[str, Any]]
+    # (root, options) -> every file that reading them depends on; None: on none
+    files: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None
+
+
+def unheard(done: int, parts: int) -> None:
+    """Nobody wants to know how far it is."""
 
 
 def rows_of(splits: Array, split: Split) -> npt.NDArray[np.int64]:

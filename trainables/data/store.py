@@ -25,7 +25,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ from trainables.data.source import (
     SPLITS,
     Array,
     Grids,
+    Hears,
     Source,
     Split,
     begins,
@@ -51,11 +52,11 @@ from trainables.data.source import (
     rows_of,
     tile_corners,
     tile_names,
+    unheard,
 )
 from trainables.errors import StorageError, UserError
 from trainables.settings import canonical_json
 
-Hears = Callable[[int, int], None]  # (parts that are decoded, of how many), from any thread
 # Raise it when a prepared folder holds other things than before. (FORMAT, in source.py, is part of
 # the data's identity: another one would make them other data, which no study begun before has.)
 LAYOUT = 2
@@ -213,7 +214,7 @@ class Dataset:
         }
 
 
-def write(source: Source, cache: Path, decoded: Hears = lambda done, parts: None) -> Path:
+def write(source: Source, cache: Path, decoded: Hears = unheard) -> Path:
     """The folder of the decoded source; decoded by the first process that asks for it."""
     fingerprint = source.fingerprint()
     folder = cache / fingerprint

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from trainables.data.generated import Count, Edge, Picture, generated
-from trainables.data.source import Source
+from trainables.data.source import Hears, Source, unheard
 
 CLASSES = ["background", "lesion"]
 GREY, CONTRAST = 128.0, 32.0  # of the mean, and of a standard deviation of the noise, in 0 to 255
@@ -26,6 +26,7 @@ SPREAD = 0.15  # standard deviation of diameters, relative
 
 def textures(
     root: Path,
+    looked_at: Hears = unheard,
     *,
     size: Edge | tuple[Edge, Edge] = 32,
     images: Annotated[int, Field(ge=1)] = 8,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -46,6 +46,7 @@ from trainables.data.entries import (
     Shares,
     Where,
     named_classes,
+    paths_read,
     read_entries,
     split_by_group,
     with_groups,
@@ -67,7 +68,16 @@ from trainables.data.rows import (
     times,
     usable,
 )
-from trainables.data.source import NOT_LABELLED, Decoded, Grids, Source, Whole, refuse
+from trainables.data.source import (
+    NOT_LABELLED,
+    Decoded,
+    Grids,
+    Hears,
+    Source,
+    Whole,
+    refuse,
+    unheard,
+)
 from trainables.errors import UserError
 from trainables.late import Late
 
@@ -134,6 +144,7 @@ class Reading:
 
 def volumes(
     root: Path,
+    looked_at: Hears = unheard,
     *,
     manifest: Annotated[
         str | None,
@@ -220,7 +231,7 @@ def volumes(
         headroom=HEADROOM if window is None and percentiles is None else 1,
     )
 
-    inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries)
+    inspected = in_parallel(lambda entry: inspect_entry(entry, reading), entries, looked_at)
     found = {i: item for i, item in enumerate(inspected) if isinstance(item, Inspected)}
     problems: list[str | UserError] = [i for i in inspected if isinstance(i, UserError)]
     problems += _disagreements(entries, found)
@@ -228,7 +239,7 @@ def volumes(
     notes += notes_of_split
     problems += leaks + duplicates(entries, {i: item.content for i, item in found.items()})
     if problems:  # decode what is left, so that one run tells everything
-        rest = in_parallel(lambda i: decode_entry(entries[i], found[i], reading), found)
+        rest = in_parallel(lambda i: decode_entry(entries[i], found[i], reading), [*found])
         refuse([*problems, *(item for item in rest if isinstance(item, UserError))])
 
     is_labelled = any(entry.mask for entry in entries)
@@ -282,6 +293,11 @@ def volumes(
             scored=scored if is_resampled else None,
         ),
     )
+
+
+def files_read(root: Path, options: Mapping[str, Any]) -> list[Path]:
+    """Every file on which reading these data depends."""
+    return paths_read(root, options, SEPARATOR)
 
 
 def example(folder: Path) -> dict[str, Any]:
