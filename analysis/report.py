@@ -142,7 +142,7 @@ def _tiles(tables: StudyTables) -> list[dict[str, str]]:
     if leader is not None:
         note = f"against {rival(leader[1])}"
         title = "probe gain, best encoder"
-        tiles.append({"title": title, "value": decibels(leader[1]), "note": note})
+        tiles.append({"title": title, "value": decibels(leader[1].decibels), "note": note})
     complete = int((tables.results["outcome"] == "complete").sum())
     tiles.append(
         {

@@ -269,16 +269,19 @@ def status(
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="keep refreshing until it ends")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, for programs")] = False,
 ) -> None:
     """Show where a study stands; without a name, every study in the storage or on the cluster."""
+    if follow and as_json:
+        raise UserError("--follow and --json exclude each other; leave one out")
     if address:
         from study.commands.jobs import show_jobs
 
-        show_jobs(name, address)
+        show_jobs(name, address, as_json=as_json)
     else:
         from study.commands.status import show_status
 
-        show_status(name, storage, follow=follow)
+        show_status(name, storage, follow=follow, as_json=as_json)
 
 
 @app.command()

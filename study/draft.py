@@ -64,11 +64,9 @@ def needs_resizing(found: Survey, dataset: Dataset) -> bool:
 def patches_of(dataset: Dataset, machine: Machine, spacing: Sequence[float] | None) -> list[Any]:
     """Patches that divide the tile, that the machine can bear, the smallest classes first."""
     size, volume = dataset.size, math.prod(dataset.size)
-    steps = [1.0] * len(size) if spacing is None else [edge / min(spacing) for edge in spacing]
     found = []
     for patch in (2, 4, 8, 16, 32):
-        # as long in mm along every axis as powers of two allow
-        edges = [max(2, patch // 2 ** round(math.log2(step))) for step in steps]
+        edges = even_patch(patch, spacing or [1.0] * len(size))
         if any(edge % part or part > edge for edge, part in zip(size, edges, strict=True)):
             continue
         if 4 <= volume // math.prod(edges) <= MOST_TOKENS[machine.has_gpu]:
@@ -76,6 +74,11 @@ def patches_of(dataset: Dataset, machine: Machine, spacing: Sequence[float] | No
     smallest = min(_diameters(dataset).values(), default=math.inf)
     resolving = [patch for patch in found if min(_edges(patch)) <= smallest]
     return (resolving[:3] if len(resolving) > 1 else found[:2]) or [8]
+
+
+def even_patch(edge: int, spacing: Sequence[float]) -> list[int]:
+    """A patch of this edge along the finest axis, as long in mm along all as powers of 2 allow."""
+    return [max(2, edge // 2 ** round(math.log2(step / min(spacing)))) for step in spacing]
 
 
 def affordable(hours: float | None) -> int:

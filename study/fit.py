@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import mul
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from study.checks import geometry_problems
+from study.draft import even_patch
+from study.reader import in_one_line
+from trainables.config import num_steps
+from trainables.edges import in_words, per_axis, simplest
 from trainables.labelled import classes_missing
-from trainables.metrics import MIOU, PSNR, metric_of, parse
+from trainables.metrics import MIOU, PHASES, PSNR, metric_of, parse
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
     from trainables.data import Dataset
     from trainables.data.source import Split
 
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lh": "rh", "rh": "lh"}
+SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z])")
+FEW_OBJECTS = 5  # in validation, of which each one decides too much
+FEW_SIGHTS = 100  # of a class in all of segmentation, after which little is learnt of it
+RARE = 1e-3  # share of the pixels
+UNEVEN = 2.5  # longest to shortest edge of a patch in mm
 JUDGED: tuple[Split, ...] = ("train", "val")  # splits whose labels decide
 
 
@@ -54,6 +69,7 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Why the study cannot run on these data, which the study file alone could not tell."""
     problems = [*geometry_problems(spec, data.size), *_probe_problems(spec, data)]
     problems += _label_problems(spec, data)
+    problems += _flip_problems(spec, data)
     for objective in spec.objectives:
         name, metric = parse(objective.metric), metric_of(objective.metric)
         if name.phase == "segment" and not data.classes:
@@ -111,6 +127,85 @@ def classes_without_labels(spec: StudySpec, dataset: Dataset) -> list[str]:
     return lines
 
 
+def weaknesses(spec: StudySpec, dataset: Dataset) -> list[str]:
+    """What these data cannot show in this study, though it can run: each with what to do."""
+    if not dataset.is_labelled:
+        return _uneven_patches(spec, dataset)
+    lines = classes_without_labels(spec, dataset) + _uneven_patches(spec, dataset)
+    objects: dict[str, dict[str, Any]] = dataset.about["objects"]
+    patches = arms_patches(spec, len(dataset.size))
+    spacing = _spacing(dataset)
+    unit = "px" if spacing is None else "mm"
+    smallest = min(patches, key=math.prod)
+    edge = math.prod(map(mul, smallest, spacing or [1.0] * len(smallest))) ** (1 / len(smallest))
+    train = dataset.rows("train")
+    seen = num_steps(spec.trial.segment, len(train)) * spec.trial.segment.batch
+    for place, name in enumerate(dataset.classes[1:], start=1):
+        about, share = objects.get(name), dataset.about["pixel_share"].get(name, 0.0)
+        if about is None or not about["train"]:
+            continue
+        diameter = about["median_diameter"]
+        if diameter and diameter < edge:
+            lines.append(
+                f"{name}: objects of {diameter:g} {unit} (median) are smaller than the smallest "
+                f"patch, {in_words(simplest(smallest))}; search smaller ones in model.patch"
+            )
+        if 0 < about["val"] < FEW_OBJECTS:
+            lines.append(
+                f"{name}: validation shows {about['val']} of it, which decide its scores; give "
+                f"more images to val"
+            )
+        shown = len(dataset.rows_showing(place, train)) / len(train)
+        if dataset.volumes is None and seen * shown < FEW_SIGHTS:
+            lines.append(
+                f"{name}: {shown:.1%} of the training tiles show it, so that segmentation sees it "
+                f"{seen * shown:.0f} times; raise segment.epochs"
+            )
+        if share < RARE:
+            lines.append(
+                f"{name}: {share:.3%} of the pixels; whoever finds none of it is right on all "
+                f"others, and short training ends there: look at its IoU before all is run"
+            )
+    return lines
+
+
+def arms_patches(spec: StudySpec, axes: int) -> list[tuple[int, ...]]:
+    """The edges of every patch that an arm may have."""
+    item = spec.search.get("model.patch")
+    if item is None:
+        return [spec.trial.patch_edges(axes)]
+    choices = item.choices if item.choices is not None else [item.low, item.high]
+    values = choices.values() if isinstance(choices, dict) else choices
+    return [per_axis(value, axes, "search.model.patch") for value in values]
+
+
+def _spacing(dataset: Dataset) -> list[float] | None:
+    """mm between voxels as most volumes have it; None of pictures."""
+    if dataset.volumes is None:
+        return None
+    median: list[float] = np.median(dataset.volumes.spacings, axis=0).tolist()
+    return median
+
+
+def _uneven_patches(spec: StudySpec, dataset: Dataset) -> list[str]:
+    """Patches that are much longer in mm along one axis than along another."""
+    spacing = _spacing(dataset)
+    if spacing is None:
+        return []
+    lines = []
+    for patch in arms_patches(spec, len(dataset.size)):
+        edges = list(map(mul, patch, spacing))
+        better = even_patch(max(patch), spacing)
+        if max(edges) / min(edges) > UNEVEN and better != list(patch):
+            lines.append(
+                f"model.patch: {in_words(simplest(patch))} is "
+                f"{' x '.join(f'{edge:.3g}' for edge in edges)} mm, as voxels are "
+                f"{' x '.join(f'{step:.3g}' for step in spacing)} mm; {better} would be about as "
+                f"long along every axis, or resample by data.spacing"
+            )
+    return lines
+
+
 def _label_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Of counts of labelled groups that are larger than all there are."""
     return [
@@ -119,6 +214,42 @@ def _label_problems(spec: StudySpec, data: DataSize) -> list[str]:
         for setting, value in _label_counts(spec)
         if data.classes and isinstance(value, int) and value > data.train_groups
     ]
+
+
+def _flip_problems(spec: StudySpec, data: DataSize) -> list[str]:
+    """Of axes that are turned around: they must be there, and no class may change its side."""
+    problems = []
+    axes, side = len(data.size), 0 if len(data.size) == 3 else 1  # to the right
+    for phase in PHASES:
+        augment = getattr(spec.trial, phase).augment
+        flipped = augment.options().get("flip_axes", ())
+        if flipped is not None and max(flipped, default=0) >= axes:
+            problems.append(
+                f"trial.{phase}.augment.flip_axes: given {list(flipped)}; expected axes of the "
+                f"images, 0 to {axes - 1}"
+            )
+        elif phase == "segment" and (flipped is None or side in flipped):
+            pair = _two_sides(data.classes)
+            others = [axis for axis in range(axes) if axis != side]
+            given = {**augment.model_dump(mode="json", by_alias=True), "flip_axes": others}
+            if pair:
+                problems.append(
+                    f"trial.segment.augment: turns images around from left to right, but "
+                    f"{pair[0]!r} and {pair[1]!r} are classes, of which one would be called the "
+                    f"other; expected `augment: {in_one_line(given)}`"
+                )
+    return problems
+
+
+def _two_sides(classes: Sequence[str]) -> tuple[str, str] | None:
+    """Two classes whose names differ in left and right alone."""
+    known = {name.lower(): name for name in classes}
+    for name in classes:
+        words = SIDES.split(name.lower())
+        other = "".join(OTHER_SIDE.get(word, word) for word in words)
+        if other != name.lower() and other in known:
+            return name, known[other]
+    return None
 
 
 def _label_counts(spec: StudySpec) -> list[tuple[str, int | float | None]]:

@@ -38,8 +38,8 @@ def best_gain(found: Mapping[str, Gain]) -> tuple[str, Gain] | None:
     return max(found.items(), key=lambda pair: pair[1].decibels, default=None)
 
 
-def decibels(gain: Gain) -> str:
-    return f"{gain.decibels:+.2f} dB".replace("-", "\N{MINUS SIGN}")
+def decibels(gain: float) -> str:
+    return f"{gain:+.2f} dB".replace("-", "\N{MINUS SIGN}")
 
 
 def rival(gain: Gain) -> str:
@@ -48,7 +48,7 @@ def rival(gain: Gain) -> str:
 
 
 def in_words(gain: Gain) -> str:
-    return f"{decibels(gain)} against {rival(gain)}"
+    return f"{decibels(gain.decibels)} against {rival(gain)}"
 
 
 def warning(best: Gain | None) -> str | None:
@@ -57,8 +57,8 @@ def warning(best: Gain | None) -> str | None:
         return None
     return (
         f"No encoder of this study fills in hidden pixels better than {rival(best)} does (best: "
-        f"{decibels(best)}): pretraining has not learnt the images yet. What its encoders are "
-        f"worth all the same, only random weights beside them tell. Raise pretrain.epochs or "
+        f"{decibels(best.decibels)}): pretraining has not learnt the images yet. What its encoders "
+        f"are worth all the same, only random weights beside them tell. Raise pretrain.epochs or "
         f"pretrain.optimizer.base_lr, or take a larger model; `maskstudy check STUDY.yaml "
         f"--forecast 60` estimates the steps it takes."
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,40 +38,47 @@ def studies(storage: Storage) -> list[StudyFolder]:
     return [StudyFolder(path) for path in paths if StudyFolder(path).spec.is_file()]
 
 
+def standings(storage: Storage) -> list[dict[str, Any]]:
+    """Where each study of a storage stands, as JSON has it; a damaged one has a `problem`."""
+    found = []
+    for folder in studies(storage):
+        one: dict[str, Any] = {"study": folder.root.name}
+        try:
+            ahead, results = outlook_of(folder), read_results(folder)
+            one |= {
+                "state": state_of(folder, ahead),
+                "begun": len(read_suggestions(folder)),
+                "total": ahead.total,
+                "outcomes": dict(Counter(result.outcome.value for result in results.values())),
+            }
+        except (UserError, StorageError) as error:  # the others are to be seen all the same
+            words = [State.RUNNING] if is_held(folder) else []
+            one |= {"state": ", ".join([*words, "damaged"]), "problem": str(error)}
+        found.append(one)
+    return found
+
+
 def studies_table(storage: Storage) -> Table:
+    """`standings` for people."""
     table = Table(title=f"studies in {storage}", caption_justify="left")
     for column in ("study", "state", "trials", *(outcome.value for outcome in Outcome)):
         table.add_column(column)
-    problems = []
-    for folder in studies(storage):
-        try:
-            found, results = outlook_of(folder), read_results(folder)
-            trials = f"{len(read_suggestions(folder))} of {found.total}"
-            state = state_of(folder, found)
-        except (UserError, StorageError) as error:  # the others are to be seen all the same
-            words = [State.RUNNING] if is_held(folder) else []
-            table.add_row(folder.root.name, ", ".join([*words, "damaged"]))
-            problems.append(escape(str(error)))
-            continue
-        counts = [sum(r.outcome is outcome for r in results.values()) for outcome in Outcome]
-        table.add_row(folder.root.name, state, trials, *(str(count or "") for count in counts))
-    table.caption = "\n".join(problems) or None
+    found = standings(storage)
+    for one in found:
+        trials = f"{one['begun']} of {one['total']}" if "total" in one else ""
+        counts = [one.get("outcomes", {}).get(outcome.value, "") for outcome in Outcome]
+        table.add_row(one["study"], one["state"], trials, *map(str, counts))
+    table.caption = "\n".join(escape(one["problem"]) for one in found if "problem" in one) or None
     return table
 
 
-def arms_table(folder: StudyFolder) -> Table:
-    spec, found = spec_of(folder), outlook_of(folder)
+def standing(folder: StudyFolder) -> dict[str, Any]:
+    """Where a study and its trials stand, as JSON has it."""
+    spec, ahead = spec_of(folder), outlook_of(folder)
     rows, results, drawn = read_rows(folder), read_results(folder), read_suggestions(folder)
-    state = state_of(folder, found)
-    table = Table(
-        caption_justify="left",
-        title=f"{spec.study} ({state}, {len(drawn)} of {found.total} trials begun)",
-    )
-    metrics = [objective.metric for objective in spec.objectives]
     found_gains = gains(measure(rows[rows.metric.isin(OF_GAIN)]))
-    heads = metrics + ["probe gain"] * bool(found_gains)
-    for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *heads):
-        table.add_column(column)
+    leader = best_gain(found_gains)
+    trials = []
     for suggestion in drawn:
         mine = rows[rows.trial == suggestion.trial]
         newest = mine.sort_values(["phase", "progress"]).groupby(mine.phase + "/" + mine.metric)
@@ -76,19 +86,60 @@ def arms_table(folder: StudyFolder) -> Table:
         result = results.get(suggestion.trial)
         last = mine.iloc[-1] if len(mine) else None
         gain = found_gains.get(suggestion.trial)
-        table.add_row(
-            suggestion.trial[:6],
-            suggestion.arm,
-            str(suggestion.seed),
-            arm_text(suggestion),
-            result.outcome.value if result else "unfinished",
-            f"{last.phase} {last.progress:.0%}" if last is not None else "",
-            *(f"{values[metric]:.4g}" if metric in values else "" for metric in metrics),
-            *([decibels(gain) if gain else ""] if found_gains else []),
+        trials.append(
+            {
+                "trial": suggestion.trial,
+                "arm": suggestion.arm,
+                "seed": suggestion.seed,
+                "settings": arm_text(suggestion),
+                "outcome": result.outcome.value if result else "unfinished",
+                "phase": last.phase if last is not None else None,
+                "progress": float(last.progress) if last is not None else None,
+                "objectives": {
+                    one.metric: float(values[one.metric])
+                    for one in spec.objectives
+                    if one.metric in values
+                },
+                "probe_gain": gain.decibels if gain else None,
+            }
         )
-    leader = best_gain(found_gains)
-    if leader is not None:
-        said = [f"probe gain of the best encoder: {in_words(leader[1])}", warning(leader[1])]
+    return {
+        "study": spec.study,
+        "state": state_of(folder, ahead),
+        "begun": len(drawn),
+        "total": ahead.total,
+        "best_probe_gain": in_words(leader[1]) if leader is not None else None,
+        "warning": warning(leader[1]) if leader is not None else None,
+        "trials": trials,
+    }
+
+
+def arms_table(folder: StudyFolder) -> Table:
+    """`standing` for people."""
+    one = standing(folder)
+    table = Table(
+        caption_justify="left",
+        title=f"{one['study']} ({one['state']}, {one['begun']} of {one['total']} trials begun)",
+    )
+    metrics = [objective.metric for objective in spec_of(folder).objectives]
+    has_gains = one["best_probe_gain"] is not None
+    heads = metrics + ["probe gain"] * has_gains
+    for column in ("trial", "arm", "seed", "settings", "outcome", "reached", *heads):
+        table.add_column(column)
+    for trial in one["trials"]:
+        values, gain = trial["objectives"], trial["probe_gain"]
+        table.add_row(
+            trial["trial"][:6],
+            trial["arm"],
+            str(trial["seed"]),
+            trial["settings"],
+            trial["outcome"],
+            f"{trial['phase']} {trial['progress']:.0%}" if trial["phase"] else "",
+            *(f"{values[metric]:.4g}" if metric in values else "" for metric in metrics),
+            *([decibels(gain) if gain is not None else ""] if has_gains else []),
+        )
+    if has_gains:
+        said = [f"probe gain of the best encoder: {one['best_probe_gain']}", one["warning"]]
         table.caption = escape("\n".join(filter(None, said)))
     return table
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,10 @@ else:
     functional = Late("torch.nn.functional")
 
 Share = Annotated[float, Field(gt=0, le=1)]
+FlipAxes = Annotated[
+    tuple[Literal[0, 1, 2], ...] | None,
+    Field(description="axes that are turned around, the first is 0; null: all"),
+]
 
 
 def none(
@@ -36,12 +40,23 @@ def none(
 
 
 def flips(
-    images: Tensor, masks: Tensor | None, seed: int, step: int, samples_B: Tensor
+    images: Tensor,
+    masks: Tensor | None,
+    seed: int,
+    step: int,
+    samples_B: Tensor,
+    *,
+    flip_axes: FlipAxes = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Each axis turned around with probability 1/2; images (B, C, *S), masks (B, *S)."""
+    """Each axis turned around with probability 1/2; images (B, C, *S), masks (B, *S).
+
+    `flip_axes`: those alone, as classes that have a side (left, right) would change it.
+    """
     num_axes = images.ndim - 2
     is_flipped_BA = counter.uniform(seed, "flip", step, samples_B, num_axes) < 0.5
     for axis in range(num_axes):
+        if flip_axes is not None and axis not in flip_axes:
+            continue
         images = _flip(images, axis - num_axes, is_flipped_BA[:, axis])
         if masks is not None:
             masks = _flip(masks, axis - num_axes, is_flipped_BA[:, axis])
@@ -57,6 +72,7 @@ def crops(
     *,
     scale: tuple[Share, Share] = (0.2, 1.0),
     stretch: Annotated[float, Field(ge=1, description="longest to shortest edge, at most")] = 4 / 3,
+    flip_axes: FlipAxes = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A random part of each image, enlarged to the size of the whole, then `flips` (MAE's recipe).
 
@@ -84,7 +100,7 @@ def crops(
     images = images.masked_fill(is_padding, math.nan)
     if masks is not None:
         masks = sample(masks[:, None].float(), mode="nearest")[:, 0].to(masks.dtype)
-    return flips(images, masks, seed, step, samples_B)
+    return flips(images, masks, seed, step, samples_B, flip_axes=flip_axes)
 
 
 def _flip(tensor: Tensor, axis: int, is_flipped_B: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ DEFAULTS_BEFORE_0_2: dict[str, Any] = {
 OPTIONS_BEFORE_0_2: dict[tuple[str, str, str], dict[str, Any]] = {
     ("masking", "strategy", "amlp"): {"category_reads": "descriptors"},
     ("pretrain", "loss", "rrl"): {"relative_to": "patch"},
+    ("pretrain", "augment", "flips"): {"flip_axes": None},
+    ("segment", "augment", "flips"): {"flip_axes": None},
+    ("pretrain", "augment", "crops"): {"flip_axes": None},
+    ("segment", "augment", "crops"): {"flip_axes": None},
 }
 
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from rich.table import Table
 
 from study.commands.data import dataset_of
-from study.commands.terminal import console, say
+from study.commands.terminal import console, say, show
 from study.environment import environment
 from study.loading import load_spec
 from study.mistakes import listed, near
@@ -45,7 +45,7 @@ def bench_strategies(path: Path | None, names: str, seconds: float, threads: int
     size = "x".join(map(str, dataset.size))
     model, batch = config.model, config.pretrain.batch // workers
     title = f"a training step: {model.size}/{in_words(model.patch)}, {batch} images of {size}"
-    console.print(steps_table(title, found))
+    show(steps_table(title, found))
     cpu = environment()["hardware"]["cpu"]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({cpu})"
     say(f"{chip}, {threads} threads, torch {torch.__version__}")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from study import requests
-from study.commands.data import dataset_of
+from study.commands.data import dataset_of, refuse_other_data
 from study.commands.finding import begun
 from study.commands.terminal import console, say
-from study.fit import classes_without_labels
-from study.loading import load_spec
+from study.fit import arms_patches, weaknesses
+from study.ledger import read_spec
+from study.loading import changes, load_spec
+from study.loggers import check_packages
 from study.reader import written
+from trainables.data.source import SPLITS, Split, padding_share
+from trainables.edges import in_words, simplest
 from trainables.metrics import metric_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from trainables.data import Dataset
 
+LABELLED: tuple[Split, ...] = ("train", "val", "test")
 SOLVED = 0.8  # mIoU of a segmenter without an encoder from which on a warning is due
 
 
@@ -37,16 +46,23 @@ def check_study(
 ) -> None:
     """Validate, prepare the data, print the plan; with seconds to spend, whether it is enough."""
     spec = load_spec(path)
-    say(f"{path}: the settings are valid; now checking the data")
+    check_packages(spec.log)
     folder = begun(spec.study_folder())
+    changed = changes(folder, spec)
+    say(f"{path}: the settings are valid; now checking the data")
     dataset = dataset_of(spec)
-    say(f"{path}: valid")
-    described = dataset.describe()
-    notes = described.pop("notes")
-    _print_pairs("data", described)
+    if read_spec(folder) is not None:
+        refuse_other_data(folder, dataset)
+        say(f"{path}: valid; {spec.study} is begun, and `maskstudy run` goes on with it")
+        for change in changed:
+            say(f"  {'changed':<22} {change}")
+    else:
+        say(f"{path}: valid")
+    notes = dataset.about["notes"]
+    _print_pairs("data", _data_words(dataset, arms_patches(spec, len(dataset.size))))
     for note in notes:
         say(f"  {'note':<22} {note}")
-    for line in classes_without_labels(spec, dataset) if dataset.is_labelled else ():
+    for line in weaknesses(spec, dataset):
         say(f"  {'warning':<22} {line}")
     if write_sheet is not None:
         say(f"  {'images with masks':<22} {write_sheet(dataset, spec.study)}")
@@ -75,6 +91,69 @@ def check_study(
         from study.commands.forecast import print_forecast
 
         print_forecast(spec, dataset, device, threads, forecast_seconds)
+
+
+def _data_words(dataset: Dataset, patches: Sequence[Sequence[int]]) -> dict[str, str]:
+    """The data set in a line for each of its sides."""
+    about, volumes = dataset.about, dataset.volumes
+    counts: dict[str, int] = {split: len(dataset.rows(split)) for split in SPLITS}
+    rows = "crops" if volumes is not None else "tiles" if dataset.tiles is not None else "images"
+    words = {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint[:12],
+        rows: _listed(counts),
+    }
+    if volumes is not None:
+        words["volumes"] = _listed({split: len(dataset.volumes_of(split)) for split in SPLITS})
+        words["voxels"] = f"{_range(volumes.shapes)}, {_range(volumes.spacings)} mm each"
+        edges = np.median(volumes.spacings, axis=0) * dataset.size
+        words["size of a crop"] = f"{_times(dataset.size)} voxels, {_times(edges)} mm"
+        of_patches = [np.median(volumes.spacings, axis=0) * patch for patch in patches]
+        words["patches"] = ", ".join(
+            f"{in_words(simplest(patch))} ({_times(edges)} mm)"
+            for patch, edges in zip(patches, of_patches, strict=True)
+        )
+    else:
+        words["size"] = _times(dataset.size)
+    parts = volumes or dataset.tiles
+    if parts is not None and dataset.is_padded:
+        share = padding_share(parts.shapes.tolist(), dataset.size)
+        words["padding"] = f"{share:.0%} of all {rows}"
+    words["channels"] = str(dataset.channels)
+    words["groups"] = f"{about['groups']:,}"
+    if volumes is None:
+        (low, high), (least, most) = (about["intensities"][key] for key in ("window", "observed"))
+        words["intensities"] = (
+            f"{about['intensities']['type']}; 0 and 1 are {low:,} and {high:,}, by "
+            f"{about['intensities']['window_from']}; training images have {least:,} to {most:,}"
+        )
+    unit = "px" if volumes is None else "mm"
+    for place, name in enumerate(dataset.classes if dataset.is_labelled else []):
+        words[name] = f"{about['pixel_share'][name]:.2%} of the pixels"
+        objects = about["objects"].get(name)
+        if place == 0 or objects is None:
+            continue
+        median = objects["median_diameter"]
+        size = f", {median:g} {unit} (median)" if median else ""
+        words[name] += f"; objects: {_listed({s: objects[s] for s in LABELLED})}{size}"
+        if volumes is None:
+            shown = {s: len(dataset.rows_showing(place, dataset.rows(s))) for s in LABELLED}
+            words[name] += f"; {rows} with it: {_listed(shown)}"
+    return words
+
+
+def _listed(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{word} {count:,}" for word, count in counts.items())
+
+
+def _range(values: NDArray[Any]) -> str:
+    """Shapes or spacings (N, A): one, or from the smallest to the largest along each axis."""
+    low, high = values.min(axis=0), values.max(axis=0)
+    return _times(low) if (low == high).all() else f"{_times(low)} to {_times(high)}"
+
+
+def _times(edges: Iterable[float]) -> str:
+    return " x ".join(f"{edge:.4g}" for edge in edges)
 
 
 def _trivial_words(scores: Mapping[str, float]) -> dict[str, str]:

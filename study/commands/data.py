@@ -39,6 +39,17 @@ def dataset_of_begun(folder: StudyFolder, spec: StudySpec) -> Dataset:
     return _opened(decoded, spec)
 
 
+def refuse_other_data(folder: StudyFolder, dataset: Dataset) -> None:
+    """UserError: the study was begun on other data than these."""
+    before = read_environment(folder)["data_fingerprint"]
+    if before != dataset.fingerprint:
+        raise UserError(
+            f"{folder.root.name} was begun on other data (fingerprint {before[:12]}, now "
+            f"{dataset.fingerprint[:12]}): results could not be compared; restore the images, or "
+            f"give the study another name"
+        )
+
+
 def _decoded(spec: StudySpec) -> Path:
     """What takes longer than a moment is shown."""
     with Patience(console, "checking the data") as patience:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from cluster.doctor import Level, Verdict, cluster_verdicts, machine_verdicts
 from study.commands.finding import storage_of
-from study.commands.terminal import console
+from study.commands.terminal import show
 from study.ledger import damage
 from study.overview import studies
 from trainables.data import default_cache
@@ -33,5 +33,5 @@ def show_verdicts(address: str | None, storage: str | None) -> int:
         table.add_column(column)
     for verdict in verdicts:
         table.add_row(*map(escape, verdict), style=_COLOURS[verdict.level])
-    console.print(table)
+    show(table)
     return int(any(verdict.level is Level.PROBLEM for verdict in verdicts))

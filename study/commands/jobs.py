@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster import jobs
 from study.commands.finding import refuse_if_below, seen_here, storage_of
-from study.commands.terminal import console, say
+from study.commands.terminal import say, say_json, show
 from study.folder import Storage
 from study.ledger import read_jobs, refuse_if_held
 from study.loading import changes, load_spec
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def submit_study(path: Path, address: str, storage: str | None) -> None:
     """Submit as a Ray job."""
     spec = load_spec(path)
+    _refuse_data_left_behind(spec)
     own = Storage.of(spec.storage)
     studies = Storage.of(storage).within(spec.storage) if storage is not None else None
     if own.remote:
@@ -48,6 +49,20 @@ def submit_study(path: Path, address: str, storage: str | None) -> None:
         f"to stop it:   maskstudy stop {spec.study} --address {address}\n"
         f"to resume it: maskstudy resume {spec.study} --address {address}"
     )
+
+
+def _refuse_data_left_behind(spec: StudySpec) -> None:
+    """The study file's folder travels to the cluster; what lies elsewhere by its name does not."""
+    root = spec.folder_of_yaml.resolve()
+    for option in ("folder", "manifest"):
+        given = spec.data.options().get(option)
+        if given is None or Path(given).is_absolute():
+            continue
+        if not (root / given).resolve().is_relative_to(root):
+            raise UserError(
+                f"data.{option}: {given} leads out of {root}, which is all that is submitted; "
+                f"expected a place below it, or an absolute path that the cluster's nodes see"
+            )
 
 
 def resume_job(name: str, address: str, storage: str | None) -> None:
@@ -85,18 +100,21 @@ def print_log(name: str, address: str, *, follow: bool) -> None:
     jobs.logs(address, name, write, follow=follow)
 
 
-def show_jobs(name: str | None, address: str) -> None:
-    """A table of a cluster's studies, or of all jobs of one."""
+def show_jobs(name: str | None, address: str, *, as_json: bool) -> None:
+    """A table of a cluster's studies, or of all jobs of one; or JSON of the same."""
     table = Table(title=f"{name or 'studies'} at {address}")
     for column in ("study", "job", "status", "attempt", "started", "last line of its log"):
         table.add_column(column)
     standings = jobs.standings(address, name)
     if name is not None and not standings:
         raise UserError(f"{address} knows no job of study {name!r}")
+    if as_json:
+        say_json([one._asdict() for one in standings])
+        return
     for one in standings:
         shown = (one.study, one.job, one.status, one.attempt, one.started, one.last_line)
         table.add_row(*map(escape, shown))
-    console.print(table)
+    show(table)
 
 
 def _home(name: str, storage: Storage | None) -> jobs.Home | None:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from study import mirror, requests
-from study.commands.data import dataset_of, dataset_of_begun
+from study.commands.data import dataset_of, dataset_of_begun, refuse_other_data
 from study.commands.finding import find_study
 from study.commands.terminal import say
 from study.conductor import Conductor, DataView
 from study.environment import environment
 from study.gain import in_words, warning
-from study.ledger import Ledger, read_environment, read_spec
+from study.ledger import Ledger, read_spec
 from study.loading import changes, load_spec, spec_of
 from study.loggers import Journal, check_packages
-from trainables.errors import UserError
 
 if TYPE_CHECKING:
     from study.folder import StudyFolder
@@ -106,10 +105,4 @@ def freeze(ledger: Ledger, spec: StudySpec, dataset: Dataset) -> None:
         "data": dataset.describe(),
     }
     ledger.freeze(spec.text, facts, extends=is_begun)
-    before = read_environment(ledger.folder)["data_fingerprint"]
-    if before != dataset.fingerprint:
-        raise UserError(
-            f"{ledger.folder.root.name} was begun on other data (fingerprint {before[:12]}, now "
-            f"{dataset.fingerprint[:12]}): results could not be compared; restore the images, or "
-            f"give the study another name"
-        )
+    refuse_other_data(ledger.folder, dataset)

@@ -390,7 +390,7 @@ def _gain(found: Snapshot) -> dict[str, Any] | None:
     return {
         "trial": trial,
         "label": plain(found.labels.get(trial, trial), 200),
-        "shown": decibels(gain),
+        "shown": decibels(gain.decibels),
         "rival": rival(gain),
         "warning": warning(gain),
     }

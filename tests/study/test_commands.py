@@ -140,8 +140,22 @@ def test_a_study_begun_with_other_settings_is_refused_with_the_difference(
     with Ledger.open(spec.study_folder(), {}) as ledger:
         freeze(ledger, spec, dataset_of(spec))
     edit(blood, "epochs: 4", "epochs: 5")
-    assert call("run", blood) == 2
-    assert "trial.pretrain.epochs: 4 -> 5" in capsys.readouterr().err
+    for command in ("run", "check"):
+        assert call(command, blood) == 2
+        assert "trial.pretrain.epochs: 4 -> 5" in capsys.readouterr().err
+    edit(blood, "epochs: 5", "epochs: 4")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(blood.parent / "i0.png")
+    for command in ("run", "check"):
+        assert call(command, blood) == 2
+        assert "tiny was begun on other data" in capsys.readouterr().err
+
+
+def test_data_that_would_stay_behind_are_refused_at_submit(blood: Path, capsys: Capture) -> None:
+    for given, said in (("../far.csv", "leads out of"), ("/far.csv", "no Ray dashboard")):
+        text = blood.read_text().replace("manifest: manifest.csv", f"manifest: {given}")
+        (blood.parent / "far.yaml").write_text(text)
+        assert call("submit", blood.parent / "far.yaml", "--address", "http://127.0.0.1:9") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_check_prints_the_plan(blood: Path, capsys: Capture) -> None:

@@ -48,6 +48,23 @@ def test_what_stands_out_of_an_image_stays_where_its_mask_says(augment, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_only_the_axes_that_are_named_are_turned_around(size):
+    images, masks = batch(size, count=64)
+    samples = torch.arange(64)
+    every = flips(images, masks, 0, 0, samples)
+    for axes in ((), (0,), (1,), (0, 1)):
+        changed, labels = flips(images, masks, 0, 0, samples, flip_axes=axes)
+        assert torch.equal(changed[:, 0].long(), labels)
+        for axis in range(len(size)):
+            is_turned = (labels.diff(dim=1 + axis) < 0).flatten(1).any(1)
+            expected = (every[1].diff(dim=1 + axis) < 0).flatten(1).any(1)
+            assert torch.equal(is_turned, expected & (axis in axes))
+    crops = partial(AUGMENTATIONS["crops"], scale=(1.0, 1.0), stretch=1.0, flip_axes=(0,))
+    _, labels = crops(images, masks, 0, 0, samples)
+    assert torch.equal(labels, flips(images, masks, 0, 0, samples, flip_axes=(0,))[1])
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("augment", EVERY_AUGMENTATION)
 def test_padding_stays_padding(augment, size):
     images, masks = batch(size)

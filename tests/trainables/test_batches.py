@@ -251,7 +251,7 @@ def test_the_mean_the_shares_and_the_objects_are_of_whole_training_volumes(tmp_p
         assert dataset.mean[channel] == pytest.approx(values.mean())
         assert dataset.std[channel] == pytest.approx(values.std())
     objects = dataset.about["objects"]
-    assert objects["common"]["count"] == 3 and objects["rare"]["count"] == 2
+    assert objects["common"]["train"] == 3 and objects["rare"]["train"] == 2
     voxels = sum(int(np.prod(SHAPES[number])) for number in (0, 1, 3))
     assert dataset.about["pixel_share"]["common"] == pytest.approx(24 / voxels, abs=1e-5)
 

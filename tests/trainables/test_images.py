@@ -346,7 +346,7 @@ def test_tiles_know_their_image_and_their_objects_are_those_of_the_image(study):
         np.testing.assert_array_equal(instances, cells)
     for split, numbers in {"train": [0, 1], "val": [2, 3], "test": [4, 5]}.items():
         assert dataset.cut_images_of(split).tolist() == numbers
-    assert dataset.about["objects"]["class 1"]["count"] == 4
+    assert dataset.about["objects"]["class 1"]["train"] == 4
 
 
 def test_images_that_are_not_cut_are_each_their_own(study):

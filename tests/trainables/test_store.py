@@ -162,7 +162,9 @@ def test_object_sizes_come_from_training_masks_as_diameters_of_discs(tmp_path):
     diameters = 2 * np.sqrt(np.array([1, 4, 16]) / np.pi)
     assert dataset.object_edges == pytest.approx(tuple(np.quantile(diameters, [1 / 3, 2 / 3])))
     described = dataset.describe()
-    assert described["objects"] == {"cell": {"count": 4, "median_diameter": 2.3}}
+    assert described["objects"] == {
+        "cell": {"train": 4, "val": 1, "test": 0, "median_diameter": 2.3}
+    }
     assert described["pixel_share"] == {"background": 0.88281, "cell": 0.11719}  # 30 of 256
 
 
@@ -211,7 +213,9 @@ def test_objects_are_counted_in_whole_images_and_by_their_instances(tmp_path):
     expected = 2 * (40 / np.pi) ** 0.5  # 4 x 10 pixels
     assert dataset.object_edges == pytest.approx((expected, expected))
     median = round(expected, 1)
-    assert dataset.about["objects"] == {"cell": {"count": 2, "median_diameter": median}}
+    assert dataset.about["objects"] == {
+        "cell": {"train": 2, "val": 2, "test": 0, "median_diameter": median}
+    }
     assert dataset.cut_images_of("val").tolist() == [1]
     for image in (0, 1):
         found = dataset.labels_of(image)
@@ -222,7 +226,9 @@ def test_objects_are_counted_in_whole_images_and_by_their_instances(tmp_path):
 def test_without_an_object_that_is_whole_there_is_no_median(tmp_path):
     masks = np.ones((3, 4, 4), np.uint8)
     dataset = open_dataset(write(source_of(levels(9, 8, 7), masks), tmp_path))
-    assert dataset.about["objects"] == {"cell": {"count": 2, "median_diameter": None}}
+    assert dataset.about["objects"] == {
+        "cell": {"train": 2, "val": 1, "test": 0, "median_diameter": None}
+    }
     assert dataset.object_edges == (0, 0)
 
 

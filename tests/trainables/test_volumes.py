@@ -397,7 +397,7 @@ def test_volumes_are_judged_on_the_grid_of_their_files(study):
     truth, spacing = dataset.truth_of(2)
     np.testing.assert_array_equal(truth, labels)
     assert spacing == (1.0, 1.0, 1.0)
-    assert dataset.about["objects"]["class 1"]["count"] == 36
+    assert dataset.about["objects"]["class 1"]["train"] == 36
     (note,) = [one for one in dataset.about["notes"] if "resampling leaves" in one]
     assert "leaves 18 of 36 objects of 'class 1' to learn from; scores count all of them" in note
     as_filed = open_dataset(prepare(config(size=[4, 4, 4]), study, study / "c"))

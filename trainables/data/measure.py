@@ -18,6 +18,7 @@ from trainables.data.source import (
     Array,
     Grids,
     Source,
+    Split,
     Whole,
     rows_of,
     tile_corners,
@@ -29,14 +30,15 @@ PIXELS_AT_ONCE = 2**24  # that are counted or clipped in one go
 MOST_PIXELS = 0.9999  # those that decide whether a window suits the images
 NARROW = 0.25  # share of a window that they should fill at least
 MOST_CLIPPED = 0.3  # share of a class that may have the highest level without a word
+JUDGED: tuple[Split, ...] = ("train", "val", "test")  # splits that have labels
 SPOTS = 256  # voxels of each class and volume that are remembered
 
 
 class Sizes(NamedTuple):
     """The objects of a class in whole images."""
 
-    total: int
-    diameters: npt.NDArray[np.float64]  # of those that no border of an image cuts off
+    counts: dict[Split, int]  # of the splits with labels
+    diameters: npt.NDArray[np.float64]  # of those to learn from that no border of an image cuts off
 
 
 def measure(
@@ -118,9 +120,9 @@ def measure(
                 if source.is_labelled
             },
             "objects": {
-                name: {"count": found.total, "median_diameter": _median(found.diameters)}
+                name: {**found.counts, "median_diameter": _median(found.diameters)}
                 for name, found in zip(classes[1:], sizes, strict=True)
-                if found.total
+                if any(found.counts.values())
             },
             "object_edges": [round(edge, 1) for edge in edges.tolist()],
             **(
@@ -201,10 +203,15 @@ def _notes_of_clipping(
 def _notes_of_resampling(sizes: list[Sizes], learnt: list[Sizes], classes: list[str]) -> list[str]:
     """That resampling costs objects: their scores count them all the same."""
     return [
-        f"resampling leaves {after.total:,} of {before.total:,} objects of {name!r} to learn from; "
+        f"resampling leaves {after:,} of {before:,} objects of {name!r} to learn from; "
         f"scores count all of them, on the grid of the files; take a finer spacing"
-        for name, before, after in zip(classes[1:], sizes, learnt, strict=True)
-        if after.total < before.total
+        for name, before, after in zip(
+            classes[1:],
+            (found.counts["train"] for found in sizes),
+            (found.counts["train"] for found in learnt),
+            strict=True,
+        )
+        if after < before
     ]
 
 
@@ -266,14 +273,15 @@ def _sizes(
     num_classes: int,
     scored: Grids | None = None,
 ) -> list[Sizes]:
-    """The training objects of each class but the background, as scores.py counts them.
+    """The objects of each class but the background, as scores.py counts them.
 
     Diameters are those of discs (or balls) as large, in pixels, of volumes in mm.
     """
-    counts = np.zeros(num_classes, np.int64)
+    counts = {split: np.zeros(num_classes, np.int64) for split in JUDGED}
     diameters: list[list[Array]] = [[np.zeros(0)] for _ in range(num_classes)]
     for part, rows in enumerate(source.parts):
-        if source.splits[rows.start] != "train":
+        split = source.splits[rows.start]
+        if split not in JUDGED:
             continue
         grids = scored or source.whole
         if grids is None:
@@ -283,14 +291,16 @@ def _sizes(
             labels, objects = masks[begin:end].reshape(1, *grids.shapes[part]), None
         voxel = math.prod(grids.spacings[part]) if grids else 1.0
         found = objects_in(labels, num_classes, objects)
-        counts += np.bincount(found.label_N, minlength=num_classes)
+        counts[split] += np.bincount(found.label_N, minlength=num_classes)
+        if split != "train":
+            continue
         diameter_N = diameter(found.area_N, len(source.size), voxel)
         for label in np.unique(found.label_N):
             diameters[label].append(diameter_N[(found.label_N == label) & ~found.is_cut_N])
     return [
-        Sizes(int(count), np.concatenate(found))
-        for count, found in zip(counts[1:], diameters[1:], strict=True)
-    ]
+        Sizes({split: int(counts[split][label]) for split in JUDGED}, np.concatenate(found))
+        for label, found in enumerate(diameters)
+    ][1:]
 
 
 def _whole_labels(

@@ -59,7 +59,7 @@ from trainables.settings import canonical_json
 
 # Raise it when a prepared folder holds other things than before. (FORMAT, in source.py, is part of
 # the data's identity: another one would make them other data, which no study begun before has.)
-LAYOUT = 2
+LAYOUT = 3
 DECODING_BYTES = 2**31  # that volumes decoded side by side may take
 _LOG = logging.getLogger(__name__)
 
@@ -181,6 +181,11 @@ class Dataset:
     def classes_shown(self, rows: npt.NDArray[np.int64]) -> set[int]:
         """The classes, but for the background, that the labels of these rows show somewhere."""
         return set(np.flatnonzero(self._has_class_RK[rows].any(axis=0)).tolist()) - {0}
+
+    def rows_showing(self, label: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Those of these rows whose labels show the class; of volumes if the whole one does."""
+        shown: npt.NDArray[np.int64] = rows[self._has_class_RK[rows, label]]
+        return shown
 
     @cached_property
     def _has_class_RK(self) -> npt.NDArray[np.bool_]:
