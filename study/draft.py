@@ -13,6 +13,8 @@ from typing import Any
 from study.reader import in_one_line
 from study.survey import Survey
 from trainables.data import Dataset
+from trainables.data.labels import two_sides
+from trainables.edges import even
 
 STEPS = 1500  # of pretraining, from which on small encoders have learnt something
 FEWEST_STEPS = 300
@@ -50,9 +52,10 @@ def first_size(found: Survey, machine: Machine) -> tuple[int | list[int], str]:
     if found.source == "volumes":
         most = CROP[machine.has_gpu]
         size = [max(8, min(most, edge) // 8 * 8) for edge in smallest]
-        return size, f"the smallest volume that was looked at is {_times(smallest)} voxels"
+        return size, f"nearly all volumes that were looked at are {_times(smallest)} or more"
     edge = min(TILE[machine.has_gpu], *smallest)
-    return max(8, edge // 16 * 16), f"the smallest image that was looked at is {_times(smallest)}"
+    why = f"nearly all images that were looked at are {_times(smallest)} or more"
+    return max(8, edge // 16 * 16), why
 
 
 def needs_resizing(found: Survey, dataset: Dataset) -> bool:
@@ -66,7 +69,7 @@ def patches_of(dataset: Dataset, machine: Machine, spacing: Sequence[float] | No
     size, volume = dataset.size, math.prod(dataset.size)
     found = []
     for patch in (2, 4, 8, 16, 32):
-        edges = even_patch(patch, spacing or [1.0] * len(size))
+        edges = even(patch, spacing or [1.0] * len(size))
         if any(edge % part or part > edge for edge, part in zip(size, edges, strict=True)):
             continue
         if 4 <= volume // math.prod(edges) <= MOST_TOKENS[machine.has_gpu]:
@@ -74,11 +77,6 @@ def patches_of(dataset: Dataset, machine: Machine, spacing: Sequence[float] | No
     smallest = min(_diameters(dataset).values(), default=math.inf)
     resolving = [patch for patch in found if min(_edges(patch)) <= smallest]
     return (resolving[:3] if len(resolving) > 1 else found[:2]) or [8]
-
-
-def even_patch(edge: int, spacing: Sequence[float]) -> list[int]:
-    """A patch of this edge along the finest axis, as long in mm along all as powers of 2 allow."""
-    return [max(2, edge // 2 ** round(math.log2(step / min(spacing)))) for step in spacing]
 
 
 def affordable(hours: float | None) -> int:
@@ -163,6 +161,10 @@ def _trial(
             },
         },
     }
+    if two_sides(dataset.classes):
+        to_the_right = 1 if len(dataset.size) == 2 else 0
+        axes = [axis for axis in range(len(dataset.size)) if axis != to_the_right]
+        trial["segment"]["augment"] = {"name": "crops", "scale": [0.5, 1.0], "flip_axes": axes}
     if machine.has_fast_bf16 and not machine.has_gpu:
         trial["pretrain"]["precision"] = trial["segment"]["precision"] = "bf16"
     return trial

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import mul
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from study.checks import geometry_problems
-from study.draft import even_patch
 from study.reader import in_one_line
 from trainables.config import num_steps
-from trainables.edges import in_words, per_axis, simplest
+from trainables.data.labels import two_sides
+from trainables.edges import even, in_words, per_axis, simplest
 from trainables.labelled import classes_missing
 from trainables.metrics import MIOU, PHASES, PSNR, metric_of, parse
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from trainables.data import Dataset
     from trainables.data.source import Split
 
-OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lh": "rh", "rh": "lh"}
-SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z])")
 FEW_OBJECTS = 5  # in validation, of which each one decides too much
 FEW_SIGHTS = 100  # of a class in all of segmentation, after which little is learnt of it
 RARE = 1e-3  # share of the pixels
@@ -195,7 +192,7 @@ def _uneven_patches(spec: StudySpec, dataset: Dataset) -> list[str]:
     lines = []
     for patch in arms_patches(spec, len(dataset.size)):
         edges = list(map(mul, patch, spacing))
-        better = even_patch(max(patch), spacing)
+        better = even(max(patch), spacing)
         if max(edges) / min(edges) > UNEVEN and better != list(patch):
             lines.append(
                 f"model.patch: {in_words(simplest(patch))} is "
@@ -229,7 +226,7 @@ def _flip_problems(spec: StudySpec, data: DataSize) -> list[str]:
                 f"images, 0 to {axes - 1}"
             )
         elif phase == "segment" and (flipped is None or side in flipped):
-            pair = _two_sides(data.classes)
+            pair = two_sides(data.classes)
             others = [axis for axis in range(axes) if axis != side]
             given = {**augment.model_dump(mode="json", by_alias=True), "flip_axes": others}
             if pair:
@@ -239,17 +236,6 @@ def _flip_problems(spec: StudySpec, data: DataSize) -> list[str]:
                     f"other; expected `augment: {in_one_line(given)}`"
                 )
     return problems
-
-
-def _two_sides(classes: Sequence[str]) -> tuple[str, str] | None:
-    """Two classes whose names differ in left and right alone."""
-    known = {name.lower(): name for name in classes}
-    for name in classes:
-        words = SIDES.split(name.lower())
-        other = "".join(OTHER_SIDE.get(word, word) for word in words)
-        if other != name.lower() and other in known:
-            return name, known[other]
-    return None
 
 
 def _label_counts(spec: StudySpec) -> list[tuple[str, int | float | None]]:

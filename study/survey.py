@@ -53,6 +53,8 @@ COLUMNS = {
 }  # fmt: skip
 # Patterns of names whose first part may be what belongs together
 GROUPS = (r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$", r"^([A-Za-z]+\d+)[_-]")
+FEW = 0.1  # of the images may be smaller than a tile, and are padded
+MOST_CHANNELS = 8  # of a fourth axis; longer ones are of time
 MOST_LOOKED_AT = 48  # files, spread over all
 FEWEST_GROUPS = 6
 MOST_BYTES = DEFAULT_MIB * 2**20  # of a volume in memory
@@ -84,8 +86,9 @@ class Survey:
 
     @property
     def smallest(self) -> tuple[int, ...]:
-        """The smallest edge along each axis of what was looked at."""
-        return tuple(np.min([one.shape for one in self.seen], axis=0).tolist())
+        """The edge along each axis that all but a few of what was looked at have at least."""
+        edges = np.quantile([one.shape for one in self.seen], FEW, axis=0, method="lower")
+        return tuple(edges.astype(int).tolist())
 
 
 def survey(folder: Path) -> Survey:
@@ -111,8 +114,11 @@ def survey(folder: Path) -> Survey:
     _find_groups(entries, found)
     looked_at = entries[:: max(1, len(entries) // MOST_LOOKED_AT)]
     found.seen = [_seen(entry, is_volumes) for entry in looked_at]
-    if not is_volumes:
+    if is_volumes:
+        _find_fourth_axis(entries, found)
+    else:
         _find_channels(found)
+        _find_window(looked_at, found)
     masks = [entry for entry in entries if entry.mask]
     if masks and named_classes(entries, places)[0] is None:
         _find_encoding(masks[:: max(1, len(masks) // MOST_LOOKED_AT)], found)
@@ -215,11 +221,31 @@ def _find_groups(entries: Sequence[Entry], found: Survey) -> None:
 
 def _seen(entry: Entry, is_volume: bool) -> Seen:
     if is_volume:
-        header = nifti.inspect(entry.image, None, MOST_BYTES).header
+        header = nifti.inspect(entry.image, None, MOST_BYTES, has_channels=True).header
         shape, spacing = in_ras(header)
-        return Seen(shape, 1 + len(entry.more), 16, False, spacing)
+        return Seen(shape, header.channels + len(entry.more), 16, False, spacing)
     picture = files.inspect(files.read(entry.image, None))
     return Seen(picture.size, picture.channels, picture.bits, picture.has_alpha, None)
+
+
+def _find_fourth_axis(entries: Sequence[Entry], found: Survey) -> None:
+    counts = {one.channels for one in found.seen}
+    channels = max(counts)
+    if len(counts) == 1 and 1 < channels <= MOST_CHANNELS and not entries[0].more:
+        found.guess("fourth_axis", "channels", f"{channels} along it in every file")
+
+
+def _find_window(entries: Sequence[Entry], found: Survey) -> None:
+    """Of pictures that are no integers of 8 or 16 bits: from their lowest to highest value."""
+    if all(one.bits <= 16 for one in found.seen):
+        return
+    pictures = [files.pixels(files.read(entry.image, None)) for entry in entries]
+    finite = [picture[np.isfinite(picture)] for picture in pictures]
+    low = min(float(values.min()) for values in finite if values.size)
+    high = max(float(values.max()) for values in finite if values.size)
+    if 0 <= low < high <= 1:
+        low, high = 0.0, 1.0
+    found.guess("window", [low, high], f"{len(entries)} pictures that were looked at")
 
 
 def _find_channels(found: Survey) -> None:

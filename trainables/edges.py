@@ -5,6 +5,7 @@ A study file may say either; inside there is a tuple with one edge for each axis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -45,3 +46,8 @@ def simplest(value: Edges | Sequence[int]) -> Edges:
 def in_words(value: Edges | Sequence[int]) -> str:
     """8 or 4x8x8."""
     return str(value) if isinstance(value, int) else "x".join(map(str, value))
+
+
+def even(edge: int, spacing: Sequence[float]) -> list[int]:
+    """A patch of this edge along the finest axis, as long in mm along all as powers of 2 allow."""
+    return [max(2, edge // 2 ** round(math.log2(step / min(spacing)))) for step in spacing]

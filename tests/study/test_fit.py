@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from study.draft import even_patch
 from study.fit import data_problems, data_size, weaknesses
 from study.loading import parse_spec
 from study.spec import StudySpec
@@ -17,6 +16,7 @@ from tests.trainables.test_store import source_of
 from trainables.data import Dataset, open_dataset
 from trainables.data.source import Decoded, Whole
 from trainables.data.store import write
+from trainables.edges import even
 
 
 def spec_of(**replaced: str) -> StudySpec:
@@ -109,7 +109,7 @@ def test_patches_that_are_longer_along_one_axis_are_told(tmp_path):
     ],
 )
 def test_an_even_patch_is_about_as_long_along_every_axis(edge, spacing, patch):
-    assert even_patch(edge, spacing) == patch
+    assert even(edge, spacing) == patch
 
 
 # --- classes that have a side ---

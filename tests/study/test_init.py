@@ -32,7 +32,7 @@ from study.loading import load_spec, parse_spec
 from study.survey import survey
 from tests.study.test_commands import Capture, call
 from tests.trainables.test_images import save
-from trainables.data import DataConfig, open_dataset, prepare
+from trainables.data import DataConfig, Dataset, open_dataset, prepare
 from trainables.errors import UserError
 
 NUM_IMAGES = 12
@@ -256,15 +256,21 @@ def test_objects_larger_than_a_tile_are_shown_whole(tmp_path: Path) -> None:
     assert not needs_resizing(found, replace(dataset, size=(128, 128)))
 
 
-@pytest.mark.parametrize("machine", [LAPTOP, Machine(has_gpu=True, has_fast_bf16=False)])
-def test_every_machine_gets_a_study_file_that_can_be_read(machine: Machine, tmp_path: Path) -> None:
-    deep(tmp_path)
-    found = survey(tmp_path)
+def drafted(folder: Path, machine: Machine = LAPTOP) -> tuple[str, Dataset]:
+    """The study file for a folder of pictures, and its data."""
+    found = survey(folder)
     size, why = first_size(found, machine)
     found.guess("size", size, why)
     config = TypeAdapter(DataConfig).validate_python({"source": "images", **found.data})
-    dataset = open_dataset(prepare(config, tmp_path, tmp_path / "cache"))
-    spec = parse_spec(draft("mine", found, dataset, machine, 600, 1.5), tmp_path, where="mine")
+    dataset = open_dataset(prepare(config, folder, folder / "cache"))
+    return draft("mine", found, dataset, machine, 600, 1.5), dataset
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, Machine(has_gpu=True, has_fast_bf16=False)])
+def test_every_machine_gets_a_study_file_that_can_be_read(machine: Machine, tmp_path: Path) -> None:
+    deep(tmp_path)
+    text, dataset = drafted(tmp_path, machine)
+    spec = parse_spec(text, tmp_path, where="mine")
     assert spec.trial.model.size == ("tiny" if machine.has_gpu else "nano")
     steps = spec.trial.pretrain.epochs * len(dataset.rows("pretrain")) / spec.trial.pretrain.batch
     assert steps == pytest.approx(600, rel=0.05)
@@ -289,3 +295,42 @@ def test_channels_without_a_number_are_refused(tmp_path: Path) -> None:
     (tmp_path / "imagesTr/case_001_0000.nii.gz").unlink()
     with pytest.raises(UserError, match=r"case_001_0001.nii.gz is not called like a channel"):
         survey(tmp_path)
+
+
+def test_a_fourth_axis_of_channels_is_found(tmp_path: Path) -> None:
+    """As the Medical Segmentation Decathlon has several contrasts of one scan."""
+    for number in range(NUM_IMAGES):
+        scan = np.random.default_rng(number).integers(1, 900, (16, 20, 16, 4)).astype(np.int16)
+        path = tmp_path / f"images/case{number}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(scan, np.eye(4)), path)
+    found = survey(tmp_path)
+    assert found.data["fourth_axis"] == "channels" and found.seen[0].channels == 4
+    assert found.why["fourth_axis"] == "4 along it in every file"
+
+
+def test_pictures_of_floats_get_a_window(tmp_path: Path) -> None:
+    for number in range(NUM_IMAGES):
+        save(tmp_path / f"{number}.tif", discs(number)[0].astype(np.float32) / 255)
+    assert survey(tmp_path).data["window"] == [0.0, 1.0]
+    save(tmp_path / "0.tif", discs(0)[0].astype(np.float32) - 90)
+    low, high = survey(tmp_path).data["window"]
+    assert low == discs(0)[0].min() - 90.0 and high == discs(0)[0].max() - 90.0
+
+
+def test_a_few_small_images_do_not_decide_the_tile(tmp_path: Path) -> None:
+    for number in range(NUM_IMAGES):
+        save(tmp_path / f"{number}.png", discs(number, 64 if number else 20)[0])
+    size, why = first_size(survey(tmp_path), LAPTOP)
+    assert size == 64 and why == "nearly all images that were looked at are 64 x 64 or more"
+
+
+def test_classes_with_a_side_are_not_turned_around(tmp_path: Path) -> None:
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        save(tmp_path / f"images/{number}.png", picture)
+        save(tmp_path / f"masks/{number}.png", numbers)
+    (tmp_path / "classes.json").write_text('{"classes": ["ground", "left lung", "right lung"]}')
+    text, dataset = drafted(tmp_path)
+    assert "flip_axes: [0]" in text
+    assert data_problems(parse_spec(text, tmp_path, where="s.yaml"), data_size(dataset)) == []

@@ -617,6 +617,15 @@ def test_images_smaller_than_a_tile_are_padded_and_padding_counts_nowhere(study)
     np.testing.assert_allclose(shown, picture[:, 14:] / 255, atol=1e-5)
 
 
+def test_images_of_one_content_in_a_split_are_told(study):
+    (study / "data/images/i1.png").write_bytes((study / "data/images/i0.png").read_bytes())
+    (told,) = [note for note in source(study).notes if "content" in note]
+    assert told == (
+        "1 images have the content of another one in their split, such as images/i0.png and "
+        "images/i1.png: they count several times"
+    )
+
+
 def test_pictures_of_any_unit_need_a_window(study):
     values = [texture(seed, EDGE, EDGE).astype(np.float32) / 100 - 1 for seed in range(6)]
     for number, array in enumerate(values):

@@ -58,6 +58,7 @@ from trainables.data.rows import (
     in_parallel,
     lay_out,
     naming,
+    notes_of_twins,
     times,
     usable,
 )
@@ -202,6 +203,7 @@ def images(
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
     has_instances = mask_encoding == "instances" or any(entry.instances for entry in entries)
+    notes += notes_of_twins(entries, [read.hashes["image"] for read in reads])
     notes += _turned(reads)
     sizes = [read.header.size if fit == "tile" else reading.size for read in reads]
     notes += _padded(sizes, reading.size)

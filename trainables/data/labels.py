@@ -54,6 +54,8 @@ NEAR = 0.05  # of a whole number: what rounding made of a label
 TWO_CLASSES = ("binary", "nonzero", "instances", "threshold")
 COLOUR = re.compile("#[0-9a-fA-F]{6}")
 WHOLE = re.compile("-?[0-9]{1,9}")
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lh": "rh", "rh": "lh"}
+SIDES = re.compile(r"(?<![a-z])(left|right|lh|rh|l|r)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -267,3 +269,14 @@ def some(values: Iterable[float]) -> str:
     """The first of some values for people."""
     first = sorted(values)
     return ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")
+
+
+def two_sides(classes: Sequence[str]) -> tuple[str, str] | None:
+    """Two classes whose names differ in left and right alone."""
+    known = {name.lower(): name for name in classes}
+    for name in classes:
+        words = SIDES.split(name.lower())
+        other = "".join(OTHER_SIDE.get(word, word) for word in words)
+        if other != name.lower() and other in known:
+            return name, known[other]
+    return None

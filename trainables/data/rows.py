@@ -113,6 +113,21 @@ def duplicates(entries: Sequence[Entry], content: dict[int, str]) -> list[str]:
     return problems
 
 
+def notes_of_twins(entries: Sequence[Entry], content: Sequence[str]) -> list[str]:
+    """Images of one content within a split, under different names: they count several times."""
+    names: dict[str, list[str]] = {}
+    for entry, digest in zip(entries, content, strict=True):
+        names.setdefault(digest, []).append(entry.name)
+    alike = [found for found in names.values() if len(found) > 1]
+    if not alike:
+        return []
+    count = sum(len(found) - 1 for found in alike)
+    return [
+        f"{count} images have the content of another one in their split, such as "
+        f"{' and '.join(max(alike, key=len)[:2])}: they count several times"
+    ]
+
+
 def check_not_empty(entries: Sequence[Entry]) -> None:
     """There must be something to train on, and something to be judged on."""
     counts = Counter(str(entry.split) for entry in entries)

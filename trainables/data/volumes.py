@@ -65,6 +65,7 @@ from trainables.data.rows import (
     duplicates,
     in_parallel,
     naming,
+    notes_of_twins,
     times,
     usable,
 )
@@ -250,6 +251,7 @@ def volumes(
     check_not_empty(entries)
     if reading.headroom > 1 and _are_hounsfield(reads):
         reading = replace(reading, window=HOUNSFIELD)
+    notes += notes_of_twins(entries, [read.content for read in reads])
     notes += _notes(entries, reads, reading, size)
     scored = Grids(
         shapes=[in_ras(read.images[0].header)[0] for read in reads],
