@@ -167,6 +167,8 @@ def _trial(
         trial["segment"]["augment"] = {"name": "crops", "scale": [0.5, 1.0], "flip_axes": axes}
     if machine.has_fast_bf16 and not machine.has_gpu:
         trial["pretrain"]["precision"] = trial["segment"]["precision"] = "bf16"
+    if not dataset.is_labelled:
+        del trial["segment"]
     return trial
 
 
@@ -197,7 +199,7 @@ def _why_patches(diameters: dict[str, float], dataset: Dataset) -> str:
     if not diameters:
         return tile
     sizes = ", ".join(f"{name} {size:g}" for name, size in diameters.items())
-    return f"{tile}; diameters in pixels or mm: {sizes}"
+    return f"{tile}; diameters in {'px' if len(dataset.size) == 2 else 'mm'}: {sizes}"
 
 
 def _diameters(dataset: Dataset) -> dict[str, float]:
@@ -218,7 +220,7 @@ def _edges(patch: int | list[int], axes: int = 1) -> list[int]:
 
 
 def _setting(key: str, value: Any, why: str | None) -> str:
-    return f"  {key}: {in_one_line(value)}" + (f"  # guessed from {why}" if why else "")
+    return f"  {key}: {in_one_line(value)}" + (f"  # guessed: {why}" if why else "")
 
 
 def _times(size: Sequence[int]) -> str:

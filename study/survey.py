@@ -55,6 +55,7 @@ COLUMNS = {
 GROUPS = (r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$", r"^([A-Za-z]+\d+)[_-]")
 FEW = 0.1  # of the images may be smaller than a tile, and are padded
 MOST_CHANNELS = 8  # of a fourth axis; longer ones are of time
+BLACK, WHITE = 0x000000, 0xFFFFFF  # what backgrounds are painted in
 MOST_LOOKED_AT = 48  # files, spread over all
 FEWEST_GROUPS = 6
 MOST_BYTES = DEFAULT_MIB * 2**20  # of a volume in memory
@@ -323,10 +324,12 @@ def _find_colours(masks: Sequence[Entry], found: Survey) -> None:
         numbers, times = np.unique(as_numbers(picture), return_counts=True)
         counts.update(dict(zip(numbers.tolist(), times.tolist(), strict=True)))
     found.guess("mask_encoding", "colours", f"colours in {len(masks)} masks that were looked at")
-    ground, *others = [number for number, _ in counts.most_common()]
+    plain = [number for number in (BLACK, WHITE) if number in counts]
+    ground = max(plain or counts, key=lambda number: counts[number])
     names = {colours([ground]): "background"}
+    others = [number for number, _ in counts.most_common() if number != ground]
     names |= {colours([number]): f"colour {number:06x}" for number in others}
-    found.guess("classes", names, f"the masks, mostly {colours([ground])}; name them as you like")
+    found.guess("classes", names, f"{colours([ground])} as the background; name them as you like")
 
 
 # Names

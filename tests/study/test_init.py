@@ -318,6 +318,22 @@ def test_pictures_of_floats_get_a_window(tmp_path: Path) -> None:
     assert low == discs(0)[0].min() - 90.0 and high == discs(0)[0].max() - 90.0
 
 
+def test_the_background_of_colours_is_black_or_white_if_there_is_such_a_colour(
+    tmp_path: Path,
+) -> None:
+    """Cells may cover more than what is between them."""
+    paint = np.array([[200, 0, 0], [255, 255, 255], [0, 0, 120]], np.uint8)
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        save(tmp_path / f"images/{number}.png", picture)
+        save(tmp_path / f"masks/{number}.png", paint[numbers])
+    classes = survey(tmp_path).data["classes"]
+    assert classes["#ffffff"] == "background" and list(classes) == ["#ffffff", "#c80000", "#000078"]
+    (tmp_path / "masks/0.png").unlink()
+    save(tmp_path / "masks/0.png", (paint * np.array([[1], [0], [1]], np.uint8))[discs(0)[1]])
+    assert survey(tmp_path).data["classes"]["#ffffff"] == "background"  # of both the commoner
+
+
 def test_a_few_small_images_do_not_decide_the_tile(tmp_path: Path) -> None:
     for number in range(NUM_IMAGES):
         save(tmp_path / f"{number}.png", discs(number, 64 if number else 20)[0])
