@@ -72,15 +72,23 @@ def parse_spec(text: str, folder: Path, *, where: str, defaults: str = DEFAULTS)
     spec = None
     if isinstance(document.data, dict) and (document.data or not problems.found):
         if defaults == "0.1":
-            trial = document.data.get("trial", {})
+            trial, data = document.data.get("trial", {}), document.data.get("data")
             if isinstance(trial, dict):
                 sections: dict[str, Any] = {section: {} for section in TrialConfig.model_fields}
                 document.data["trial"] = completed(sections | trial)
+            if isinstance(data, dict) and data.get("source") == "volumes":
+                document.data["data"] = data | _percentiles_before_0_2(data)
         spec = _check(document.data, problems)
     if problems.found or spec is None:
         raise UserError("\n".join(problems.lines()))
     spec._folder, spec._text = folder, text
     return spec
+
+
+def _percentiles_before_0_2(data: dict[str, Any]) -> dict[str, Any]:
+    """What 0.1 did with intensities of volumes of which nothing was said."""
+    is_said = data.get("window") is not None or data.get("percentiles") is not None
+    return {} if is_said else {"percentiles": [0.5, 99.5]}
 
 
 def spec_of(folder: StudyFolder) -> StudySpec:

@@ -657,3 +657,22 @@ def test_whatever_stands_in_the_file_only_a_user_error_is_raised(changes):
         assert all(line.startswith("s.yaml:") for line in str(error).splitlines())
     else:
         OptunaStudy(spec).ask(0)
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("", (0.5, 99.5)),
+        (", percentiles: null", (0.5, 99.5)),
+        (", percentiles: [1, 99]", (1, 99)),
+        (", window: [-100, 200]", None),
+    ],
+)
+def test_volumes_of_a_study_that_0_1_began_keep_their_intensities(said, read):
+    """By default it cut off what lies beyond these percentiles; today that is kept."""
+    data = f"{{source: volumes, folder: scans, size: [16, 16, 16]{said}}}"
+    text = f"study: old\ndata: {data}\nbudget: {{trials: 4}}\n"
+    spec = parse_spec(text, Path(), where="old.yaml", defaults="0.1")
+    assert spec.data.options()["percentiles"] == read
+    today = parse_spec(text, Path(), where="old.yaml")
+    assert today.data.options()["percentiles"] == (read if "[" in said else None)
