@@ -206,7 +206,7 @@ def _shape(dim: list[int], has_channels: bool) -> tuple[tuple[int, ...], int]:
         raise UserError(f"has the size {times(edges)}; expected edges of 1 to {LARGEST_EDGE}")
     most = 4 if has_channels else 3
     if len(edges) < 3 or any(edge > 1 for edge in edges[most:]):
-        ways = ""
+        ways = "; save pictures as PNG or TIFF, and read them by source: images"
         if len(edges) > most:
             ways = "; name the volumes of a series one by one"
             ways += ", or set fourth_axis: channels if it is one scan" * (not has_channels)
