@@ -69,9 +69,16 @@ def decided_by_main(decision: Any, context: Context) -> Any:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 when asked for, and by itself ("auto") on CUDA; weights and reductions stay fp32."""
-    is_bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    """bf16 when asked for, and by itself ("auto") on a GPU that computes in it.
+
+    Weights and reductions stay fp32.
+    """
+    is_bf16 = precision == "bf16" or (precision == "auto" and _computes_in_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -25,6 +25,8 @@ from trainables.errors import StorageError
 from trainables.watch import GRACE_SECONDS, watched
 
 MEETING = timedelta(minutes=5)  # that the ranks of a group get to find each other
+# what libraries say that have no error of their own for it
+OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
 # of waiting in a collective: whether a group hangs is judged by its desk
 A_DAY = timedelta(days=1)
 
@@ -66,10 +68,15 @@ def work(
         except Exception as error:  # whatever a trial throws is that trial's outcome
             # its desk cannot be reached: the network between them is cut
             is_cut_off = isinstance(error, ray.exceptions.RayActorError)
+            is_spent = device.type == "cuda" and not _answers(lambda: torch.ones(1).to(device))
             if not is_cut_off and not _is_lost_peer(error, world_size):
-                ray.get(desk.finish.remote(serial, *_as_outcome(error)))
-            if world_size > 1 or is_cut_off:
-                # the other ranks hang in a collective: only a new group gets them out of it
+                ending, text = _as_outcome(error)
+                if is_spent:  # perhaps by the trial, perhaps not: a new process tells
+                    ending, text = Ending.LOST, f"{device} answers no more after:\n{text}"
+                ray.get(desk.finish.remote(serial, ending, text))
+            if world_size > 1 or is_cut_off or is_spent:
+                # the other ranks hang in a collective, or every next job would fail on this device:
+                # only a new group gets them out of it
                 ray.get(desk.condemn.remote(ticket))
                 raise
         else:
@@ -166,13 +173,28 @@ def _train(
 
 def _as_outcome(error: Exception) -> tuple[Ending, str]:
     """Outcome and text of an error of the trial."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    is_memory = any(words in str(error) for words in OUT_OF_MEMORY)
+    if is_memory or isinstance(error, MemoryError | torch.OutOfMemoryError):
         return Ending.OUT_OF_MEMORY, str(error) or "the worker ran out of memory"
     if isinstance(error, StorageError):
         return Ending.LOST, str(
             error
         )  # no fault of the trial's: it may go on when the storage does
     return Ending.FAILED, "".join(traceback.format_exception(error))
+
+
+def _answers(use: Callable[[], object]) -> bool:
+    """Whether a device still works. Illegal access, a failed assertion or a memory error ends that.
+
+    Such an error of CUDA is told at every later use, until the process ends.
+    """
+    try:
+        use()
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_lost_peer(error: Exception, world_size: int) -> bool:

@@ -39,7 +39,7 @@ from trainables.config import (
 from trainables.context import Context
 from trainables.cost import segment_flops
 from trainables.data import Dataset
-from trainables.data.batches import to_device, whole_volume
+from trainables.data.batches import free_memory, to_device, whole_volume
 from trainables.data.source import tile_within
 from trainables.endings import Ending
 from trainables.errors import UserError
@@ -350,7 +350,7 @@ def _stitched(
 def _stitching_place(voxels: int, values: int, device: torch.device) -> torch.device:
     """Where to put scores together: on the host if they would take much of a GPU."""
     num_bytes = voxels * 4 * values
-    if device.type == "cuda" and num_bytes > STITCHING_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and num_bytes > STITCHING_SHARE * free_memory(device):
         return torch.device("cpu")
     return device
 

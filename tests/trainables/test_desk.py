@@ -17,7 +17,7 @@ from trainables import desk as desks
 from trainables.desk import MAX_GROUP_STARTS, Desk
 from trainables.endings import Ending
 from trainables.errors import StorageError
-from trainables.ray_worker import _as_outcome
+from trainables.ray_worker import _answers, _as_outcome
 
 
 @dataclass
@@ -45,8 +45,27 @@ def told(story: Coroutine[Any, Any, Any]) -> Any:
 def test_running_out_of_memory_is_an_outcome_of_its_own() -> None:
     assert _as_outcome(torch.OutOfMemoryError("planted")) == ("out-of-memory", "planted")
     assert _as_outcome(MemoryError())[0] == "out-of-memory"
+    cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert _as_outcome(RuntimeError(cublas)) == ("out-of-memory", cublas)
     assert _as_outcome(ValueError("planted"))[0] == "failed"
     assert _as_outcome(StorageError("planted")) == ("lost", "planted")
+
+
+@pytest.mark.parametrize(
+    ("error", "answers"),
+    [
+        (None, True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_device_that_fails_at_every_use_is_spent(error: Exception | None, answers: bool) -> None:
+    def use() -> None:
+        if error is not None:
+            raise error
+
+    assert _answers(use) == answers
 
 
 def test_a_job_that_always_kills_its_workers_is_given_up_and_the_next_one_is_taken() -> None:

@@ -269,4 +269,10 @@ def _fits(
     if dataset.volumes is not None:
         voxels = dataset.volumes.shapes[np.unique(dataset.volumes.owner[rows])].prod(axis=1).sum()
     num_bytes = voxels * (dataset.channels * dataset.images.dtype.itemsize + labels)
-    return bool(num_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0])
+    return bool(num_bytes <= RESIDENT_SHARE * free_memory(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that are free, or that torch keeps for itself and would use again."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
