@@ -33,6 +33,7 @@ from trainables.data.images import (
     mask_values,
 )
 from trainables.data.labels import as_numbers, colours
+from trainables.data.opened import read
 from trainables.data.volumes import DEFAULT_MIB, SEPARATOR, in_ras
 from trainables.errors import UserError
 
@@ -97,7 +98,7 @@ def survey(folder: Path) -> Survey:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a folder of images")
     names = [path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder)]
-    is_volumes = any(path.name.lower().endswith(nifti.SUFFIXES) for path in names)
+    is_volumes = _are_volumes(names)
     suffixes = nifti.SUFFIXES if is_volumes else files.SUFFIXES
     pictures = [path for path in names if path.name.lower().endswith(suffixes)]
     if not pictures:
@@ -105,7 +106,7 @@ def survey(folder: Path) -> Survey:
         there = ", ".join(f"{count} {kind}" for kind, count in kinds) or "nothing"
         raise UserError(
             f"{folder}: holds no image ({there}); expected files that end in "
-            f"{', '.join((*files.SUFFIXES, *nifti.SUFFIXES))}"
+            f"{', '.join(files.SUFFIXES)}"
         )
     found = Survey("volumes" if is_volumes else "images")
     _find_places(folder, pictures, suffixes, found)
@@ -124,6 +125,18 @@ def survey(folder: Path) -> Survey:
     if masks and named_classes(entries, places)[0] is None:
         _find_encoding(masks[:: max(1, len(masks) // MOST_LOOKED_AT)], found)
     return found
+
+
+def _are_volumes(names: Sequence[Path]) -> bool:
+    """Whether there is NIfTI, and not of planes."""
+    first = next((path for path in names if path.name.lower().endswith(nifti.SUFFIXES)), None)
+    if first is None:
+        return False
+    try:
+        nifti.inspect_plane(read(first, None), MOST_BYTES)
+    except UserError:
+        return True
+    return False
 
 
 # Where the files are
@@ -222,10 +235,10 @@ def _find_groups(entries: Sequence[Entry], found: Survey) -> None:
 
 def _seen(entry: Entry, is_volume: bool) -> Seen:
     if is_volume:
-        header = nifti.inspect(entry.image, None, MOST_BYTES, has_channels=True).header
+        header = nifti.inspect(entry.image, None, MOST_BYTES, kind="channels").header
         shape, spacing = in_ras(header)
         return Seen(shape, header.channels + len(entry.more), 16, False, spacing)
-    picture = files.inspect(files.read(entry.image, None))
+    picture = files.inspect(read(entry.image, None))
     return Seen(picture.size, picture.channels, picture.bits, picture.has_alpha, None)
 
 
@@ -240,7 +253,7 @@ def _find_window(entries: Sequence[Entry], found: Survey) -> None:
     """Of pictures that are no integers of 8 or 16 bits: from their lowest to highest value."""
     if all(one.bits <= 16 for one in found.seen):
         return
-    pictures = [files.pixels(files.read(entry.image, None)) for entry in entries]
+    pictures = [files.pixels(read(entry.image, None)) for entry in entries]
     finite = [picture[np.isfinite(picture)] for picture in pictures]
     low = min(float(values.min()) for values in finite if values.size)
     high = max(float(values.max()) for values in finite if values.size)
@@ -313,14 +326,14 @@ def _values(entry: Entry, is_volume: bool) -> Any:
     if is_volume:
         before, stored = nifti.load(entry.mask, None, MOST_BYTES)
         return nifti.values(before.header, stored)
-    return mask_values(files.read(entry.mask, None), "index")
+    return mask_values(read(entry.mask, None), "index")
 
 
 def _find_colours(masks: Sequence[Entry], found: Survey) -> None:
     counts: Counter[int] = Counter()
     for entry in masks:
         assert entry.mask is not None
-        picture = mask_values(files.read(entry.mask, None), "colours")
+        picture = mask_values(read(entry.mask, None), "colours")
         numbers, times = np.unique(as_numbers(picture), return_counts=True)
         counts.update(dict(zip(numbers.tolist(), times.tolist(), strict=True)))
     found.guess("mask_encoding", "colours", f"colours in {len(masks)} masks that were looked at")

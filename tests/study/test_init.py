@@ -309,6 +309,20 @@ def test_a_fourth_axis_of_channels_is_found(tmp_path: Path) -> None:
     assert found.why["fourth_axis"] == "4 along it in every file"
 
 
+def test_nifti_of_planes_are_pictures(tmp_path: Path) -> None:
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        for kind, values in (("images", picture.astype(np.int16) * 4 - 300), ("masks", numbers)):
+            path = tmp_path / f"{kind}/{number}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(values[..., None], np.eye(4)), path)
+    text, dataset = drafted(tmp_path)
+    every = np.stack([discs(number)[0] for number in range(NUM_IMAGES)]) * 4.0 - 300
+    assert "source: images" in text and f"window: [{every.min()}, {every.max()}]" in text
+    assert dataset.classes == ["background", "class 1", "class 2"] and dataset.is_labelled
+    np.testing.assert_array_equal(dataset.masks[0], discs(0)[1].T[::-1])
+
+
 def test_pictures_of_floats_get_a_window(tmp_path: Path) -> None:
     for number in range(NUM_IMAGES):
         save(tmp_path / f"{number}.tif", discs(number)[0].astype(np.float32) / 255)

@@ -509,7 +509,7 @@ BAD = {
     ),
     "is not a regular file": lambda study: change(study, 0, image="images"),
     "leads out of the data folder": lambda study: change(study, 0, image="../secret.png"),
-    "is not a PNG, JPEG, BMP, GIF or TIFF image": image_bytes(b"8BPS nothing of use"),
+    "is not a PNG, JPEG, BMP, GIF, TIFF or NIfTI image": image_bytes(b"8BPS nothing of use"),
     "i0.png (manifest.csv line 2) is not a PNG, JPEG, BMP, GIF": image_bytes(b"GIF89a nothing"),
     "expected at most 25 megapixels": image_bytes(bomb()),
     "is 65000x65000 with 1 channels": image_bytes(bomb(65000, b"eXIf")),

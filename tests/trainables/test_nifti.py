@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from trainables.data import files, nifti
 from trainables.data.nifti import SLACK, inspect, load, values
 from trainables.errors import UserError
 
@@ -235,3 +236,46 @@ def test_files_must_lie_in_the_data_folder(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="leads out of the data folder"):
         inspect(path, tmp_path / "data", MIB)
+
+
+# --- planes ---
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 1, 7), (1, 5, 7), (5, 7, 1, 1)])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_plane_is_a_picture_with_up_upwards(tmp_path, shape, suffix):
+    stored = np.arange(35, dtype=np.float32).reshape(shape) / 10 - 1
+    path = save(tmp_path / f"p{suffix}", stored)
+    data = path.read_bytes()
+    header = files.inspect(data)
+    assert (header.size, header.channels, header.bits) == ((7, 5), 1, 32)
+    picture = files.pixels(data)
+    assert picture.shape == (1, 7, 5) and picture.dtype == np.float32
+    np.testing.assert_array_equal(picture[0], stored.reshape(5, 7).T[::-1])
+
+
+def test_a_plane_stored_along_other_axes_is_the_same_picture(tmp_path):
+    stored = np.arange(35, dtype=np.int16).reshape(5, 7, 1)
+    expected = files.pixels(save(tmp_path / "straight.nii", stored).read_bytes())
+    turned = save(tmp_path / "turned.nii", stored[::-1, ::-1], np.diag([-1, -1, 1, 1]))
+    np.testing.assert_array_equal(files.pixels(turned.read_bytes()), expected)
+    scaled = nibabel.Nifti1Image(stored / 10, np.eye(4))
+    scaled.set_data_dtype(np.int16)
+    nibabel.save(scaled, tmp_path / "scaled.nii")
+    found = files.pixels((tmp_path / "scaled.nii").read_bytes())
+    np.testing.assert_allclose(found, expected / 10, atol=1e-3)
+
+
+def test_a_volume_is_no_picture_and_a_picture_no_volume(tmp_path):
+    volume = save(tmp_path / "v.nii.gz", np.zeros((4, 5, 6), np.int16))
+    with pytest.raises(UserError, match="expected one plane: volumes are read by source: volumes"):
+        files.inspect(volume.read_bytes())
+    plane = save(tmp_path / "p.nii.gz", np.zeros((4, 5), np.int16))
+    with pytest.raises(UserError, match=r"has 2 axes, 4x5; .*planes are read by source: images"):
+        nifti.inspect(plane, None, 2**20)
+
+
+def test_a_plane_is_not_unpacked_further_than_the_limit(tmp_path):
+    path = save(tmp_path / "p.nii.gz", np.zeros((3000, 3000), np.int16))
+    with pytest.raises(UserError, match="expected at most 8"):
+        files.inspect(path.read_bytes(), megapixels=1)

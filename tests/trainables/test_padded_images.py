@@ -1,8 +1,9 @@
-"""Trials on pictures of which some are smaller than a tile: padding is not seen, learnt or judged."""
+"""Trials on pictures smaller than a tile: padding is not seen, learnt or judged."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def dataset(tmp_path: Path) -> Dataset:
         np.zeros((ends[-1], 1, *TILE), np.uint8),
         splits=splits,
         classes=["background", "disc"],
-        parts=[range(first, end) for first, end in zip(ends, ends[1:], strict=False)],
+        parts=[range(first, end) for first, end in pairwise(ends)],
         decode=lambda part: tiles[part],
         cut_from=SIZES,
         small_classes=[],

@@ -1,4 +1,4 @@
-"""One image file, read as every viewer shows it: PNG, JPEG, BMP, GIF, TIFF; 8 or 16 bit.
+"""One image file, read as every viewer shows it: PNG, JPEG, BMP, GIF, TIFF, NIfTI of one plane.
 
 The size is taken from the header and limited before a pixel is decoded, a truncated file is an
 error, and nothing is converted behind the user's back (16-bit colour PNG would become 8-bit). What
@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import io
 import math
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from trainables.data import nifti
 from trainables.errors import UserError
 from trainables.late import Late
 
@@ -34,9 +33,10 @@ Array = npt.NDArray[Any]
 Colour = tuple[int, int, int]  # red, green, blue of 0 to 255
 
 MEGAPIXEL = 10**6
+LARGEST_VALUE = 8  # bytes
 DEFAULT_MEGAPIXELS = 25  # of one image, at most
 MAX_CHANNELS = 64
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", *nifti.SUFFIXES)
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF")
 PILLOW_MODES = {  # mode -> channels, bits, has an alpha channel
     "1": (1, 8, False),
@@ -88,40 +88,16 @@ class Header:
     is_read_anew: bool = False  # otherwise than release 0.1 did
 
 
-def read(path: Path, inside: Path | None) -> bytes:
-    """The bytes of a regular file, which must lie in the folder `inside`, links followed."""
-    with opened(path, inside) as file:
-        return file.read()
-
-
-@contextmanager
-def opened(path: Path, inside: Path | None) -> Iterator[BinaryIO]:
-    """A regular file to read, which must lie in the folder `inside`, links followed."""
-    try:
-        real = path.resolve(strict=True)
-        if inside is not None and not real.is_relative_to(inside.resolve()):
-            raise UserError(
-                f"leads out of the data folder {inside}; move it there, or set allow_outside: true"
-            )
-        if not stat.S_ISREG(real.stat().st_mode):
-            raise UserError("is not a regular file")
-        with real.open("rb") as file:
-            yield file
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError("does not exist") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a circle of links: RuntimeError
-        raise UserError(f"cannot be read: {error}") from error
-
-
 def inspect(
     data: bytes, *, as_labels: bool = False, megapixels: int = DEFAULT_MEGAPIXELS
 ) -> Header:
     """The header of an image; a palette means colours in pictures and indices in labels."""
-    is_tiff = data[:4] in TIFF_MAGIC
     with _reading():
-        if is_tiff:
+        if nifti.is_nifti(data):
+            plane = nifti.inspect_plane(data, megapixels * MEGAPIXEL * LARGEST_VALUE)
+            header = Header(plane, 1, 32, has_alpha=False)
+            _check_room(header.size, header.channels, megapixels)
+        elif data[:4] in TIFF_MAGIC:
             header = _inspect_tiff(data, as_labels)
             _check_room(header.size, header.channels, megapixels)
         else:
@@ -136,9 +112,10 @@ def pixels(data: bytes, *, as_labels: bool = False) -> Array:
 
     uint8 or uint16; numbers of any unit, and labels, as they are stored.
     """
-    is_tiff = data[:4] in TIFF_MAGIC
     with _reading():
-        if is_tiff:
+        if nifti.is_nifti(data):
+            return nifti.plane(data)[None]
+        if data[:4] in TIFF_MAGIC:
             header, array = _decode_tiff(data, as_labels)
         else:
             header, array = _decode_pillow(data, as_labels)
@@ -171,7 +148,7 @@ def _reading() -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError("is not a PNG, JPEG, BMP, GIF or TIFF image") from None
+        raise UserError("is not a PNG, JPEG, BMP, GIF, TIFF or NIfTI image") from None
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot be decoded, it may be truncated: {reason}") from error

@@ -51,6 +51,7 @@ from trainables.data.labels import (
     labels_of,
     whole,
 )
+from trainables.data.opened import read
 from trainables.data.rows import (
     check_not_empty,
     cut,
@@ -270,7 +271,7 @@ def example(folder: Path) -> dict[str, Any]:
 def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
     """Headers and hashes of an entry's files; an error says what does not fit."""
     with naming(entry.image, entry):
-        image = files.read(entry.image, reading.inside)
+        image = read(entry.image, reading.inside)
         header = files.inspect(image, megapixels=reading.megapixels)
         _convert(np.empty((header.channels, 0, 0), np.uint8), header, reading.channels)
         if header.bits == 32 and reading.window is None:
@@ -281,7 +282,7 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
         if path is None:
             continue
         with naming(path, entry):
-            data = files.read(path, reading.inside)
+            data = read(path, reading.inside)
             labels = files.inspect(data, as_labels=True, megapixels=reading.megapixels)
             if labels.size != header.size:
                 raise UserError(
@@ -459,7 +460,7 @@ def _components(labels: Array) -> npt.NDArray[np.uint16]:
 
 
 def _unchanged(entry: Entry, kind: str, inspected: Inspected, reading: Reading) -> bytes:
-    data = files.read(getattr(entry, kind), reading.inside)
+    data = read(getattr(entry, kind), reading.inside)
     if hashlib.sha256(data).hexdigest() != inspected.hashes[kind]:
         raise UserError("changed while it was read; start again")
     return data
@@ -472,7 +473,7 @@ def _numbers_of_objects(entries: Sequence[Entry], reading: Reading) -> list[str]
     def values(entry: Entry) -> Array:
         assert entry.mask is not None
         with naming(entry.mask, entry):
-            found = mask_values(files.read(entry.mask, reading.inside), "index")
+            found = mask_values(read(entry.mask, reading.inside), "index")
         return np.where(np.isin(found, reading.labels.ignore), 0, found)
 
     if not look_like_numbers_of_objects(map(values, masks[:: max(1, len(masks) // LOOKED_AT)])):

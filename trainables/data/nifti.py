@@ -1,4 +1,4 @@
-"""One NIfTI file (.nii or .nii.gz, version 1 or 2), read with care.
+"""One NIfTI file (.nii or .nii.gz, version 1 or 2), read with care: a volume, or a plane.
 
 The header is checked before memory is taken: what it promises has to be a volume, to stay below a
 limit, and to agree with the file. A packed file is never unpacked further than its header promises.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data import files
+from trainables.data.opened import opened
 from trainables.data.rows import times
 from trainables.errors import UserError
 from trainables.late import Late
@@ -31,11 +31,14 @@ from trainables.settings import digest
 
 if TYPE_CHECKING:
     import nibabel
-    from nibabel import spatialimages
+    from nibabel import orientations, spatialimages
 else:
     nibabel, spatialimages = Late("nibabel"), Late("nibabel.spatialimages")
+    orientations = Late("nibabel.orientations")
 
 Array = npt.NDArray[Any]
+# channels: a fourth axis has the channels of one volume; plane: one axis of three has one voxel
+Kind = Literal["volume", "channels", "plane"]
 
 SUFFIXES = (".nii.gz", ".nii")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -98,19 +101,48 @@ class Inspected:
 
 
 def inspect(
-    path: Path, inside: Path | None, most_bytes: int, *, has_channels: bool = False
+    path: Path, inside: Path | None, most_bytes: int, *, kind: Kind = "volume"
 ) -> Inspected:
-    """Check the header and walk through the file once; none of its voxels are kept.
-
-    `has_channels`: a fourth axis has the channels of one volume; else it is an error.
-    """
-    return _walk(path, inside, most_bytes, has_channels, lambda header: lambda chunk: None)
+    """Check the header and walk through the file once; none of its voxels are kept."""
+    with opened(path, inside) as file:
+        return _walk(file, most_bytes, kind, lambda header: lambda chunk: None)
 
 
 def load(
-    path: Path, inside: Path | None, most_bytes: int, *, has_channels: bool = False
+    path: Path, inside: Path | None, most_bytes: int, *, kind: Kind = "volume"
 ) -> tuple[Inspected, Array]:
     """The same with the stored voxels (i, j, k), or (i, j, k, c) of several channels, unscaled."""
+    with opened(path, inside) as file:
+        return _load(file, most_bytes, kind)
+
+
+def is_nifti(data: bytes) -> bool:
+    """Whether these are the bytes of such a file, packed or not."""
+    return data[:2] == GZIP_MAGIC or data[344:347] == b"n+1" or data[4:7] == b"n+2"
+
+
+def inspect_plane(data: bytes, most_bytes: int) -> tuple[int, int]:
+    """Height and width of the picture that a file of one plane holds."""
+    found = _walk(io.BytesIO(data), most_bytes, "plane", lambda header: lambda chunk: None)
+    height, width = _upright(np.empty(found.header.shape, np.uint8), found.header.affine).shape
+    return height, width
+
+
+def plane(data: bytes) -> Array:
+    """The values (H, W): the patient's right, or what lies forwards, on the right; up is up."""
+    found, stored = _load(io.BytesIO(data), len(data) * HIGHEST_RATIO, "plane")
+    return np.ascontiguousarray(_upright(values(found.header, stored), found.header.affine))
+
+
+def _upright(stored: Array, affine: Array) -> Array:
+    """A plane (i, j, k), one of them 1, as a picture."""
+    turned = orientations.apply_orientation(stored, orientations.io_orientation(affine))
+    across = max(axis for axis, edge in enumerate(turned.shape) if edge == 1)
+    picture: Array = turned.squeeze(across).T[::-1]
+    return picture
+
+
+def _load(file: BinaryIO, most_bytes: int, kind: Kind) -> tuple[Inspected, Array]:
     parts: list[Array] = []
 
     def make_room(header: Header) -> Callable[[bytes], None]:
@@ -125,7 +157,7 @@ def load(
 
         return keep
 
-    found = _walk(path, inside, most_bytes, has_channels, make_room)
+    found = _walk(file, most_bytes, kind, make_room)
     header = found.header
     shape = header.shape if header.channels == 1 else (*header.shape, header.channels)
     return found, parts[0].view(header.dtype).reshape(shape, order="F")
@@ -148,11 +180,11 @@ def values(header: Header, stored: Array) -> Array:
     return scaled
 
 
-def parse(raw: bytes, *, has_channels: bool = False) -> Header:
+def parse(raw: bytes, *, kind: Kind = "volume") -> Header:
     """The header at the beginning of a file; nothing it says is believed unchecked."""
     order, size = _layout(raw)
-    kind = nibabel.Nifti1Header if size == 348 else nibabel.Nifti2Header
-    fields = kind(raw[:size], endianness=order, check=False)
+    version = nibabel.Nifti1Header if size == 348 else nibabel.Nifti2Header
+    fields = version(raw[:size], endianness=order, check=False)
     magic = bytes(raw[344:348] if size == 348 else raw[4:8])
     if magic[:3] in (b"ni1", b"ni2"):
         raise UserError(
@@ -170,7 +202,7 @@ def parse(raw: bytes, *, has_channels: bool = False) -> Header:
         raise UserError(
             f"says that its voxels begin at byte {offset:g}; expected {size + 4} to {MOST_BEFORE}"
         )
-    shape, channels = _shape([int(edge) for edge in fields["dim"]], has_channels)
+    shape, channels = _shape([int(edge) for edge in fields["dim"]], kind)
     affine = _affine(fields)
     return Header(
         shape=shape,
@@ -197,21 +229,28 @@ def _layout(raw: bytes) -> tuple[Literal["<", ">"], int]:
     raise UserError("is not a NIfTI file (.nii or .nii.gz)")
 
 
-def _shape(dim: list[int], has_channels: bool) -> tuple[tuple[int, ...], int]:
+def _shape(dim: list[int], kind: Kind) -> tuple[tuple[int, ...], int]:
     """(edges of the first three axes, length of the fourth)."""
     if not 1 <= dim[0] <= 7:
         raise UserError(f"says that it has {dim[0]} axes; expected 3")
     edges = dim[1 : dim[0] + 1]
     if any(not 1 <= edge <= LARGEST_EDGE for edge in edges):
         raise UserError(f"has the size {times(edges)}; expected edges of 1 to {LARGEST_EDGE}")
-    most = 4 if has_channels else 3
-    if len(edges) < 3 or any(edge > 1 for edge in edges[most:]):
-        ways = "; save pictures as PNG or TIFF, and read them by source: images"
-        if len(edges) > most:
-            ways = "; name the volumes of a series one by one"
-            ways += ", or set fourth_axis: channels if it is one scan" * (not has_channels)
-        raise UserError(f"has {len(edges)} axes, {times(edges)}; expected one 3-D volume{ways}")
-    channels = edges[3] if has_channels and len(edges) > 3 else 1
+    given = f"has {len(edges)} axes, {times(edges)}"
+    if kind == "plane":
+        edges = [*edges, 1, 1, 1]
+        if min(edges[:3]) > 1 or any(edge > 1 for edge in edges[3:]):
+            raise UserError(f"{given}; expected one plane: volumes are read by source: volumes")
+        return tuple(edges[:3]), 1
+    if len(edges) < 3:
+        way_out = "planes are read by source: images"
+        raise UserError(f"{given}; expected one 3-D volume; {way_out}")
+    most = 4 if kind == "channels" else 3
+    if any(edge > 1 for edge in edges[most:]):
+        ways = "name the volumes of a series one by one"
+        ways += ", or set fourth_axis: channels if it is one scan" * (kind == "volume")
+        raise UserError(f"{given}; expected one 3-D volume; {ways}")
+    channels = edges[3] if kind == "channels" and len(edges) > 3 else 1
     return tuple(edges[:3]), channels
 
 
@@ -269,36 +308,33 @@ def apart(one: Array, other: Array, shape: tuple[int, ...]) -> float:
 
 
 def _walk(
-    path: Path,
-    inside: Path | None,
+    file: BinaryIO,
     most_bytes: int,
-    has_channels: bool,
+    kind: Kind,
     make_room: Callable[[Header], Callable[[bytes], None]],
 ) -> Inspected:
     """Check the header, then hand the bytes of the voxels on, piece by piece."""
-    with files.opened(path, inside) as file:
-        file_bytes = os.fstat(file.fileno()).st_size
-        is_packed = file.read(2) == GZIP_MAGIC
-        file.seek(0)
-        with _unpacking():
-            stream = gzip.GzipFile(fileobj=file) if is_packed else file
-            header = parse(stream.read(540), has_channels=has_channels)
-            _check_room(header, file_bytes, is_packed, most_bytes)
-            stream.seek(header.offset)
-            keep, seen, left = make_room(header), hashlib.sha256(), header.num_bytes
-            ends: list[float] = []
-            while left:
-                chunk = stream.read(min(AT_ONCE, left))
-                if len(chunk) < min(AT_ONCE, left):
-                    missing = left - len(chunk)
-                    raise UserError(
-                        f"is truncated: {missing:,} of {header.num_bytes:,} bytes missing"
-                    )
-                seen.update(chunk)
-                keep(chunk)
-                ends += _ends(np.frombuffer(chunk, header.dtype))
-                left -= len(chunk)
-            _check_end(header, file, stream)
+    file_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    is_packed = file.read(2) == GZIP_MAGIC
+    file.seek(0)
+    with _unpacking():
+        stream = gzip.GzipFile(fileobj=file) if is_packed else file
+        header = parse(stream.read(540), kind=kind)
+        _check_room(header, file_bytes, is_packed, most_bytes)
+        stream.seek(header.offset)
+        keep, seen, left = make_room(header), hashlib.sha256(), header.num_bytes
+        ends: list[float] = []
+        while left:
+            chunk = stream.read(min(AT_ONCE, left))
+            if len(chunk) < min(AT_ONCE, left):
+                missing = left - len(chunk)
+                raise UserError(f"is truncated: {missing:,} of {header.num_bytes:,} bytes missing")
+            seen.update(chunk)
+            keep(chunk)
+            ends += _ends(np.frombuffer(chunk, header.dtype))
+            left -= len(chunk)
+        _check_end(header, file, stream)
     shape = header.shape if header.channels == 1 else (*header.shape, header.channels)
     facts = [shape, header.dtype.str, header.slope, header.intercept, header.affine.tolist()]
     voxels = seen.hexdigest()

@@ -139,7 +139,7 @@ class Reading:
     labels: Labels
     inside: Path | None
     most_bytes: int
-    has_channels: bool
+    kind: nifti.Kind
     headroom: int  # windows above the window that are kept, with it
 
 
@@ -228,7 +228,7 @@ def volumes(
         labels=labels_of(mask_encoding, ignore, classes, small_classes or [], threshold),
         inside=None if allow_outside else places.base,
         most_bytes=max_mib * 2**20,
-        has_channels=fourth_axis == "channels",
+        kind=fourth_axis or "volume",
         headroom=HEADROOM if window is None and percentiles is None else 1,
     )
 
@@ -374,7 +374,7 @@ def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decode
 
 def _inspect(path: Path, reading: Reading) -> nifti.Inspected:
     return nifti.inspect(
-        path, reading.inside, reading.most_bytes, has_channels=reading.has_channels
+        path, reading.inside, reading.most_bytes, kind=reading.kind
     )
 
 
@@ -448,8 +448,8 @@ def to_levels(
 
 
 def _unchanged(path: Path, before: nifti.Inspected, reading: Reading) -> Array:
-    has_channels = before.header.channels > 1
-    now, stored = nifti.load(path, reading.inside, reading.most_bytes, has_channels=has_channels)
+    kind: nifti.Kind = "channels" if before.header.channels > 1 else "volume"
+    now, stored = nifti.load(path, reading.inside, reading.most_bytes, kind=kind)
     if now.identity != before.identity:
         raise UserError("changed while it was read; start again")
     return stored
