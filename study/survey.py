@@ -32,7 +32,7 @@ from trainables.data.images import (
     look_like_numbers_of_objects,
     mask_values,
 )
-from trainables.data.labels import as_numbers, colours
+from trainables.data.labels import MAX_CLASSES, as_numbers, colours
 from trainables.data.opened import read
 from trainables.data.volumes import DEFAULT_MIB, SEPARATOR, in_ras
 from trainables.errors import UserError
@@ -57,6 +57,10 @@ GROUPS = (r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$", r"^([A-Za-z
 FEW = 0.1  # of the images may be smaller than a tile, and are padded
 MOST_CHANNELS = 8  # of a fourth axis; longer ones are of time
 BLACK, WHITE = 0x000000, 0xFFFFFF  # what backgrounds are painted in
+LOSSY = (".jpg", ".jpeg")
+SHARP = 0.9  # share of the pixels of smoothed masks that are near one of their two values
+SHADES = 8  # that there are between them at least
+BRIGHT = 200  # what the higher of them is at least
 MOST_LOOKED_AT = 48  # files, spread over all
 FEWEST_GROUPS = 6
 MOST_BYTES = DEFAULT_MIB * 2**20  # of a volume in memory
@@ -297,15 +301,19 @@ def _find_encoding(masks: Sequence[Entry], found: Survey) -> None:
     elif present <= {0, 255}:
         found.guess("mask_encoding", "binary", f"0 and 255 in {count}")
         found.guess("classes", ["background", "object"], "its two values; name it as you like")
-    elif found.source == "images" and look_like_numbers_of_objects(
-        _values(entry, False) for entry in masks
+    elif _are_blurred(masks, values):
+        found.guess("mask_encoding", "threshold", f"values between two ends, in {count}")
+        found.guess("threshold", max(present) / 2, "half of the largest value")
+    elif len(present) > MAX_CLASSES or (
+        found.source == "images"
+        and look_like_numbers_of_objects(_values(entry, False) for entry in masks)
     ):
         found.guess(
             "mask_encoding",
             "instances",
-            f"values up to {max(present)}, each in one piece, in {count}",
+            f"values up to {max(present)}, nearly each in one piece, in {count}",
         )
-        found.guess("classes", ["background", "object"], "its two values; name it as you like")
+        found.guess("classes", ["background", "object"], "all but 0; name it as you like")
     else:
         odd = [
             value for value in sorted(present) if value < 0 or (value == 255 and len(present) > 2)
@@ -319,6 +327,16 @@ def _find_encoding(masks: Sequence[Entry], found: Survey) -> None:
             list(names.values()) if known == list(range(len(known))) else names,
             f"the values in {count}; name them as you like",
         )
+
+
+def _are_blurred(masks: Sequence[Entry], values: Counter[int]) -> bool:
+    """Whether masks of one class were smoothed: JPEG, or lines that were drawn with soft edges."""
+    top = max(values)
+    between = {value: n for value, n in values.items() if top / 10 < value < 0.9 * top}
+    is_soft = top >= BRIGHT and len(between) >= SHADES
+    is_sharp = sum(between.values()) < (1 - SHARP) * values.total()
+    is_lossy = all(entry.mask and entry.mask.suffix.lower() in LOSSY for entry in masks)
+    return is_lossy or (is_soft and is_sharp)
 
 
 def _values(entry: Entry, is_volume: bool) -> Any:

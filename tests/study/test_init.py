@@ -309,6 +309,31 @@ def test_a_fourth_axis_of_channels_is_found(tmp_path: Path) -> None:
     assert found.why["fourth_axis"] == "4 along it in every file"
 
 
+def test_objects_that_are_cut_are_objects_all_the_same(tmp_path: Path) -> None:
+    """Tiles cut from a label image: any numbers, some in two pieces at the rim."""
+    for number in range(NUM_IMAGES):
+        picture, _ = discs(number)
+        cells = np.arange(144, dtype=np.uint16).reshape(12, 12) + 1 + 37 * number
+        numbers = np.kron(cells, np.pad(np.ones((3, 3), np.uint16), (0, 1)))
+        numbers[:, 1:3] = numbers[:, 9:11]  # two cells of each row in two pieces
+        save(tmp_path / f"images/{number}.png", picture)
+        save(tmp_path / f"masks/{number}.tif", numbers.astype(np.float32))
+    assert survey(tmp_path).data["mask_encoding"] == "instances"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_masks_with_soft_edges_get_a_threshold(tmp_path: Path, suffix: str) -> None:
+    for number in range(NUM_IMAGES):
+        picture, mask = discs(number)
+        large = Image.fromarray((mask > 0).astype(np.uint8) * 255).resize((96, 96))
+        enlarged = Image.fromarray(picture).resize((96, 96))
+        save(tmp_path / f"images/{number}.png", np.asarray(enlarged))
+        save(tmp_path / f"masks/{number}{suffix}", np.asarray(large))
+    found = survey(tmp_path).data
+    assert found["mask_encoding"] == "threshold" and 120 < found["threshold"] < 130
+    assert set(np.unique(drafted(tmp_path)[1].masks)) == {0, 1, 255}  # where tiles overlap
+
+
 def test_nifti_of_planes_are_pictures(tmp_path: Path) -> None:
     for number in range(NUM_IMAGES):
         picture, numbers = discs(number)

@@ -88,6 +88,7 @@ DEFAULT_SHARES = Shares()
 HIGHEST = 65535  # number of an object, or level
 LOOKED_AT = 40  # masks, to tell whether their values number objects
 OBJECTS = 3  # that one of them has at least, then
+IN_ONE_PIECE = 0.9  # share of the values that are in one piece, then
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -479,23 +480,27 @@ def _numbers_of_objects(entries: Sequence[Entry], reading: Reading) -> list[str]
     if not look_like_numbers_of_objects(map(values, masks[:: max(1, len(masks) // LOOKED_AT)])):
         return []
     return [
-        f"the values of {len(masks)} masks look like numbers of objects, not classes: each is in "
-        f"one piece, and which there are differs from mask to mask; set mask_encoding: instances, "
-        f"or, if they are classes, name them: classes: [background, …]"
+        f"the values of {len(masks)} masks look like numbers of objects, not classes: nearly "
+        f"each is in one piece, and which there are differs from mask to mask; set "
+        f"mask_encoding: instances, or, if they are classes, name them: classes: [background, …]"
     ]
 
 
 def look_like_numbers_of_objects(masks: Iterable[Array]) -> bool:
-    """Whether every value (of H, W) is in one piece, and it is chance which values a mask has."""
-    kinds, most = set(), 0
+    """Whether nearly every value (of H, W) is in one piece, and it is chance which a mask has.
+
+    A few are in several, where an object was cut by others or by the rim of a picture.
+    """
+    kinds, most, total, whole_ones = set(), 0, 0, 0
     for values in masks:
         numbers = np.setdiff1d(np.unique(values), [0])
         for number in numbers:
-            if ndimage.label(values == number, structure=np.ones((3, 3)))[1] > 1:
-                return False
+            pieces = ndimage.label(values == number, structure=np.ones((3, 3)))[1]
+            whole_ones += pieces == 1
+        total += len(numbers)
         kinds.add(tuple(numbers.tolist()))
         most = max(most, len(numbers))
-    return len(kinds) > 1 and most >= OBJECTS
+    return len(kinds) > 1 and most >= OBJECTS and whole_ones >= IN_ONE_PIECE * total
 
 
 def _palettes(entries: Sequence[Entry], found: dict[int, Inspected]) -> list[str]:

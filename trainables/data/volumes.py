@@ -373,9 +373,7 @@ def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decode
 
 
 def _inspect(path: Path, reading: Reading) -> nifti.Inspected:
-    return nifti.inspect(
-        path, reading.inside, reading.most_bytes, kind=reading.kind
-    )
+    return nifti.inspect(path, reading.inside, reading.most_bytes, kind=reading.kind)
 
 
 def _are_hounsfield(reads: Sequence[Inspected]) -> bool:
