@@ -66,7 +66,7 @@ def build_sheet(dataset: Dataset, study: str, output: Path) -> Path:
         parts=[part for part in parts if part.images],
         notes=[plain(note, 400) for note in dataset.about["notes"]],
         histograms=_histograms(dataset),
-        window=f"{dataset.low:g} to {dataset.high:g}",
+        ends=plain(dataset.about["intensities"]["ends"], 200),
     )
     return write_page(output, page)
 
@@ -126,6 +126,15 @@ def _labels(dataset: Dataset, number: int) -> npt.NDArray[np.uint8]:
     return np.asarray(dataset.masks[number])
 
 
+def _objects(dataset: Dataset, number: int) -> npt.NDArray[np.uint16] | None:
+    """The numbers of its objects, where the data have them."""
+    if dataset.instances is None:
+        return None
+    if dataset.tiles is not None:
+        return dataset.labels_of(number)[1]
+    return np.asarray(dataset.instances[number])
+
+
 def _picture(dataset: Dataset, number: int) -> npt.NDArray[Any]:
     """An image or a volume (C, *S), whole."""
     if dataset.volumes is not None:
@@ -157,19 +166,26 @@ def _example(dataset: Dataset, number: int, place: int = 0) -> Example:
     shown = np.clip((picture - dataset.low) / (dataset.high - dataset.low), 0, 1)
     grey = np.repeat(shown[:1], 3, axis=0) if len(shown) < 3 else shown[:3]
     pixels = (255 * grey).round().astype(np.uint8).transpose(1, 2, 0)
-    both = [pixels] if labels is None else [pixels, overlaid(pixels, labels)]
+    both = [pixels]
+    if labels is not None:
+        both.append(overlaid(pixels, labels, _objects(dataset, number)))
     row = int(np.flatnonzero(_owners(dataset) == number)[0])
     return Example(plain(dataset.names[row].partition("@")[0]), _uri(both, tall))
 
 
-def overlaid(pixels_HW3: Pixels, labels_HW: npt.NDArray[np.uint8]) -> Pixels:
-    """The picture with each class outlined in its colour, and a little of it within."""
+def overlaid(
+    pixels_HW3: Pixels,
+    labels_HW: npt.NDArray[np.uint8],
+    objects_HW: npt.NDArray[np.uint16] | None = None,
+) -> Pixels:
+    """The picture with each class, and each object, outlined in its colour, and a little within."""
     mixed = pixels_HW3.astype(np.float64)
-    padded = np.pad(labels_HW, 1, mode="edge")
     is_inside = np.ones(labels_HW.shape, bool)
-    for shift in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        part = padded[shift[0] : shift[0] + labels_HW.shape[0], shift[1] :][:, : labels_HW.shape[1]]
-        is_inside &= part == labels_HW
+    for numbers in (labels_HW,) if objects_HW is None else (labels_HW, objects_HW):
+        padded = np.pad(numbers, 1, mode="edge")
+        for shift in ((0, 1), (2, 1), (1, 0), (1, 2)):
+            part = padded[shift[0] :, shift[1] :][: numbers.shape[0], : numbers.shape[1]]
+            is_inside &= part == numbers
     for label in np.unique(labels_HW).tolist():
         if label == 0:
             continue

@@ -117,7 +117,8 @@ def draft(
             for section, settings in _trial(found, dataset, machine, patches[0], steps).items()
         ),
         "search:",
-        f"  model.patch: {{choices: {in_one_line(patches)}}}  # {_why_patches(diameters, dataset)}",
+        f"  model.patch: {{choices: {in_one_line(_choices(patches))}}}"
+        f"  # {_why_patches(diameters, dataset)}",
         f"  masking.ratio.value: {{choices: {in_one_line(RATIOS)}}}",
         "objectives:",
         *(f"  - {in_one_line(metric)}" for metric in _objectives(dataset, diameters)),
@@ -213,6 +214,14 @@ def _diameters(dataset: Dataset) -> dict[str, float]:
 
 def _epochs(steps: int, batch: int, images: int) -> int:
     return max(1, round(steps * batch / max(1, images)))
+
+
+def _choices(patches: list[Any]) -> Any:
+    """Patches as a search has them: with labels where they are not numbers."""
+    if all(isinstance(patch, int) for patch in patches):
+        return patches
+    edges = (patch if isinstance(patch, list) else [patch] * 3 for patch in patches)
+    return {"x".join(map(str, each)): each for each in edges}
 
 
 def _edges(patch: int | list[int], axes: int = 1) -> list[int]:

@@ -135,6 +135,10 @@ def weaknesses(spec: StudySpec, dataset: Dataset) -> list[str]:
     unit = "px" if spacing is None else "mm"
     smallest = min(patches, key=math.prod)
     edge = math.prod(map(mul, smallest, spacing or [1.0] * len(smallest))) ** (1 / len(smallest))
+    in_mm = " x ".join(
+        f"{edge * step:.3g}" for edge, step in zip(smallest, spacing or smallest, strict=True)
+    )
+    of_patch = f" ({in_mm} mm)" if spacing is not None else ""
     train = dataset.rows("train")
     seen = num_steps(spec.trial.segment, len(train)) * spec.trial.segment.batch
     for place, name in enumerate(dataset.classes[1:], start=1):
@@ -145,7 +149,8 @@ def weaknesses(spec: StudySpec, dataset: Dataset) -> list[str]:
         if diameter and diameter < edge:
             lines.append(
                 f"{name}: objects of {diameter:g} {unit} (median) are smaller than the smallest "
-                f"patch, {in_words(simplest(smallest))}; search smaller ones in model.patch"
+                f"patch, {in_words(simplest(smallest))}{of_patch}; search smaller ones in "
+                f"model.patch"
             )
         if 0 < about["val"] < FEW_OBJECTS:
             lines.append(

@@ -6,6 +6,7 @@ Every guess is one of the data's settings, and comes with what it was guessed fr
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -53,16 +54,20 @@ COLUMNS = {
     "group": ("group", "patient", "patient_id", "subject", "subject_id", "case", "slide"),
 }  # fmt: skip
 # Patterns of names whose first part may be what belongs together
-GROUPS = (r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$", r"^([A-Za-z]+\d+)[_-]")
+GROUPS = (r"^(.+?)[_-](?:[A-Za-z]{0,6}\d+|tile.*|crop.*|field.*|f\d+.*)$", r"^([A-Za-z]+\d+)[_-]")
 FEW = 0.1  # of the images may be smaller than a tile, and are padded
 MOST_CHANNELS = 8  # of a fourth axis; longer ones are of time
 BLACK, WHITE = 0x000000, 0xFFFFFF  # what backgrounds are painted in
+SEPARATOR_IN_NAME = re.compile(r"[_\-. ]")
+COMMON = 3  # one in so many files ends as masks do, where masks lie beside their images
+MOST_SHADES = 1000  # different values or colours of a mask, objects counted
+MANY = 10**9
 LOSSY = (".jpg", ".jpeg")
 SHARP = 0.9  # share of the pixels of smoothed masks that are near one of their two values
 SHADES = 8  # that there are between them at least
 BRIGHT = 200  # what the higher of them is at least
 MOST_LOOKED_AT = 48  # files, spread over all
-FEWEST_GROUPS = 6
+FEWEST_GROUPS = 4
 MOST_BYTES = DEFAULT_MIB * 2**20  # of a volume in memory
 
 
@@ -74,6 +79,7 @@ class Seen(NamedTuple):
     bits: int
     has_alpha: bool
     spacing: tuple[float, ...] | None  # mm of a voxel
+    is_stack: bool = False  # pages that nobody called channels
 
 
 @dataclass
@@ -165,6 +171,11 @@ def _find_places(
     found.data["folder"] = str(folder)
     images = next((inside[name] for name in IMAGE_FOLDERS if name in inside), None)
     masks = next((inside[name] for name in MASK_FOLDERS if name in inside), None)
+    if images is None or masks is None:
+        pair = _pair_of_folders(folder, pictures, suffixes, images, masks)
+        if pair is not None:
+            _guess_pair(pair, found)
+            return
     if images is None:
         found.guess("image_folder", ".", "there is no folder images/: all pictures below")
         images = "."
@@ -184,12 +195,83 @@ def _find_places(
         found.guess("mask_suffix", suffix, "the names of the masks")
 
 
+class _Pair(NamedTuple):
+    """Two folders whose files are called alike, but for how the names end."""
+
+    images: str
+    masks: str
+    image_suffix: str
+    mask_suffix: str
+
+
+def _pair_of_folders(
+    folder: Path,
+    pictures: Sequence[Path],
+    suffixes: Sequence[str],
+    images: str | None,
+    masks: str | None,
+) -> _Pair | None:
+    """Two sub-folders, or those of one that is known, of which one looks like masks.
+
+    It shows the fewest different values; of several that may be the images those of most bytes are.
+    """
+    inside: dict[str, list[Path]] = {}
+    for path in pictures:
+        if path.parent != folder:
+            inside.setdefault(path.relative_to(folder).parts[0], []).append(path)
+    shades = {name: _shades(paths[0], suffixes) for name, paths in inside.items()}
+    found = []
+    for one, other in itertools.permutations(inside, 2):
+        if images not in (None, one) or masks not in (None, other):
+            continue
+        stems = [
+            {_stem(path, folder / name, suffixes) for path in inside[name]} for name in (one, other)
+        ]
+        ends = [_common_end(each) for each in stems]
+        bare = [{s.removesuffix(end) for s in each} for each, end in zip(stems, ends, strict=True)]
+        is_alike = 2 * len(bare[0] & bare[1]) >= len(bare[1])
+        if is_alike and shades[other] <= MOST_SHADES and 2 * shades[other] < shades[one]:
+            size = sum(path.stat().st_size for path in inside[one])
+            found.append((-shades[other], size, _Pair(one, other, *ends)))
+    return max(found)[2] if found else None
+
+
+def _guess_pair(pair: _Pair, found: Survey) -> None:
+    alike = f"{pair.images}/ and {pair.masks}/ hold files of the same names"
+    for option, value, default in (
+        ("image_folder", pair.images, "images"),
+        ("mask_folder", pair.masks, "masks"),
+        ("image_suffix", pair.image_suffix, ""),
+        ("mask_suffix", pair.mask_suffix, ""),
+    ):
+        if value != default:
+            found.guess(option, value, alike if "folder" in option else "the names of the files")
+
+
+def _common_end(stems: set[str]) -> str:
+    """What all names end in, from a separator on, such as _ct."""
+    letters = zip(*(stem[::-1] for stem in stems), strict=False)
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, letters)
+    match = re.search(r"[_\-. ].*$", "".join(column[0] for column in alike)[::-1])
+    return match[0] if match and len(stems) > 1 else ""
+
+
+def _shades(path: Path, suffixes: Sequence[str]) -> int:
+    """How many different values a picture or volume has; one that cannot be read counts as many."""
+    try:
+        if suffixes == nifti.SUFFIXES:
+            return len(np.unique(nifti.load(path, None, MOST_BYTES, kind="channels")[1]))
+        data = read(path, None)
+        files.inspect(data, as_labels=True)
+        picture = files.pixels(data, as_labels=True)
+        return len(np.unique(picture.reshape(len(picture), -1), axis=1).T)
+    except UserError:
+        return MANY
+
+
 def _columns(path: Path) -> dict[str, str] | None:
     """Our words for the columns of a table of images; None if it is none."""
-    try:
-        text = text_of(path)
-    except UserError:
-        return None
+    text = text_of(path)
     head = next(csv.reader([text.partition("\n")[0]], delimiter=delimiter_of(text)), [])
     known = {name.strip().lower(): name.strip() for name in head}
     columns = {
@@ -212,7 +294,16 @@ def _mask_suffix(stems: set[str], others: set[str], *, is_apart: bool) -> str:
         for suffix in MASK_SUFFIXES
     }
     best = max(counts, key=lambda suffix: (counts[suffix], -len(suffix)))
-    return best if counts[best] else ""
+    if counts[best]:
+        return best
+    endings = Counter(
+        other[match.start() :]
+        for other in others
+        for match in SEPARATOR_IN_NAME.finditer(other)
+        if other[: match.start()] in stems
+    )
+    ending, count = max(endings.items(), key=lambda pair: pair[1], default=("", 0))
+    return ending if count * COMMON >= len(others) else ""
 
 
 def _places(found: Survey) -> Places:
@@ -243,7 +334,9 @@ def _seen(entry: Entry, is_volume: bool) -> Seen:
         shape, spacing = in_ras(header)
         return Seen(shape, header.channels + len(entry.more), 16, False, spacing)
     picture = files.inspect(read(entry.image, None))
-    return Seen(picture.size, picture.channels, picture.bits, picture.has_alpha, None)
+    return Seen(
+        picture.size, picture.channels, picture.bits, picture.has_alpha, None, picture.is_stack
+    )
 
 
 def _find_fourth_axis(entries: Sequence[Entry], found: Survey) -> None:
@@ -267,13 +360,22 @@ def _find_window(entries: Sequence[Entry], found: Survey) -> None:
 
 
 def _find_channels(found: Survey) -> None:
-    kinds = {(one.channels, one.has_alpha) for one in found.seen}
-    if len(kinds) == 1 and not found.seen[0].has_alpha:
+    counts = sorted({one.channels - one.has_alpha for one in found.seen})
+    has_alpha = any(one.has_alpha for one in found.seen)
+    if len(counts) == 1 and not has_alpha and not found.seen[0].is_stack:
         return
-    colour = any(channels - has_alpha >= 3 for channels, has_alpha in kinds)
-    found.guess(
-        "channels", 3 if colour else 1, "pictures of different channels, or with an alpha channel"
-    )
+    if len(counts) > 1:
+        channels, reason = 3 if counts[-1] >= 3 else 1, f"pictures of {counts} channels"
+    elif found.seen[0].is_stack:
+        channels, reason = counts[0], "the pages of the files, taken for channels"
+    else:
+        channels, reason = counts[0], "what there is beside an alpha channel"
+    if channels > MOST_CHANNELS:
+        raise UserError(
+            f"the pictures have {channels} pages or channels each; expected at most "
+            f"{MOST_CHANNELS} channels: save slices of a volume as NIfTI"
+        )
+    found.guess("channels", channels, reason)
 
 
 def _find_encoding(masks: Sequence[Entry], found: Survey) -> None:
@@ -355,6 +457,11 @@ def _find_colours(masks: Sequence[Entry], found: Survey) -> None:
         numbers, times = np.unique(as_numbers(picture), return_counts=True)
         counts.update(dict(zip(numbers.tolist(), times.tolist(), strict=True)))
     found.guess("mask_encoding", "colours", f"colours in {len(masks)} masks that were looked at")
+    if len(counts) > MAX_CLASSES:
+        raise UserError(
+            f"the masks, such as {masks[0].mask}, have {len(counts):,} colours; expected at most "
+            f"{MAX_CLASSES}, one of each class: save them without smoothing, as PNG"
+        )
     plain = [number for number in (BLACK, WHITE) if number in counts]
     ground = max(plain or counts, key=lambda number: counts[number])
     names = {colours([ground]): "background"}

@@ -122,11 +122,8 @@ def _data_words(dataset: Dataset, patches: Sequence[Sequence[int]]) -> dict[str,
     words["channels"] = str(dataset.channels)
     words["groups"] = f"{about['groups']:,}"
     if volumes is None:
-        (low, high), (least, most) = (about["intensities"][key] for key in ("window", "observed"))
-        words["intensities"] = (
-            f"{about['intensities']['type']}; 0 and 1 are {low:,} and {high:,}, by "
-            f"{about['intensities']['window_from']}; training images have {least:,} to {most:,}"
-        )
+        found = about["intensities"]
+        words["intensities"] = f"0 and 1 are {found['ends']}, from {found['window_from']}"
     unit = "px" if volumes is None else "mm"
     for place, name in enumerate(dataset.classes if dataset.is_labelled else []):
         words[name] = f"{about['pixel_share'][name]:.2%} of the pixels"

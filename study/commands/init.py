@@ -22,7 +22,9 @@ def init_study(folder: Path, output: Path) -> None:
     """Look at the folder and write a study file that fits it. UserError: it cannot be read so."""
     if output.exists():
         raise UserError(f"{output}: is there already; give another name: -o OTHER.yaml")
-    say(f"{folder}: looking at its files")
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: there is no folder {output.parent}; expected one that is there")
+    say(f"{folder}: looking at its files, then at how fast this machine is")
     machine, found = Machine.this(), survey(folder)
     size, why = first_size(found, machine)
     found.guess("size", size, why)

@@ -8,9 +8,9 @@ from rich.live import Live
 
 from study import mirror
 from study.commands.finding import find_study, storage_of
-from study.commands.terminal import console, fitted, say_json, show
+from study.commands.terminal import console, fitted, say, say_json, show
 from study.ledger import is_held
-from study.overview import arms_table, standing, standings, studies_table
+from study.overview import arms_table, standing, standings, studies, studies_table
 
 
 def show_status(name: str | None, storage: str | None, *, follow: bool, as_json: bool) -> None:
@@ -19,8 +19,10 @@ def show_status(name: str | None, storage: str | None, *, follow: bool, as_json:
         place = storage_of(storage)
         if as_json:
             say_json(standings(place))
-        else:
+        elif studies(place):
             show(studies_table(place))
+        else:
+            say(f"no studies in {place}; another place: --storage DIR")
         return
     folder = find_study(name, storage)
     if as_json:

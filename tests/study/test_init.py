@@ -29,13 +29,14 @@ from study.draft import (
 )
 from study.fit import data_problems, data_size
 from study.loading import load_spec, parse_spec
-from study.survey import survey
+from study.survey import GROUPS, survey
 from tests.study.test_commands import Capture, call
 from tests.trainables.test_images import save
 from trainables.data import DataConfig, Dataset, open_dataset, prepare
 from trainables.errors import UserError
 
 NUM_IMAGES = 12
+CYX = {"axes": "CYX"}
 LAPTOP = Machine(has_gpu=False, has_fast_bf16=False)
 
 
@@ -206,8 +207,12 @@ def test_names_that_tell_what_belongs_together_become_groups(tmp_path: Path) -> 
     for number in range(NUM_IMAGES):
         save(tmp_path / f"images/patient{number // 2}_{number}.png", discs(number)[0])
     found = survey(tmp_path)
-    assert found.data["group"] == r"^(.+?)[_-](?:[xyzt]?\d+|tile.*|crop.*|field.*|f\d+.*)$"
+    assert found.data["group"] == GROUPS[0]
     assert "6 groups such as patient0" in found.why["group"]
+    for number in range(NUM_IMAGES):
+        path = tmp_path / f"images/patient{number // 2}_{number}.png"
+        path.rename(tmp_path / f"images/slide{number // 3}_roi{number % 3}.png")
+    assert "4 groups such as slide0" in survey(tmp_path).why["group"]
 
 
 @pytest.mark.parametrize(
@@ -257,11 +262,11 @@ def test_objects_larger_than_a_tile_are_shown_whole(tmp_path: Path) -> None:
 
 
 def drafted(folder: Path, machine: Machine = LAPTOP) -> tuple[str, Dataset]:
-    """The study file for a folder of pictures, and its data."""
+    """The study file for a folder, and its data."""
     found = survey(folder)
     size, why = first_size(found, machine)
     found.guess("size", size, why)
-    config = TypeAdapter(DataConfig).validate_python({"source": "images", **found.data})
+    config = TypeAdapter(DataConfig).validate_python({"source": found.source, **found.data})
     dataset = open_dataset(prepare(config, folder, folder / "cache"))
     return draft("mine", found, dataset, machine, 600, 1.5), dataset
 
@@ -389,3 +394,70 @@ def test_classes_with_a_side_are_not_turned_around(tmp_path: Path) -> None:
     text, dataset = drafted(tmp_path)
     assert "flip_axes: [0]" in text
     assert data_problems(parse_spec(text, tmp_path, where="s.yaml"), data_size(dataset)) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "image_end", "mask_end"),
+    [
+        ("Bilder", "Masken", "", ""),
+        ("images", "label images", "", ""),
+        ("ct", "seg", "_ct", "_seg"),
+        ("Aufnahmen", "masks", "", "-gezeichnet"),
+    ],
+)
+def test_folders_of_any_name_are_told_apart_by_what_they_hold(
+    tmp_path: Path, images: str, masks: str, image_end: str, mask_end: str
+) -> None:
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        save(tmp_path / images / f"n{number}{image_end}.png", picture)
+        save(tmp_path / masks / f"n{number}{mask_end}.png", numbers)
+        save(tmp_path / "Vorschau" / f"n{number}{image_end}.png", picture[::4, ::4])
+    found = survey(tmp_path)
+    assert found.masks == found.images == NUM_IMAGES
+    given = {"image_folder": images, "mask_folder": masks}
+    given |= {"image_suffix": image_end, "mask_suffix": mask_end}
+    defaults = {"image_folder": "images", "mask_folder": "masks"}
+    assert {key: found.data.get(key, defaults.get(key, "")) for key in given} == given
+    notes = " ".join(drafted(tmp_path)[1].about["notes"])
+    assert "12 files in Vorschau/ are not read" in notes
+
+
+def test_masks_beside_their_images_may_be_called_as_one_likes(tmp_path: Path) -> None:
+    for number in range(NUM_IMAGES):
+        picture, numbers = discs(number)
+        save(tmp_path / f"Feld{number}.tif", np.stack([picture, picture[::-1]]), metadata=CYX)
+        save(tmp_path / f"Feld{number}_Maske.tif", numbers)
+    found = survey(tmp_path)
+    assert found.data["mask_suffix"] == "_Maske" and found.masks == NUM_IMAGES
+    assert found.seen[0].channels == 2 and "channels" not in found.data
+
+
+def test_slices_of_a_volume_are_no_channels(tmp_path: Path) -> None:
+    for number in range(4):
+        save(
+            tmp_path / f"{number}.tif", np.stack([discs(number)[0]] * 12), metadata={"axes": "ZYX"}
+        )
+    with pytest.raises(UserError, match=r"have 12 pages or channels each; .*as NIfTI"):
+        survey(tmp_path)
+
+
+def test_patches_with_an_edge_for_each_axis_have_labels_in_the_search(tmp_path: Path) -> None:
+    """Thick slices: the study file that is written has to be one that can be read."""
+    labels = np.zeros((32, 32, 16), np.uint8)
+    labels[4:20, 4:20, 4:12] = 1
+    for number in range(NUM_IMAGES):
+        for kind, values in (("images", labels * np.int16(300) + number + 1), ("masks", labels)):
+            path = tmp_path / f"{kind}/{number}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            image = nibabel.Nifti1Image(values.astype(np.int16), np.diag([0.7, 0.7, 5, 1]))
+            nibabel.save(image, path)
+    text, dataset = drafted(tmp_path)
+    assert "16x16x2: [16, 16, 2]" in text
+    assert data_problems(parse_spec(text, tmp_path, where="s.yaml"), data_size(dataset)) == []
+
+
+def test_a_study_file_needs_a_folder_that_is_there(tmp_path: Path, capsys: Capture) -> None:
+    pictures_alone(tmp_path)
+    assert call("init", tmp_path, "-o", tmp_path / "none" / "s.yaml") == 2
+    assert "there is no folder" in capsys.readouterr().err

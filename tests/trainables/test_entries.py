@@ -149,7 +149,8 @@ def test_classes_in_several_pieces_or_alike_in_all_masks_are_classes(study: Path
     numbers(study)
     cells = np.zeros((EDGE, EDGE), np.uint8)
     cells[0, 0], cells[9, 9], cells[4, 4] = 1, 1, 2
-    save(study / "data/masks/i3.png", cells)
+    for number in (1, 3):
+        save(study / f"data/masks/i{number}.png", cells)
     assert source(study).decode(3).masks.max() == 2
     for number in range(6):
         cells[4:6, 8:] = 3

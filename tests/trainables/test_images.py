@@ -398,7 +398,10 @@ def test_images_without_a_mask_are_for_pretraining_only(study):
     found = source(study)
     assert found.splits == ["pretrain", "train", "val", "test", "test"]
     assert found.names[2] == "images/i3.png"  # i2 is neither trained on nor scored
-    assert found.notes == ["1 images of val or test have no mask: left out"]
+    assert found.notes == [
+        "1 images of val or test have no mask: left out",
+        "1 of 5 images have no mask, such as images/i0.png: they join pretraining alone",
+    ]
     assert (found.decode(0).masks == 255).all()
 
 
@@ -621,9 +624,25 @@ def test_images_of_one_content_in_a_split_are_told(study):
     (study / "data/images/i1.png").write_bytes((study / "data/images/i0.png").read_bytes())
     (told,) = [note for note in source(study).notes if "content" in note]
     assert told == (
-        "1 images have the content of another one in their split, such as images/i0.png and "
-        "images/i1.png: they count several times"
+        "images of one content count several times, such as images/i0.png and images/i1.png: 2 "
+        "files show 1 pictures"
     )
+
+
+def test_settings_of_masks_that_lead_nowhere_are_refused(study):
+    options = {"manifest": None, "folder": "data"}
+    assert "there is no folder data/annotation; there are images/, masks/" in complaint(
+        study, mask_folder="annotation", **options
+    ).replace(f"{study}/", "")
+    told = complaint(study, mask_suffix="_seg", **options)
+    assert "is called NAME_seg; there is i0.png" in told
+
+
+def test_an_image_without_its_mask_is_told(study):
+    (study / "data/masks/i3.png").unlink()
+    found = source(study, manifest=None, folder="data")
+    note = "1 of 6 images have no mask, such as images/i3.png: they join pretraining alone"
+    assert note in found.notes
 
 
 def test_pictures_of_any_unit_need_a_window(study):

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from trainables.config import Strict
 from trainables.data.source import refuse
-from trainables.errors import UserError
+from trainables.errors import FileError, UserError
 
 Word = Literal["image", "mask", "split", "group", "instances"]
 
@@ -38,6 +38,10 @@ Layout = Annotated[
 ]
 ImageFolder = Annotated[str, Field(description="folder of the images within `folder`; . is itself")]
 MaskFolder = Annotated[str, Field(description="folder of the masks within `folder`; . is itself")]
+ImageSuffix = Annotated[
+    str,
+    Field(description="what the stems of images end in, and those of masks do not, such as _ct"),
+]
 MaskSuffix = Annotated[
     str, Field(description="what the stem of a mask has behind that of its image, such as _mask")
 ]
@@ -55,6 +59,7 @@ GroupPattern = Annotated[
 AllowOutside = Annotated[bool, Field(description="read files that are not below the data folder")]
 
 SPLITS = ("train", "val", "test", "pretrain")
+DEFAULT_MASKS = "masks"
 INSTANCES = "instances"  # folder, and column, of numbers of objects
 CLASSES_FILE = "classes.json"
 NNUNET_IMAGES, NNUNET_MASKS, NNUNET_FILE = "imagesTr", "labelsTr", "dataset.json"
@@ -93,6 +98,7 @@ class Places:
     images: str = "images"
     masks: str = "masks"
     mask_suffix: str = ""
+    image_suffix: str = ""
 
     @property
     def base(self) -> Path:
@@ -114,6 +120,7 @@ def places_of(root: Path, options: Mapping[str, Any]) -> Places:
         options.get("image_folder", "images"),
         options.get("mask_folder", "masks"),
         options.get("mask_suffix", ""),
+        options.get("image_suffix", ""),
     )
 
 
@@ -241,6 +248,11 @@ def read_folder(places: Places, suffixes: Sequence[str]) -> tuple[list[Entry], l
     Sub-folders are read too: what is in one of them is a group.
     """
     base, is_nnunet = places.base, places.layout == "nnunet"
+    if places.masks != DEFAULT_MASKS and not is_nnunet and not (base / places.masks).is_dir():
+        raise UserError(
+            f"data.mask_folder: there is no folder {base / places.masks}; there "
+            f"{_listed_folders(base)}"
+        )
     of_images, of_masks = (
         (NNUNET_IMAGES, NNUNET_MASKS) if is_nnunet else (places.images, places.masks)
     )
@@ -249,15 +261,21 @@ def read_folder(places: Places, suffixes: Sequence[str]) -> tuple[list[Entry], l
         _by_stem(folder, suffixes, [other for other in folders if other != folder])
         for folder in folders
     )
+    is_apart = folders[0] != folders[1]
     if places.mask_suffix:
-        if folders[0] == folders[1]:
+        if not is_apart:
             images = {k: v for k, v in images.items() if not k.endswith(places.mask_suffix)}
-        masks = {
-            stem.removesuffix(places.mask_suffix): path
-            for stem, path in masks.items()
-            if stem.endswith(places.mask_suffix)
-        }
-    if folders[0] != folders[1]:
+        masks, others = _ending(masks, places.mask_suffix)
+        if not masks and others:
+            raise UserError(
+                f"data.mask_suffix: no file in {folders[1]} is called NAME{places.mask_suffix}; "
+                f"there is {min(others)}{others[min(others)].suffix}"
+            )
+        notes += _left_out(others, folders[1], places.mask_suffix) if is_apart else []
+    if places.image_suffix:
+        images, others = _ending(images, places.image_suffix)
+        notes += _left_out(others, folders[0], places.image_suffix) if is_apart else []
+    if is_apart:
         notes += of_mask_files
     if not images:
         raise UserError(
@@ -288,7 +306,42 @@ def read_folder(places: Places, suffixes: Sequence[str]) -> tuple[list[Entry], l
         )
         for stem, paths in several.items()
     ]
+    if is_apart and not is_nnunet:
+        notes += _unread_folders(folders, base, suffixes, has_masks=bool(masks))
     return entries, notes + of_instances
+
+
+def _ending(files: dict[str, Path], suffix: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """(files whose stems end so, by their stems without it; the others)."""
+    found = {k.removesuffix(suffix): path for k, path in files.items() if k.endswith(suffix)}
+    return found, {k: path for k, path in files.items() if not k.endswith(suffix)}
+
+
+def _left_out(others: dict[str, Path], folder: Path, suffix: str) -> list[str]:
+    count = len(others)
+    return [f"{count} files in {folder.name}/ are not called NAME{suffix}: not read"] * (count > 0)
+
+
+def _listed_folders(base: Path) -> str:
+    names = sorted(one.name for one in base.iterdir() if one.is_dir()) if base.is_dir() else []
+    shown = ", ".join(f"{name}/" for name in names[:8]) + ", …" * (len(names) > 8)
+    return f"are {shown}" if names else "is none"
+
+
+def _unread_folders(
+    folders: Sequence[Path], base: Path, suffixes: Sequence[str], *, has_masks: bool
+) -> list[str]:
+    """Folders beside those of images and masks that hold pictures as well."""
+    notes = []
+    for other in sorted(base.iterdir()):
+        is_read = any(other == one or other in one.parents for one in folders)
+        if is_read or not other.is_dir() or other.name.startswith("."):
+            continue
+        count = sum(name.lower().endswith(tuple(suffixes)) for name in _files_below(other, set()))
+        if count:
+            hint = "" if has_masks else f"; if they are masks, set mask_folder: {other.name}"
+            notes.append(f"{count} files in {other.name}/ are not read{hint}")
+    return notes
 
 
 def _channels(images: dict[str, Path]) -> dict[str, list[Path]]:
@@ -382,13 +435,20 @@ def with_groups(entries: Iterable[Entry], pattern: str | None) -> list[Entry]:
         regex = re.compile(pattern) if pattern else None
     except re.error as error:
         raise UserError(f"data.group: {pattern!r} is not a regular expression: {error}") from error
-    grouped, problems = [], []
+    grouped: list[Entry] = []
+    problems: list[str | UserError] = []
     for entry in entries:
         group = entry.group or entry.name
         if regex and not entry.group:
             match = regex.search(entry.image.stem)
             if match is None:
-                problems.append(f"{entry.name}{entry.line}: group: {pattern!r} does not match")
+                problems.append(
+                    FileError(
+                        f"{entry.name}{entry.line}",
+                        f"has no group: the pattern {pattern!r} does not match its name; expected "
+                        f"one that matches every name, such as '^([^_]+)_'",
+                    )
+                )
             else:
                 group = match.group(1) if regex.groups else match.group(0)
         grouped.append(replace(entry, group=group))
@@ -504,7 +564,8 @@ def text_of(manifest: Path) -> str:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"data.manifest: {manifest} is not a CSV file in UTF-8: {error}; save it as UTF-8"
+            f"data.manifest: {manifest} is not a CSV file in UTF-8: {error}; save it as CSV UTF-8, "
+            f"as spreadsheets call it"
         ) from error
 
 

@@ -26,6 +26,7 @@ from trainables.data.entries import (
     Folder,
     GroupPattern,
     ImageFolder,
+    ImageSuffix,
     Layout,
     MaskFolder,
     MaskSuffix,
@@ -59,6 +60,7 @@ from trainables.data.rows import (
     in_parallel,
     lay_out,
     naming,
+    notes_of_masks_missing,
     notes_of_twins,
     times,
     usable,
@@ -134,6 +136,7 @@ def images(
     image_folder: ImageFolder = "images",
     mask_folder: MaskFolder = "masks",
     mask_suffix: MaskSuffix = "",
+    image_suffix: ImageSuffix = "",
     size: Edge | tuple[Edge, Edge] = 128,
     fit: Annotated[
         Literal["tile", "resize"],
@@ -163,7 +166,7 @@ def images(
         raise UserError(f"data.window: {list(window)} is empty; expected [low, high], low < high")
     places = Places(
         root, manifest, folder, where or {}, columns or {}, layout, image_folder, mask_folder,
-        mask_suffix,
+        mask_suffix, image_suffix,
     )  # fmt: skip
     name, entries, notes = read_entries(places, files.SUFFIXES)
     if any(entry.more for entry in entries):
@@ -205,6 +208,7 @@ def images(
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
     has_instances = mask_encoding == "instances" or any(entry.instances for entry in entries)
+    notes += notes_of_masks_missing(entries)
     notes += notes_of_twins(entries, [read.hashes["image"] for read in reads])
     notes += _turned(reads)
     sizes = [read.header.size if fit == "tile" else reading.size for read in reads]
@@ -231,6 +235,9 @@ def images(
         classes=reading.labels.names or (None if is_labelled else ["background"]),
         small_classes=[(reading.labels.names or []).index(word) for word in small_classes or []],
         window=levels,
+        ends=f"[{window[0]:g}, {window[1]:g}] of the files"
+        if header.bits == 32 and window
+        else None,
         is_labelled=is_labelled,
         has_instances=has_instances,
         names=names,
@@ -287,7 +294,8 @@ def inspect_entry(entry: Entry, reading: Reading) -> Inspected:
             labels = files.inspect(data, as_labels=True, megapixels=reading.megapixels)
             if labels.size != header.size:
                 raise UserError(
-                    f"is {times(labels.size)}, but its image {entry.name} is {times(header.size)}"
+                    f"is {times(labels.size)}, but its image {entry.name} is "
+                    f"{times(header.size)}; expected the same size: was one of them cut or scaled?"
                 )
             encoding = reading.labels.encoding if kind == "mask" else "instances"
             if labels.is_lossy and encoding != "threshold":
@@ -382,6 +390,8 @@ def _convert(picture: Array, header: Header, asked: int | None) -> Array:
         if header.has_alpha or header.is_stack:
             what = "an alpha channel" if header.has_alpha else "pages, which may be channels or not"
             ways = f"channels: {have} keeps them, channels: 1 or 3 converts to grey or RGB"
+            if header.is_stack:
+                ways += "; slices of a volume are read from NIfTI"
             raise UserError(f"has {have} channels with {what}; say which: {ways}")
         return picture
     if asked == have:
@@ -395,8 +405,8 @@ def _convert(picture: Array, header: Header, asked: int | None) -> Array:
         grey = np.tensordot(np.array(LUMINANCE), picture, axes=1)
         return np.asarray(np.rint(grey)[None], picture.dtype)
     raise UserError(
-        f"has {have} channels, channels: {asked} was asked for; expected {asked} channels"
-        + (", or one or three" if asked in (1, 3) else "")
+        f"has {have} channels, channels: {asked} was asked for; expected files of {asked} "
+        f"channels{', or of one or three' if asked in (1, 3) else ''}"
     )
 
 

@@ -197,7 +197,11 @@ def labels_of(
             )
         return Labels(encoding, ignored, None, None, threshold)
     if not 1 <= len(set(classes)) == len(classes) <= MAX_CLASSES:
-        raise UserError(f"data.classes: {classes}; expected 1 to {MAX_CLASSES} different names")
+        shown = ", ".join(map(repr, classes[:8])) + ", …" * (len(classes) > 8)
+        raise UserError(
+            f"data.classes: {len(classes)} are given, {shown}; expected 1 to {MAX_CLASSES} "
+            f"different names"
+        )
     if encoding in TWO_CLASSES and len(classes) != 2:
         raise UserError(f"data.classes: {encoding} masks have 2 classes, {len(classes)} are named")
     unknown = [name for name in small_classes if name not in classes[1:]]

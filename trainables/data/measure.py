@@ -111,6 +111,7 @@ def measure(
                 if source.window
                 else "the training images",
                 "observed": list(observed),
+                "ends": source.ends or f"{low:,} and {high:,}",
                 "mean": [round(value, 4) for value in mean.tolist()],
                 "std": [round(value, 4) for value in std.tolist()],
             },

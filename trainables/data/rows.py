@@ -121,10 +121,21 @@ def notes_of_twins(entries: Sequence[Entry], content: Sequence[str]) -> list[str
     alike = [found for found in names.values() if len(found) > 1]
     if not alike:
         return []
-    count = sum(len(found) - 1 for found in alike)
     return [
-        f"{count} images have the content of another one in their split, such as "
-        f"{' and '.join(max(alike, key=len)[:2])}: they count several times"
+        f"images of one content count several times, such as "
+        f"{' and '.join(max(alike, key=len)[:2])}: {sum(map(len, alike))} files show "
+        f"{len(alike)} pictures"
+    ]
+
+
+def notes_of_masks_missing(entries: Sequence[Entry]) -> list[str]:
+    """Images without a mask, where others have one."""
+    without = [entry.name for entry in entries if entry.mask is None]
+    if not without or len(without) == len(entries):
+        return []
+    return [
+        f"{len(without):,} of {len(entries):,} images have no mask, such as {without[0]}: they "
+        f"join pretraining alone"
     ]
 
 

@@ -95,6 +95,7 @@ class Source:
     decode: Callable[[int], Decoded]
     notes: list[str]  # for people: what was left out, and why
     highest: int | None = None  # the highest intensity that is kept; None: what maps to 1
+    ends: str | None = None  # for people: what of the files maps to 0 and 1, if not the window
     whole: Whole | None = None  # of volumes, where `size` is that of a crop
     # of images whose tiles are the rows, some of them padded perhaps: the size of each part's image
     cut_from: list[tuple[int, ...]] | None = None

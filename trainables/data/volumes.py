@@ -39,6 +39,7 @@ from trainables.data.entries import (
     Folder,
     GroupPattern,
     ImageFolder,
+    ImageSuffix,
     Layout,
     MaskFolder,
     MaskSuffix,
@@ -65,6 +66,7 @@ from trainables.data.rows import (
     duplicates,
     in_parallel,
     naming,
+    notes_of_masks_missing,
     notes_of_twins,
     times,
     usable,
@@ -159,6 +161,7 @@ def volumes(
     image_folder: ImageFolder = "images",
     mask_folder: MaskFolder = "masks",
     mask_suffix: MaskSuffix = "",
+    image_suffix: ImageSuffix = "",
     size: Annotated[
         tuple[Edge, Edge, Edge],
         Field(description="of a crop in voxels: to the right, to the front, upwards"),
@@ -209,7 +212,7 @@ def volumes(
         raise UserError("data.mask_encoding: volumes have no colours; expected another encoding")
     places = Places(
         root, manifest, folder, where or {}, columns or {}, layout, image_folder, mask_folder,
-        mask_suffix,
+        mask_suffix, image_suffix,
     )  # fmt: skip
     name, entries, notes = read_entries(places, nifti.SUFFIXES, SEPARATOR)
     if group is None and not all(entry.group for entry in entries):
@@ -251,6 +254,7 @@ def volumes(
     check_not_empty(entries)
     if reading.headroom > 1 and _are_hounsfield(reads):
         reading = replace(reading, window=HOUNSFIELD)
+    notes += notes_of_masks_missing(entries)
     notes += notes_of_twins(entries, [read.content for read in reads])
     notes += _notes(entries, reads, reading, size)
     scored = Grids(
@@ -278,6 +282,7 @@ def volumes(
         small_classes=[(reading.labels.names or []).index(word) for word in small_classes or []],
         window=(0, HIGHEST // reading.headroom),
         highest=HIGHEST if reading.headroom > 1 else None,
+        ends=_ends(reading),
         is_labelled=is_labelled,
         has_instances=False,
         names=[entry.name for entry in entries],
@@ -528,11 +533,7 @@ def _notes(
     entries: Sequence[Entry], reads: Sequence[Inspected], reading: Reading, size: Sequence[int]
 ) -> list[str]:
     """What a person has to know of how these volumes became rows."""
-    what = (
-        f"{_listed(reading.window)} of the files"
-        if reading.window
-        else f"the percentiles {_listed(reading.percentiles)} of each volume, without voxels of 0"
-    )
+    what = _ends(reading)
     if reading.headroom > 1:
         if reading.window:
             lowest = min(image.lowest for read in reads for image in read.images)
@@ -571,6 +572,13 @@ def _notes(
             f"and padded at their ends; padding counts nowhere"
         )
     return notes
+
+
+def _ends(reading: Reading) -> str:
+    """What becomes 0 and 1."""
+    if reading.window:
+        return f"{_listed(reading.window)} of the files"
+    return f"the percentiles {_listed(reading.percentiles)} of each volume, without voxels of 0"
 
 
 def _notes_of_forms(headers: Sequence[nifti.Header]) -> list[str]:
