@@ -29,7 +29,7 @@ def write_page(path: Path, page: str) -> Path:
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
-        raise UserError(f"{path}: is {kind}; expected the name of a file: -o {path.name}.html")
+        raise UserError(f"{path}: is {kind}; expected the name of a file, such as {path.name}.html")
     path.parent.mkdir(parents=True, exist_ok=True)
     with durable.replacing(path, synced=False) as aside:
         aside.write_bytes(page.encode("utf-8"))

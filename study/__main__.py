@@ -112,7 +112,9 @@ def check(
 @app.command(name="try")
 def try_(
     study: StudyFile,
-    images: Annotated[int, typer.Option(help="number of images to use from each split")] = 16,
+    images: Annotated[
+        int, typer.Option(min=1, help="number of images to use from each split")
+    ] = 16,
 ) -> None:
     """Run one tiny trial in this process, without Ray, so that breakpoints work."""
     from study.commands.trial import try_trial

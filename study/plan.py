@@ -78,7 +78,8 @@ class Plan:
         lines = {
             "trials": f"{self.trials} and {self.confirmations} to confirm",
             "searched arms": f"{self.searched_arms}"
-            + (f" of a grid of {self.grid_arms}" if self.grid_arms is not None else ""),
+            + (f" of a grid of {self.grid_arms}" if self.grid_arms is not None else "")
+            + ", beside the control",
             **{f"{name} arm": _one_line(cost) for name, cost in arms.items()},
             "operations": f"{self.flops:.2e} FLOP",
             "trials at once": str(self.concurrent),

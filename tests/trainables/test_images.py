@@ -399,7 +399,7 @@ def test_images_without_a_mask_are_for_pretraining_only(study):
     assert found.splits == ["pretrain", "train", "val", "test", "test"]
     assert found.names[2] == "images/i3.png"  # i2 is neither trained on nor scored
     assert found.notes == [
-        "1 images of val or test have no mask: left out",
+        "1 of the images of val or test have no mask: left out",
         "1 of 5 images have no mask, such as images/i0.png: they join pretraining alone",
     ]
     assert (found.decode(0).masks == 255).all()

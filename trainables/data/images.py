@@ -204,7 +204,8 @@ def images(
     is_labelled = any(entry.mask for entry in entries)
     kept = usable(entries)
     if len(kept) < len(entries):
-        notes.append(f"{len(entries) - len(kept)} images of val or test have no mask: left out")
+        count = len(entries) - len(kept)
+        notes.append(f"{count} of the images of val or test have no mask: left out")
     entries, reads = [entries[i] for i in kept], [found[i] for i in kept]
     check_not_empty(entries)
     has_instances = mask_encoding == "instances" or any(entry.instances for entry in entries)
