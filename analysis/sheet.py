@@ -64,11 +64,19 @@ def build_sheet(dataset: Dataset, study: str, output: Path) -> Path:
         classes=[plain(name) for name in dataset.classes] if dataset.is_labelled else [],
         colours=len(theme.CLASSES),
         parts=[part for part in parts if part.images],
-        notes=[plain(note, 400) for note in dataset.about["notes"]],
+        notes=[plain(note, 400) for note in [*dataset.about["notes"], *_channels(dataset)]],
         histograms=_histograms(dataset),
         ends=plain(dataset.about["intensities"]["ends"], 200),
     )
     return write_page(output, page)
+
+
+def _channels(dataset: Dataset) -> list[str]:
+    """Which of several channels the pictures show."""
+    if dataset.channels in (1, 3):
+        return []
+    shown = "the first" if dataset.channels == 2 else "the first three, as red, green and blue,"
+    return [f"the pictures below show {shown} of {dataset.channels} channels"]
 
 
 def _part(dataset: Dataset, split: Split) -> Part:
