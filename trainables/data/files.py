@@ -69,7 +69,6 @@ TURNS = {
 }
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # some packages turn it on; half an image is no image
-Image.MAX_IMAGE_PIXELS = None  # the limit is `inspect`'s, which comes before anything is decoded
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,11 @@ def _reading() -> Iterator[None]:
         yield
     except UserError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(
+            "is larger than 89 megapixels, more than are read of such files: cut it up, or save it "
+            "as TIFF"
+        ) from None
     except UnidentifiedImageError:
         raise UserError("is not a PNG, JPEG, BMP, GIF, TIFF or NIfTI image") from None
     except Exception as error:

@@ -70,6 +70,7 @@ class Truth:
 
     labels: Array
     grids: Grids
+    shows: npt.NDArray[np.bool_]  # (N, K) whether a volume shows a class; never the background
 
     def of(self, volume: int) -> Array:
         begin, end = self.grids.begins[volume : volume + 2].tolist()
@@ -87,10 +88,9 @@ class Volumes:
     corners: npt.NDArray[np.int64]  # (rows, A) where its crop begins
     spots: npt.NDArray[np.uint16]  # (N, K, M, A) voxels of each class, 0 where it has none
     has_class: npt.NDArray[np.bool_]  # (N, K); never the background
-    shows: npt.NDArray[np.bool_]  # (N, K) likewise, by the labels that judge
     overlap: float
     tolerance: float
-    truth: Truth | None  # None: the labels as they are learnt from
+    truth: Truth | None = None  # by which they are judged; None: as they are learnt from
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +191,9 @@ class Dataset:
     def _has_class_RK(self) -> npt.NDArray[np.bool_]:
         """Whether each row shows each class; of volumes whether the whole one does."""
         if self.volumes is not None:
-            return self.volumes.shows[self.volumes.owner]
+            truth = self.volumes.truth
+            shows = self.volumes.has_class if truth is None else truth.shows
+            return shows[self.volumes.owner]
         num_rows, step = len(self.splits), max(1, PIXELS_AT_ONCE // math.prod(self.size))
         found = np.zeros((num_rows, len(self.classes)), bool)
         for start in range(0, num_rows, step):
@@ -331,7 +333,6 @@ def _open_volumes(folder: Path, size: tuple[int, ...], rows: dict[str, Any]) -> 
         corners=np.array(list(itertools.chain(*corners)), np.int64),
         spots=spots,
         has_class=np.array(rows["has_class"], bool),
-        shows=np.array(rows["scored"]["shows"] if "scored" in rows else rows["has_class"], bool),
         overlap=rows["overlap"],
         tolerance=rows["tolerance"],
         truth=_open_truth(folder, rows["scored"]) if "scored" in rows else None,
@@ -340,7 +341,8 @@ def _open_volumes(folder: Path, size: tuple[int, ...], rows: dict[str, Any]) -> 
 
 def _open_truth(folder: Path, scored: dict[str, Any]) -> Truth:
     shapes, spacings = ([tuple(each) for each in scored[key]] for key in ("shapes", "spacings"))
-    return Truth(_map(folder / "truth.npy"), Grids(shapes, spacings))
+    shows = np.array(scored["shows"], bool)
+    return Truth(_map(folder / "truth.npy"), Grids(shapes, spacings), shows)
 
 
 def _row_names(names: Sequence[str], volumes: Volumes) -> list[str]:
@@ -427,14 +429,14 @@ def _decode_into(source: Source, folder: Path, fingerprint: str, decoded: Hears)
             "tolerance": source.whole.tolerance,
         }
         if scored is not None and truth is not None:
-            labels = Truth(truth, scored)
+            present = [
+                set(np.unique(part).tolist()) for part in np.split(truth, scored.begins[1:-1])
+            ]
+            labels = range(len(meta["classes"]))
             rows["scored"] = {
                 "shapes": scored.shapes,
                 "spacings": scored.spacings,
-                "shows": [
-                    [label in found for label in range(len(meta["classes"]))]
-                    for found in (set(np.unique(labels.of(i))) - {0} for i in range(num_images))
-                ],
+                "shows": [[label > 0 and label in found for label in labels] for found in present],
             }
     if source.cut_from is not None:
         rows["cut_from"] = source.cut_from
