@@ -274,6 +274,8 @@ def one_machine(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         )
     try:
         yield f"http://127.0.0.1:{dashboard}", tmp_path / ".ray" / "auth_token"
+        # what comes while Ray is still starting, it may take for the end of one of its own commands
+        wait_until(lambda: "block forever" in (tmp_path / "log").read_text(), 60)
     finally:
         head.send_signal(signal.SIGINT)  # Ctrl-C
         try:
