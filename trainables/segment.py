@@ -285,7 +285,9 @@ def predictions(
     if dataset.volumes is not None:
         for volume in dataset.volumes_of(split)[rank::world_size].tolist():
             truth, spacing = dataset.truth_of(volume)
-            predicted = predict_truth(model, dataset, volume, settings, device, context.alive)
+            predicted = predict_volume(
+                model, dataset, volume, settings, device, context.alive, as_filed=True
+            )
             yield Judged(torch.from_numpy(truth)[None], predicted, None, spacing)
         return
     rows = dataset.rows(split)[rank::world_size]
@@ -363,47 +365,15 @@ def predict_volume(
     settings: SegmentConfig,
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
+    *,
+    as_filed: bool = False,
 ) -> Tensor:
-    """The likeliest class of every voxel of a whole volume, uint8 (1, *shape) on the host."""
-    scores_KS = _scores_of_volume(model, dataset, volume, settings, device, alive)
-    return scores_KS.argmax(dim=0).to(torch.uint8).cpu()[None]
+    """The likeliest class of every voxel of a whole volume, uint8 (1, *shape) on the host.
 
-
-@torch.no_grad()
-def predict_truth(
-    model: UNETR,
-    dataset: Dataset,
-    volume: int,
-    settings: SegmentConfig,
-    device: torch.device,
-    alive: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """The same of the voxels by which the volume is judged, those of its file.
-
-    Scores are linear between the voxels that the model saw.
-    """
-    assert dataset.volumes is not None
-    truth = dataset.volumes.truth
-    if truth is None:
-        return predict_volume(model, dataset, volume, settings, device, alive)
-    scores_KS = _scores_of_volume(model, dataset, volume, settings, device, alive)
-    pairs = zip(truth.grids.spacings[volume], dataset.volumes.spacings[volume], strict=True)
-    steps = [float(judged / seen) for judged, seen in pairs]
-    return likeliest_between(scores_KS, truth.grids.shapes[volume], steps).cpu()[None]
-
-
-def _scores_of_volume(
-    model: UNETR,
-    dataset: Dataset,
-    volume: int,
-    settings: SegmentConfig,
-    device: torch.device,
-    alive: Callable[[], None],
-) -> Tensor:
-    """float32 scores (K, *shape) of every voxel, from windows that overlap (see windows.py).
-
-    They are of the crop's size, `segment.batch` at a time. On a GPU the scores of all classes are
-    put together there if they take little of it.
+    Windows of the crop's size, `segment.batch` at a time, overlap (see windows.py). On a GPU the
+    scores of all classes are put together there if they take little of it.
+    `as_filed`: of the voxels of its file, by which it is judged; scores are linear between those
+    that the model saw.
     """
     assert dataset.volumes is not None
     shape = dataset.volumes.shapes[volume].tolist()
@@ -427,7 +397,13 @@ def _scores_of_volume(
         device=device,
     )
     model.train()
-    return scores[0][:, *(slice(edge) for edge in shape)]
+    scores_KS = scores[0][:, *(slice(edge) for edge in shape)]
+    filed = dataset.volumes.filed
+    if not as_filed or filed is None:
+        return scores_KS.argmax(dim=0).to(torch.uint8).cpu()[None]
+    pairs = zip(filed.grids.spacings[volume], dataset.volumes.spacings[volume], strict=True)
+    steps = [float(wanted / seen) for wanted, seen in pairs]
+    return likeliest_between(scores_KS, filed.grids.shapes[volume], steps).cpu()[None]
 
 
 @torch.no_grad()

@@ -401,7 +401,7 @@ def test_volumes_are_judged_on_the_grid_of_their_files(study):
     (note,) = [one for one in dataset.about["notes"] if "resampling leaves" in one]
     assert "leaves 18 of 36 objects of 'class 1' to learn from; scores count all of them" in note
     as_filed = open_dataset(prepare(config(size=[4, 4, 4]), study, study / "c"))
-    assert as_filed.volumes.truth is None and as_filed.fingerprint != dataset.fingerprint
+    assert as_filed.volumes.filed is None and as_filed.fingerprint != dataset.fingerprint
     assert not any("resampling" in one for one in as_filed.about["notes"])
 
 

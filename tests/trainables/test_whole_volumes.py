@@ -22,7 +22,7 @@ from trainables.data.source import Decoded, Grids, Whole
 from trainables.data.store import write
 from trainables.losses import LOSSES
 from trainables.masking import MASKING
-from trainables.segment import evaluate, predict, predict_truth, predict_volume
+from trainables.segment import evaluate, predict, predict_volume
 from trainables.trial import run_trial
 from trainables.unetr import build_unetr
 from trainables.windows import likeliest_between
@@ -152,7 +152,7 @@ def test_objects_are_small_or_large_in_millimetres(tmp_path, monkeypatch):
     settings, model = unetr(dataset)
     monkeypatch.setattr(
         "trainables.segment.predict_volume",
-        lambda model, dataset, volume, *_: torch.tensor(dataset.mask_of(volume))[None],
+        lambda model, dataset, volume, *_, **__: torch.tensor(dataset.mask_of(volume))[None],
     )
     scores = evaluate(model, settings, dataset, "val", toy.context(tmp_path, toy.Diary()))
     low, high = dataset.object_edges
@@ -166,7 +166,14 @@ def test_objects_are_small_or_large_in_millimetres(tmp_path, monkeypatch):
     assert scores["object_f1"] == 1 and scores["hd95"] == 0 and scores["nsd"] == 1
 
 
-def test_a_resampled_volume_is_judged_by_the_labels_of_its_file(tmp_path, monkeypatch):
+class Bright(nn.Module):
+    """Finds balls by their brightness."""
+
+    def forward(self, images):
+        return torch.cat([1.5 - images, images - 1.5], dim=1)
+
+
+def test_a_resampled_volume_is_judged_by_the_labels_of_its_file(tmp_path):
     """Scores of the voxels that the model saw, linear between them, against all voxels."""
     shapes, filed = [(8, 12, 9)] * 6, [(16, 12, 18)] * 6
     source = source_of(
@@ -183,21 +190,19 @@ def test_a_resampled_volume_is_judged_by_the_labels_of_its_file(tmp_path, monkey
         ),
     )
     dataset = open_dataset(write(source, tmp_path / "cache"))
-    settings, model = unetr(dataset)
-
-    def scores_of_truth(model, dataset, volume, *_):
-        is_ball = torch.tensor(dataset.mask_of(volume)).float()
-        return torch.stack([1 - is_ball, is_ball])
-
-    monkeypatch.setattr("trainables.segment._scores_of_volume", scores_of_truth)
-    found = predict_truth(model, dataset, 4, settings, CPU)[0]
+    settings, model = unetr(dataset)[0], Bright()
+    found = predict_volume(model, dataset, 4, settings, CPU, as_filed=True)[0]
     assert found.shape == (16, 12, 18)
-    seen = torch.tensor(dataset.mask_of(4))
-    expected = likeliest_between(scores_of_truth(model, dataset, 4), filed[4], (0.5, 1.0, 0.5))
-    assert torch.equal(found, expected) and found.sum() > 2 * seen.sum()
+    seen = predict_volume(model, dataset, 4, settings, CPU)[0]
+    assert seen.shape == (8, 12, 9) and found.sum() > 2 * seen.sum()
+    scores_KS = model(whole_volume(dataset, 4, CPU))[0]
+    assert torch.equal(found, likeliest_between(scores_KS, filed[4], (0.5, 1.0, 0.5)))
     scores = evaluate(model, settings, dataset, "val", toy.context(tmp_path, toy.Diary()))
     truth = ball(4, filed[4])[1], ball(5, filed[5])[1]
-    guess = [predict_truth(model, dataset, volume, settings, CPU)[0].numpy() for volume in (4, 5)]
+    guess = [
+        predict_volume(model, dataset, volume, settings, CPU, as_filed=True)[0].numpy()
+        for volume in (4, 5)
+    ]
     shared = sum(int((t & (g == 1)).sum()) for t, g in zip(truth, guess, strict=True))
     total = sum(int(t.sum() + (g == 1).sum()) for t, g in zip(truth, guess, strict=True))
     assert scores["dice/ball"] == pytest.approx(2 * shared / total)

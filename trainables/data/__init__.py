@@ -9,10 +9,12 @@ read, options. Whatever is wrong with a file is a UserError that names it.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainables.data import images, smears, textures, unchanged, volumes
+from trainables.data.entries import paths_read
 from trainables.data.source import Hears, SourceKind, unheard
 from trainables.data.store import Dataset, open_dataset, write
 from trainables.named import Choice, named
@@ -21,8 +23,10 @@ from trainables.storage import default_cache
 SOURCES = {
     "smears": SourceKind(smears.smears, smears.example),
     "textures": SourceKind(textures.textures, textures.example),
-    "images": SourceKind(images.images, images.example, images.files_read),
-    "volumes": SourceKind(volumes.volumes, volumes.example, volumes.files_read),
+    "images": SourceKind(images.images, images.example, paths_read),
+    "volumes": SourceKind(
+        volumes.volumes, volumes.example, partial(paths_read, separator=volumes.SEPARATOR)
+    ),
 }
 
 if TYPE_CHECKING:

@@ -358,7 +358,7 @@ def _channels(images: dict[str, Path]) -> dict[str, list[Path]]:
     return several
 
 
-def paths_read(root: Path, options: Mapping[str, Any], separator: str | None) -> list[Path]:
+def paths_read(root: Path, options: Mapping[str, Any], separator: str | None = None) -> list[Path]:
     """Every file on which reading the data depends, or would if it were there; none is opened.
 
     Only the manifest is, to know what it names. UserError: it cannot be read.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,7 +34,6 @@ from trainables.data.entries import (
     Shares,
     Where,
     named_classes,
-    paths_read,
     read_entries,
     split_by_group,
     with_groups,
@@ -249,11 +248,6 @@ def images(
         notes=notes,
         cut_from=list(sizes) if is_cut else None,
     )
-
-
-def files_read(root: Path, options: Mapping[str, Any]) -> list[Path]:
-    """Every file on which reading these data depends."""
-    return paths_read(root, options, None)
 
 
 def example(folder: Path) -> dict[str, Any]:

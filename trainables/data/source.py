@@ -56,22 +56,13 @@ class Grids:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(Grids):
     """What a source of volumes promises of them beside their voxels."""
 
-    shapes: list[tuple[int, ...]]
-    spacings: list[tuple[float, ...]]  # mm from voxel to voxel
-    overlap: (
-        float  # of neighbouring windows, as a share of their edges, where whole ones are judged
-    )
+    overlap: float  # of neighbouring windows, as a share of their edges, where they are judged
     tolerance: float  # mm within which surfaces agree
     decode_bytes: int  # memory that decoding the largest takes
     scored: Grids | None = None  # on which they are judged, where it is not that of the voxels
-
-    @cached_property
-    def begins(self) -> npt.NDArray[np.int64]:
-        """The first voxel of each, one behind the other, and the end of the last."""
-        return begins(self.shapes)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Truth:
+class FiledLabels:
     """The labels of volumes on the grids of their files, one behind the other."""
 
     labels: Array
@@ -90,7 +90,7 @@ class Volumes:
     has_class: npt.NDArray[np.bool_]  # (N, K); never the background
     overlap: float
     tolerance: float
-    truth: Truth | None = None  # by which they are judged; None: as they are learnt from
+    filed: FiledLabels | None = None  # by which they are judged; None: those learnt from
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +149,10 @@ class Dataset:
     def truth_of(self, volume: int) -> tuple[Array, tuple[float, ...]]:
         """The labels by which a volume is judged, and the mm between their voxels."""
         assert self.volumes is not None
-        truth = self.volumes.truth
-        if truth is None:
+        filed = self.volumes.filed
+        if filed is None:
             return self.mask_of(volume), tuple(self.volumes.spacings[volume].tolist())
-        return truth.of(volume), truth.grids.spacings[volume]
+        return filed.of(volume), filed.grids.spacings[volume]
 
     def labels_of(self, image: int) -> tuple[Array, Array | None]:
         """The labels and the instances, if there are any, (*shape) of an image cut into tiles."""
@@ -191,8 +191,8 @@ class Dataset:
     def _has_class_RK(self) -> npt.NDArray[np.bool_]:
         """Whether each row shows each class; of volumes whether the whole one does."""
         if self.volumes is not None:
-            truth = self.volumes.truth
-            shows = self.volumes.has_class if truth is None else truth.shows
+            filed = self.volumes.filed
+            shows = self.volumes.has_class if filed is None else filed.shows
             return shows[self.volumes.owner]
         num_rows, step = len(self.splits), max(1, PIXELS_AT_ONCE // math.prod(self.size))
         found = np.zeros((num_rows, len(self.classes)), bool)
@@ -335,14 +335,14 @@ def _open_volumes(folder: Path, size: tuple[int, ...], rows: dict[str, Any]) -> 
         has_class=np.array(rows["has_class"], bool),
         overlap=rows["overlap"],
         tolerance=rows["tolerance"],
-        truth=_open_truth(folder, rows["scored"]) if "scored" in rows else None,
+        filed=_open_filed(folder, rows["scored"]) if "scored" in rows else None,
     )
 
 
-def _open_truth(folder: Path, scored: dict[str, Any]) -> Truth:
+def _open_filed(folder: Path, scored: dict[str, Any]) -> FiledLabels:
     shapes, spacings = ([tuple(each) for each in scored[key]] for key in ("shapes", "spacings"))
     shows = np.array(scored["shows"], bool)
-    return Truth(_map(folder / "truth.npy"), Grids(shapes, spacings), shows)
+    return FiledLabels(_map(folder / "truth.npy"), Grids(shapes, spacings), shows)
 
 
 def _row_names(names: Sequence[str], volumes: Volumes) -> list[str]:

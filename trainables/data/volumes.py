@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -47,7 +47,6 @@ from trainables.data.entries import (
     Shares,
     Where,
     named_classes,
-    paths_read,
     read_entries,
     split_by_group,
     with_groups,
@@ -300,11 +299,6 @@ def volumes(
             scored=scored if is_resampled else None,
         ),
     )
-
-
-def files_read(root: Path, options: Mapping[str, Any]) -> list[Path]:
-    """Every file on which reading these data depends."""
-    return paths_read(root, options, SEPARATOR)
 
 
 def example(folder: Path) -> dict[str, Any]:
