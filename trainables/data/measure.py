@@ -139,7 +139,7 @@ def measure(
                 *notes,
                 *(
                     _notes_of_clipping(source, images, masks, highest, classes)
-                    if source.window is not None or (low, high) == robust != observed
+                    if source.window is not None or robust != observed
                     else []
                 ),
                 *_notes_of_resampling(sizes, learnt, classes),
@@ -168,8 +168,7 @@ def _robust_window(
         f"{MOST_PIXELS:.2%} of the pixels lie between {low} and {high}, in {share:.1%} of what "
         f"there is, {list(observed)}"
     )
-    names = [str(label) for label in range(NOT_LABELLED)]
-    if _notes_of_clipping(source, images, masks, high, names):
+    if _clipped_shares(source, images, masks, high).max() > MOST_CLIPPED:
         return observed, [f"{what}; all of it is the window, as a class lies above"]
     return (low, high), [
         f"{what}, which a few others stretch: they are the window, beyond which nothing is told "
@@ -181,24 +180,29 @@ def _notes_of_clipping(
     source: Source, images: Array, masks: Array, highest: int, classes: list[str]
 ) -> list[str]:
     """That most of a class has the highest level, where nothing tells its pixels apart."""
-    if not source.is_labelled:
-        return []
-    totals, clipped = np.zeros((2, len(classes)), np.int64)
+    shares = _clipped_shares(source, images, masks, highest)
+    return [
+        f"{share:.0%} of {name!r} has the highest level, as the window ends below it; set a wider "
+        f"window, or percentiles up to 100"
+        for name, share in zip(classes[1:], shares, strict=False)
+        if share > MOST_CLIPPED
+    ]
+
+
+def _clipped_shares(
+    source: Source, images: Array, masks: Array, highest: int
+) -> npt.NDArray[np.float64]:
+    """Of each class but the background, the share of its training pixels at a level or above."""
+    totals, clipped = np.zeros((2, NOT_LABELLED + 1), np.int64)
     for row in rows_of(np.array(source.splits), "train"):
         labels = _row(source, masks, row).ravel()
         is_highest = (_row(source, images, row, source.channels) >= highest).reshape(
             source.channels, -1
         )
-        is_known = labels != NOT_LABELLED
-        totals += np.bincount(labels[is_known], minlength=len(classes))
-        clipped += np.bincount(labels[is_known & is_highest.all(axis=0)], minlength=len(classes))
-    shares = clipped / np.maximum(totals, 1)
-    return [
-        f"{share:.0%} of {name!r} has the highest level, as the window ends below it; set a wider "
-        f"window, or percentiles up to 100"
-        for name, share in list(zip(classes, shares, strict=True))[1:]
-        if share > MOST_CLIPPED
-    ]
+        totals += np.bincount(labels, minlength=len(totals))
+        clipped += np.bincount(labels[is_highest.all(axis=0)], minlength=len(totals))
+    shares: npt.NDArray[np.float64] = clipped / np.maximum(totals, 1)
+    return shares[1:NOT_LABELLED]
 
 
 def _notes_of_resampling(sizes: list[Sizes], learnt: list[Sizes], classes: list[str]) -> list[str]:
