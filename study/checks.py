@@ -216,7 +216,7 @@ def geometry_problems(spec: StudySpec, size: tuple[int, ...]) -> list[str]:
     """What does not fit on images of this size, for data whose size the study file does not say."""
     problems = Problems(spec.study, Document())
     trial, search, unit = spec.trial, spec.search, spec.probe.unit
-    configs = [config for config, _ in _variants(trial, search, ("model.patch", "masking.unit"))]
+    configs = [config for config, _ in variants_of(trial, search, ("model.patch", "masking.unit"))]
     _check_geometry(search, configs, size, unit, problems, is_unit_given=unit is not None)
     return [f"{'.'.join(map(str, path))}: {problem}" for _, path, problem in problems.found]
 
@@ -231,7 +231,7 @@ def check_together(
 ) -> Edges | None:
     """Patches, units, probe and batches of every arm; the probe's unit, as far as there is one."""
     if resources is not None:
-        for config, _ in _variants(trial, search, ("pretrain.batch", "segment.batch")):
+        for config, _ in variants_of(trial, search, ("pretrain.batch", "segment.batch")):
             for phase in PHASES:
                 batch = getattr(config, phase).batch
                 if batch % resources.workers:
@@ -241,7 +241,7 @@ def check_together(
                         f"{resources.workers}",
                     )
     _check_conflicts(trial, search, problems)
-    variants = list(_variants(trial, search, ("model.patch", "masking.unit")))
+    variants = list(variants_of(trial, search, ("model.patch", "masking.unit")))
     if len(variants) > MOST_COMBINATIONS:
         problems.add(("search",), "given too many patches and units to check; expected fewer")
         return None
@@ -278,7 +278,7 @@ def _largest_patch(
 def _check_conflicts(trial: TrialConfig, search: Search, problems: Problems) -> None:
     """Settings that exclude each other, in the control or in what the search may put together."""
     paths = ("model.decoder.attention", "model.decoder.predicted", "pretrain.visible_weight")
-    for config, _ in _variants(trial, search, paths):
+    for config, _ in variants_of(trial, search, paths):
         for name, problem in conflicts(config).items():
             problems.add(_source(search, *name.split(".")), f"given {problem}")
 
@@ -291,7 +291,7 @@ def image_size(data: Choice | None) -> tuple[int, ...] | None:
     return tuple(size) if size is not None else None
 
 
-def _variants(
+def variants_of(
     trial: TrialConfig, search: Search, paths: Sequence[str]
 ) -> Iterator[tuple[TrialConfig, space.Point | None]]:
     """The control, and it with every combination of what the search may put at these paths."""

@@ -13,7 +13,7 @@ from typing import Any
 from study.reader import in_one_line
 from study.survey import Survey
 from trainables.data import Dataset
-from trainables.data.labels import two_sides
+from trainables.data.labels import axes_without_side, two_sides
 from trainables.edges import even
 
 STEPS = 1500  # of pretraining, from which on small encoders have learnt something
@@ -90,6 +90,7 @@ def draft(
     found: Survey,
     dataset: Dataset,
     machine: Machine,
+    *,
     steps: int,
     hours: float | None = None,
 ) -> str:
@@ -163,8 +164,7 @@ def _trial(
         },
     }
     if two_sides(dataset.classes):
-        to_the_right = 1 if len(dataset.size) == 2 else 0
-        axes = [axis for axis in range(len(dataset.size)) if axis != to_the_right]
+        axes = axes_without_side(len(dataset.size))
         trial["segment"]["augment"] = {"name": "crops", "scale": [0.5, 1.0], "flip_axes": axes}
     if machine.has_fast_bf16 and not machine.has_gpu:
         trial["pretrain"]["precision"] = trial["segment"]["precision"] = "bf16"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from study.checks import geometry_problems
+from study.checks import geometry_problems, variants_of
 from study.reader import in_one_line
 from trainables.config import num_steps
-from trainables.data.labels import two_sides
-from trainables.edges import even, in_words, per_axis, simplest
+from trainables.data.labels import axes_without_side, two_sides
+from trainables.edges import even, in_words, simplest
 from trainables.labelled import classes_missing
 from trainables.metrics import MIOU, PHASES, PSNR, metric_of, parse
 
@@ -173,12 +173,8 @@ def weaknesses(spec: StudySpec, dataset: Dataset) -> list[str]:
 
 def arms_patches(spec: StudySpec, axes: int) -> list[tuple[int, ...]]:
     """The edges of every patch that an arm may have."""
-    item = spec.search.get("model.patch")
-    if item is None:
-        return [spec.trial.patch_edges(axes)]
-    choices = item.choices if item.choices is not None else [item.low, item.high]
-    values = choices.values() if isinstance(choices, dict) else choices
-    return [per_axis(value, axes, "search.model.patch") for value in values]
+    variants = variants_of(spec.trial, spec.search, ("model.patch",))
+    return list(dict.fromkeys(config.patch_edges(axes) for config, _ in variants))
 
 
 def _spacing(dataset: Dataset) -> list[float] | None:
@@ -221,7 +217,7 @@ def _label_problems(spec: StudySpec, data: DataSize) -> list[str]:
 def _flip_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Of axes that are turned around: they must be there, and no class may change its side."""
     problems = []
-    axes, side = len(data.size), 0 if len(data.size) == 3 else 1  # to the right
+    axes, allowed = len(data.size), axes_without_side(len(data.size))
     for phase in PHASES:
         augment = getattr(spec.trial, phase).augment
         flipped = augment.options().get("flip_axes", ())
@@ -230,10 +226,9 @@ def _flip_problems(spec: StudySpec, data: DataSize) -> list[str]:
                 f"trial.{phase}.augment.flip_axes: given {list(flipped)}; expected axes of the "
                 f"images, 0 to {axes - 1}"
             )
-        elif phase == "segment" and (flipped is None or side in flipped):
+        elif phase == "segment" and (flipped is None or not set(flipped) <= set(allowed)):
             pair = two_sides(data.classes)
-            others = [axis for axis in range(axes) if axis != side]
-            given = {**augment.model_dump(mode="json", by_alias=True), "flip_axes": others}
+            given = {**augment.model_dump(mode="json", by_alias=True), "flip_axes": allowed}
             if pair:
                 problems.append(
                     f"trial.segment.augment: turns images around from left to right, but "

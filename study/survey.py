@@ -21,7 +21,6 @@ from trainables.data.entries import (
     NNUNET_IMAGES,
     NNUNET_MASKS,
     Entry,
-    Places,
     delimiter_of,
     named_classes,
     places_of,
@@ -120,7 +119,7 @@ def survey(folder: Path) -> Survey:
         )
     found = Survey("volumes" if is_volumes else "images")
     _find_places(folder, pictures, suffixes, found)
-    places = _places(found)
+    places = places_of(Path(), found.data)
     _, entries, _ = read_entries(places, suffixes, SEPARATOR if is_volumes else None)
     found.images, found.masks = len(entries), sum(entry.mask is not None for entry in entries)
     _find_groups(entries, found)
@@ -171,11 +170,10 @@ def _find_places(
     found.data["folder"] = str(folder)
     images = next((inside[name] for name in IMAGE_FOLDERS if name in inside), None)
     masks = next((inside[name] for name in MASK_FOLDERS if name in inside), None)
-    if images is None or masks is None:
-        pair = _pair_of_folders(folder, pictures, suffixes, images, masks)
-        if pair is not None:
-            _guess_pair(pair, found)
-            return
+    pair = _pair_of_folders(folder, pictures, suffixes, images, masks)
+    if pair is not None:
+        _guess_pair(pair, found)
+        return
     if images is None:
         found.guess("image_folder", ".", "there is no folder images/: all pictures below")
         images = "."
@@ -227,13 +225,20 @@ def _pair_of_folders(
         stems = [
             {_stem(path, folder / name, suffixes) for path in inside[name]} for name in (one, other)
         ]
-        ends = [_common_end(each) for each in stems]
-        bare = [{s.removesuffix(end) for s in each} for each, end in zip(stems, ends, strict=True)]
-        is_alike = 2 * len(bare[0] & bare[1]) >= len(bare[1])
-        if is_alike and shades[other] <= MOST_SHADES and 2 * shades[other] < shades[one]:
+        ends = ["", ""]
+        if not _are_alike(*stems):
+            ends = [_common_end(each) for each in stems]
+            pairs = zip(stems, ends, strict=True)
+            stems = [{stem.removesuffix(end) for stem in each} for each, end in pairs]
+        if _are_alike(*stems) and shades[other] <= MOST_SHADES and 2 * shades[other] < shades[one]:
             size = sum(path.stat().st_size for path in inside[one])
             found.append((-shades[other], size, _Pair(one, other, *ends)))
     return max(found)[2] if found else None
+
+
+def _are_alike(images: set[str], masks: set[str]) -> bool:
+    """Whether half of the masks or more are called like an image."""
+    return 2 * len(images & masks) >= len(masks)
 
 
 def _guess_pair(pair: _Pair, found: Survey) -> None:
@@ -285,7 +290,7 @@ def _columns(path: Path) -> dict[str, str] | None:
 
 def _mask_suffix(stems: set[str], others: set[str], *, is_apart: bool) -> str:
     """What masks are called beyond their images: of most of them."""
-    if is_apart and len(others & stems) * 2 >= len(others):
+    if is_apart and _are_alike(stems, others):
         return ""
     counts = {
         suffix: sum(
@@ -304,10 +309,6 @@ def _mask_suffix(stems: set[str], others: set[str], *, is_apart: bool) -> str:
     )
     ending, count = max(endings.items(), key=lambda pair: pair[1], default=("", 0))
     return ending if count * COMMON >= len(others) else ""
-
-
-def _places(found: Survey) -> Places:
-    return places_of(Path(), found.data)
 
 
 def _find_groups(entries: Sequence[Entry], found: Survey) -> None:
@@ -351,9 +352,10 @@ def _find_window(entries: Sequence[Entry], found: Survey) -> None:
     if all(one.bits <= 16 for one in found.seen):
         return
     pictures = [files.pixels(read(entry.image, None)) for entry in entries]
-    finite = [picture[np.isfinite(picture)] for picture in pictures]
-    low = min(float(values.min()) for values in finite if values.size)
-    high = max(float(values.max()) for values in finite if values.size)
+    finite = np.concatenate([picture[np.isfinite(picture)] for picture in pictures])
+    if not finite.size:
+        return  # whoever reads them will tell
+    low, high = float(finite.min()), float(finite.max())
     if 0 <= low < high <= 1:
         low, high = 0.0, 1.0
     found.guess("window", [low, high], f"{len(entries)} pictures that were looked at")

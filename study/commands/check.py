@@ -58,9 +58,10 @@ def check_study(
             say(f"  {'changed':<22} {change}")
     else:
         say(f"{path}: valid")
-    notes = dataset.about["notes"]
     _print_pairs("data", _data_words(dataset, arms_patches(spec, len(dataset.size))))
-    for note in notes:
+    if dataset.is_labelled:
+        _print_pairs("classes", _class_words(dataset))
+    for note in dataset.about["notes"]:
         say(f"  {'note':<22} {note}")
     for line in weaknesses(spec, dataset):
         say(f"  {'warning':<22} {line}")
@@ -95,13 +96,11 @@ def check_study(
 
 def _data_words(dataset: Dataset, patches: Sequence[Sequence[int]]) -> dict[str, str]:
     """The data set in a line for each of its sides."""
-    about, volumes = dataset.about, dataset.volumes
-    counts: dict[str, int] = {split: len(dataset.rows(split)) for split in SPLITS}
-    rows = "crops" if volumes is not None else "tiles" if dataset.tiles is not None else "images"
+    volumes, rows = dataset.volumes, _word_of_rows(dataset)
     words = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint[:12],
-        rows: _listed(counts),
+        rows: _listed({split: len(dataset.rows(split)) for split in SPLITS}),
     }
     if volumes is not None:
         words["volumes"] = _listed({split: len(dataset.volumes_of(split)) for split in SPLITS})
@@ -120,23 +119,35 @@ def _data_words(dataset: Dataset, patches: Sequence[Sequence[int]]) -> dict[str,
         share = padding_share(parts.shapes.tolist(), dataset.size)
         words["padding"] = f"{share:.0%} of all {rows}"
     words["channels"] = str(dataset.channels)
-    words["groups"] = f"{about['groups']:,}"
+    words["groups"] = f"{dataset.about['groups']:,}"
     if volumes is None:
-        found = about["intensities"]
-        words["intensities"] = f"0 and 1 are {found['ends']}, from {found['window_from']}"
-    unit = "px" if volumes is None else "mm"
-    for place, name in enumerate(dataset.classes if dataset.is_labelled else []):
+        found = dataset.about["intensities"]
+        words["intensities"] = f"{found['ends']} become 0 and 1, by {found['window_from']}"
+    return words
+
+
+def _class_words(dataset: Dataset) -> dict[str, str]:
+    """How much of each class the labels show."""
+    about, words = dataset.about, {}
+    for place, name in enumerate(dataset.classes):
         words[name] = f"{about['pixel_share'][name]:.2%} of the pixels"
         objects = about["objects"].get(name)
         if place == 0 or objects is None:
             continue
-        median = objects["median_diameter"]
+        median, unit = objects["median_diameter"], "px" if dataset.volumes is None else "mm"
         size = f", {median:g} {unit} (median)" if median else ""
         words[name] += f"; objects: {_listed({s: objects[s] for s in LABELLED})}{size}"
-        if volumes is None:
+        if dataset.volumes is None:
             shown = {s: len(dataset.rows_showing(place, dataset.rows(s))) for s in LABELLED}
-            words[name] += f"; {rows} with it: {_listed(shown)}"
+            words[name] += f"; {_word_of_rows(dataset)} with it: {_listed(shown)}"
     return words
+
+
+def _word_of_rows(dataset: Dataset) -> str:
+    """What models see."""
+    if dataset.volumes is not None:
+        return "crops"
+    return "tiles" if dataset.tiles is not None else "images"
 
 
 def _listed(counts: Mapping[Any, int]) -> str:

@@ -52,7 +52,7 @@ def _affordable(name: str, found: Survey, dataset: Dataset, machine: Machine, ou
     from trainables.speed import flops_per_second
 
     def parsed(steps: int) -> StudySpec:
-        text = draft(name, found, dataset, machine, steps)
+        text = draft(name, found, dataset, machine, steps=steps)
         return parse_spec(text, output.parent, where=str(output))
 
     spec = parsed(STEPS)
@@ -61,7 +61,7 @@ def _affordable(name: str, found: Survey, dataset: Dataset, machine: Machine, ou
     speed = flops_per_second(spec.trial, dataset, device, threads=threads)
     steps = affordable(plan(spec, dataset, flops_per_second=speed).hours)
     hours = plan(parsed(steps), dataset, flops_per_second=speed).hours
-    return draft(name, found, dataset, machine, steps, hours)
+    return draft(name, found, dataset, machine, steps=steps, hours=hours)
 
 
 def _prepared(source: str, options: dict[str, object]) -> Dataset:

@@ -10,7 +10,7 @@ from study import mirror
 from study.commands.finding import find_study, storage_of
 from study.commands.terminal import console, fitted, say, say_json, show
 from study.ledger import is_held
-from study.overview import arms_table, standing, standings, studies, studies_table
+from study.overview import arms_table, standing, standings, studies_table
 
 
 def show_status(name: str | None, storage: str | None, *, follow: bool, as_json: bool) -> None:
@@ -19,8 +19,10 @@ def show_status(name: str | None, storage: str | None, *, follow: bool, as_json:
         place = storage_of(storage)
         if as_json:
             say_json(standings(place))
-        elif studies(place):
-            show(studies_table(place))
+            return
+        table = studies_table(place)
+        if table.row_count:
+            show(table)
         else:
             say(f"no studies in {place}; another place: --storage DIR")
         return

@@ -268,7 +268,7 @@ def drafted(folder: Path, machine: Machine = LAPTOP) -> tuple[str, Dataset]:
     found.guess("size", size, why)
     config = TypeAdapter(DataConfig).validate_python({"source": found.source, **found.data})
     dataset = open_dataset(prepare(config, folder, folder / "cache"))
-    return draft("mine", found, dataset, machine, 600, 1.5), dataset
+    return draft("mine", found, dataset, machine, steps=600, hours=1.5), dataset
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, Machine(has_gpu=True, has_fast_bf16=False)])

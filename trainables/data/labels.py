@@ -275,6 +275,11 @@ def some(values: Iterable[float]) -> str:
     return ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")
 
 
+def axes_without_side(num_axes: int) -> list[int]:
+    """All but the one from left to right: the second of a picture, the first of a volume."""
+    return [axis for axis in range(num_axes) if axis != (1 if num_axes == 2 else 0)]
+
+
 def two_sides(classes: Sequence[str]) -> tuple[str, str] | None:
     """Two classes whose names differ in left and right alone."""
     known = {name.lower(): name for name in classes}
