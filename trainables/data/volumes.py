@@ -108,6 +108,7 @@ HEADROOM = 15  # windows above one that nobody set are kept; divides HIGHEST
 HOUNSFIELD = (-1000.0, 1000.0)  # from air to dense bone
 AIR = -500.0  # Hounsfield units that only air is below; the lowest of no MR or PET
 SAME_SPACING = 1e-3  # relative difference that is not worth resampling
+HALFWAY = 1e-6  # voxels within which a place is halfway between two
 COPIES = 3  # of the values of a channel while it is decoded
 
 
@@ -367,7 +368,7 @@ def decode_entry(entry: Entry, inspected: Inspected, reading: Reading) -> Decode
             stored = _unchanged(entry.mask, inspected.mask, reading)
             labels = reading.labels.of(nifti.values(inspected.mask.header, stored))
             labels = to_ras(labels, inspected.mask.header.affine)
-    learnt = resampled(labels, inspected.shape, _steps(header, reading), is_nearest=True)
+    learnt = resampled_labels(labels, inspected.shape, _steps(header, reading))
     return Decoded(picture[None], learnt[None], truth=labels[None])
 
 
@@ -386,30 +387,41 @@ def to_ras(stored: Array, affine: Array) -> Array:
     return np.asarray(orientations.apply_orientation(stored, orientations.io_orientation(affine)))
 
 
-def resampled(
-    values: Array, shape: Shape, steps: Sequence[float], *, is_nearest: bool = False
-) -> Array:
+def resampled(values: Array, shape: Shape, steps: Sequence[float]) -> Array:
     """Values at new voxels, `steps` old ones apart along each axis, in the middle of the old ones.
 
     Linear, after a Gaussian of (step - 1) / 2 along axes that become coarser, so that what lies
-    between the new voxels counts; labels are the nearest, unsmoothed. Beyond the first and the last
-    voxel their values go on.
+    between the new voxels counts. Beyond the first and the last voxel their values go on.
     """
     if all(step == 1 for step in steps):
         return values
-    if not is_nearest:
-        sigma = [max(0.0, (step - 1) / 2) for step in steps]
-        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
+    sigma = [max(0.0, (step - 1) / 2) for step in steps]
+    values = ndimage.gaussian_filter(values, sigma, mode="nearest")
     middle = [
         (old - 1) / 2 - (new - 1) / 2 * step
         for old, new, step in zip(values.shape, shape, steps, strict=True)
     ]
-    order = 0 if is_nearest else 1
     return np.asarray(
         ndimage.affine_transform(
-            values, np.asarray(steps), middle, output_shape=shape, order=order, mode="nearest"
+            values, np.asarray(steps), middle, output_shape=shape, order=1, mode="nearest"
         )
     )
+
+
+def resampled_labels(labels: Array, shape: Shape, steps: Sequence[float]) -> Array:
+    """The nearest labels at the same new voxels.
+
+    Halfway between two voxels the one below and the one above take turns: always the same one, as
+    rounding has it, would move everything by half a voxel.
+    """
+    places = []
+    for old, new, step in zip(labels.shape, shape, steps, strict=True):
+        number = np.arange(new)
+        place = (old - 1) / 2 + (number - (new - 1) / 2) * step
+        is_halfway = np.abs(place - np.floor(place) - 0.5) < HALFWAY
+        nearest = np.where(is_halfway, np.floor(place) + number % 2, np.rint(place))
+        places.append(nearest.clip(0, old - 1).astype(np.int64))
+    return np.asarray(labels[np.ix_(*places)])
 
 
 def levels_between(intensities: Array, reading: Reading) -> tuple[float, float]:
