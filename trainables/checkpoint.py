@@ -9,6 +9,9 @@ A checkpoint is written under a name that starts with a dot, and renamed when al
 disk. What is newest is said by (phase, step) in state.json, never by a clock or a name. The newest
 two complete ones are kept: one of them is there at every instant after the first save.
 
+A training loop goes on while a `Writer` writes: it copies the tensors to the host, and waits only
+where the checkpoint before is not on the disk yet.
+
 In a store of objects a checkpoint is complete once its manifest is there, which is sent last. There
 too the newest two are kept, and a checkpoint that the store lacks does not count: a trial goes on
 from the same one on whichever node it is.
@@ -23,7 +26,12 @@ import logging
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +51,7 @@ State = dict[str, Any]
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _log = logging.getLogger(__name__)
+_Look = tuple[int, ...]
 
 
 class Saved(NamedTuple):
@@ -55,6 +64,63 @@ class Saved(NamedTuple):
 
 class DamageError(StorageError):
     """A checkpoint that is not what its manifest says: which file, and what is wrong."""
+
+
+class Writer:
+    """Writes checkpoints of one folder, one at a time, while the trial goes on.
+
+    As a context it waits for the last one. An error of writing is raised at the next call, or at
+    the end.
+    """
+
+    def __init__(self, folder: Path, remote: str = "") -> None:
+        self._folder, self._remote = folder, remote
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._written: Future[float] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        try:
+            # what ended the trial is told, not what befell its checkpoint besides
+            with suppress(StorageError) if error else nullcontext():
+                self.finish()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, name: str, tensors: dict[str, Tensor], state: State) -> None:
+        """Take a copy, once the checkpoint before is on the disk, and begin to write it."""
+        self.finish()
+        copies = on_host(tensors)
+        self._written = self._thread.submit(self._write, name, copies, state)
+
+    def finish(self) -> float | None:
+        """Wait until all is on the disk; the seconds that took, unless they were told before."""
+        written, self._written = self._written, None
+        return None if written is None else written.result()
+
+    def _write(self, name: str, tensors: dict[str, Tensor], state: State) -> float:
+        began = time.perf_counter()
+        save(self._folder, name, tensors, state, self._remote)
+        return time.perf_counter() - began
+
+
+def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that no step changes, each in one piece; from a GPU all at once, with one wait."""
+    copies = {}
+    for name, value in tensors.items():
+        copies[name] = torch.empty(
+            value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda"
+        ).copy_(value.detach(), non_blocking=True)
+    if any(value.device.type == "cuda" for value in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
 
 
 def save(
@@ -72,10 +138,9 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        on_host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_tensors(on_host, aside / _TENSORS)
+        save_tensors(tensors, aside / _TENSORS)
         _write_json(aside / _STATE, state)
-        files = {file: _fingerprint(aside / file) for file in (_TENSORS, _STATE)}
+        files = {file: _remembered(aside / file) for file in (_TENSORS, _STATE)}
         _write_json(aside / _MANIFEST, {"files": files})
         durable.publish_folder(aside, target)
         if remote:
@@ -200,8 +265,13 @@ def _place(path: Path) -> tuple[int, int]:
     return PHASES.index(state["phase"]), state["step"]
 
 
-def _verify(path: Path, only: str | None = None) -> None:
+def _verify(
+    path: Path,
+    only: str | None = None,
+    fingerprint: Callable[[Path], dict[str, Any]] | None = None,
+) -> None:
     """Raise DamageError unless the files (or `only` one) have the manifest's sizes and hashes."""
+    fingerprint = fingerprint or _fingerprint
     try:
         files = json.loads((path / _MANIFEST).read_bytes())["files"]
         expected = {file: files[file] for file in (_TENSORS, _STATE) if only in (None, file)}
@@ -210,7 +280,7 @@ def _verify(path: Path, only: str | None = None) -> None:
         raise DamageError(f"{_MANIFEST} cannot be read ({error!r})") from error
     for file, (size, sha256) in sizes.items():
         try:
-            found = _fingerprint(path / file)
+            found = fingerprint(path / file)
         except OSError as error:
             raise DamageError(f"{file} cannot be read ({error})") from error
         if found["bytes"] != size:
@@ -229,7 +299,7 @@ def _keep_newest(folder: Path, saved: Path) -> list[str]:
     others = [name for name in _names(folder) if name != saved.name]
     for name in _newest_first(folder, others, damaged=[]):
         try:
-            _verify(folder / name)
+            _verify(folder / name, fingerprint=_remembered)
         except DamageError:
             continue
         kept.add(name)
@@ -323,6 +393,20 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": sha256}
+
+
+_known: dict[_Look, dict[str, Any]] = {}
+
+
+def _remembered(path: Path) -> dict[str, Any]:
+    """The same, without reading what this process has read, if it looks as it did then."""
+    about = path.stat()
+    look = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    if look not in _known:
+        while len(_known) >= 4 * KEPT:
+            del _known[next(iter(_known))]
+        _known[look] = _fingerprint(path)
+    return _known[look]
 
 
 def _write_json(path: Path, content: Any) -> None:

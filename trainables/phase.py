@@ -37,6 +37,7 @@ from trainables.metrics import rows as metric_rows
 from trainables.optimizers import learning_rate, set_learning_rate
 
 HEARTBEAT_SECONDS = 0.3
+MOST_STEPS = 1000  # between two looks for what diverged, and chances for a checkpoint
 RUNNING_LOSS = "loop/running_loss"  # a checkpoint's tensor
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -102,10 +103,7 @@ def train(
     phase: Phase, seed: int, context: Context, resume: Saved | None
 ) -> tuple[Ending, list[Row]]:
     """Train, or go on from a checkpoint; (how it ended, the rows of the newest rung)."""
-    plan, learner, where = phase.plan, phase.learner, phase.images.rows.device
-    samples_B = torch.arange(plan.batch, device=context.device)[phase.share]
-    places_B = samples_B.to(where)
-    counters = Counters(plan.phase)
+    learner, counters = phase.learner, Counters(phase.plan.phase)
     if resume is not None:
         checkpoint.unpack(learner.model, learner.optimizer, resume.tensors, learner.teacher)
         counters = Counters(**resume.state)
@@ -114,6 +112,24 @@ def train(
     if counters.step == 0:
         phase.illustrate(0.0)
 
+    with checkpoint.Writer(context.folder / "checkpoints", context.remote) as writer:
+        ending, counters = _steps(phase, seed, context, resume, counters, writer)
+        _tell_time(writer, context)
+    return ending, counters.rows
+
+
+def _steps(
+    phase: Phase,
+    seed: int,
+    context: Context,
+    resume: Saved | None,
+    counters: Counters,
+    writer: checkpoint.Writer,
+) -> tuple[Ending, Counters]:
+    """All steps that are left; (how it ended, what is counted then)."""
+    plan, learner, where = phase.plan, phase.learner, phase.images.rows.device
+    samples_B = torch.arange(plan.batch, device=context.device)[phase.share]
+    places_B = samples_B.to(where)
     distributed.reset_peak_memory(context.device)
     loss_sum = running_loss(resume, context)
     saved = started = beaten = time.perf_counter()
@@ -135,12 +151,13 @@ def train(
 
         is_rung = done in plan.rungs
         is_leaving = context.is_leaving(plan.phase, done)
-        if not (is_rung or is_epoch_end(done, plan)):
+        if not (is_rung or is_epoch_end(done, plan) or done % MOST_STEPS == 0):
             if is_leaving:
                 seconds = counters.device_seconds + now - started
                 counters = replace(counters, step=done, device_seconds=seconds)
-                save(counters, learner, context, distributed.from_all_workers(loss_sum, context))
-                return Ending.LEAVING, counters.rows
+                losses = distributed.from_all_workers(loss_sum, context)
+                save(counters, learner, context, writer, losses)
+                return Ending.LEAVING, counters
             continue
 
         # The only places where the host waits for the device
@@ -154,14 +171,14 @@ def train(
             device_seconds=counters.device_seconds + now - started,
         )
         if not math.isfinite(counters.loss_sum):
-            return Ending.DIVERGED, counters.rows
+            return Ending.DIVERGED, counters
 
         stop = False
         if is_rung:
             values = training_values(counters, plan, context)
             values |= phase.evaluate(range(counters.rung_step, done))
             if not all(map(math.isfinite, values.values())):
-                return Ending.DIVERGED, counters.rows
+                return Ending.DIVERGED, counters
             rows = metric_rows(
                 values,
                 phase=plan.phase,
@@ -180,14 +197,14 @@ def train(
                 rows=rows,
             )
         if is_rung or is_leaving or now - saved > context.checkpoint_seconds:
-            save(counters, learner, context)
+            save(counters, learner, context, writer)
             saved = time.perf_counter()
         if stop:
-            return Ending.STOPPED, counters.rows
+            return Ending.STOPPED, counters
         if is_leaving and done < plan.steps:
-            return Ending.LEAVING, counters.rows
+            return Ending.LEAVING, counters
         started = time.perf_counter()
-    return Ending.COMPLETE, counters.rows
+    return Ending.COMPLETE, counters
 
 
 def update(learner: Learner[Any], loss: Tensor, plan: Plan, step: int) -> Tensor:
@@ -269,19 +286,28 @@ def told_to_stop(rows: list[Row], context: Context) -> bool:
 
 
 def save(
-    counters: Counters, learner: Learner[Any], context: Context, losses: Tensor | None = None
+    counters: Counters,
+    learner: Learner[Any],
+    context: Context,
+    writer: checkpoint.Writer,
+    losses: Tensor | None = None,
 ) -> None:
-    """Rank 0 writes a checkpoint; `losses` are the workers' sums since the counters' own."""
+    """Rank 0 begins a checkpoint; `losses` are the workers' sums since the counters' own."""
     if not context.is_main:
         return
-    began = time.perf_counter()
+    _tell_time(writer, context)
     name = f"{context.attempt}-{counters.phase}-{counters.step:08d}"
     tensors = checkpoint.pack(learner.model, learner.optimizer, learner.teacher)
     if losses is not None:
         tensors[RUNNING_LOSS] = losses
-    folder = context.folder / "checkpoints"
-    checkpoint.save(folder, name, tensors, asdict(counters), context.remote)
-    context.saved(time.perf_counter() - began)
+    writer.save(name, tensors, asdict(counters))
+
+
+def _tell_time(writer: checkpoint.Writer, context: Context) -> None:
+    """Wait for the checkpoint that is being written, if there is one, and tell what it took."""
+    seconds = writer.finish()
+    if seconds is not None:
+        context.saved(seconds)
 
 
 def running_loss(resume: Saved | None, context: Context) -> Tensor:

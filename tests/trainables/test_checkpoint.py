@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -250,3 +252,66 @@ def test_state_that_json_cannot_hold_exactly_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         checkpoint.save(tmp_path, "a", {}, {"phase": "pretrain", "step": 1, "x": float("nan")})
     assert json.dumps(0.1 + 0.2) == "0.30000000000000004"  # floats come back as they were
+
+
+def writing(folder, step, value):
+    state = {"phase": "pretrain", "step": step}
+    return f"a1-pretrain-{step:08d}", {"model/weight": value}, state
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    goes_on, whole = threading.Event(), checkpoint.save_tensors
+
+    def slow(tensors, path):
+        assert goes_on.wait(30)
+        whole(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", slow)
+    weight = torch.ones(4, 3).t()  # not in one piece
+    with checkpoint.Writer(tmp_path) as writer:
+        writer.save(*writing(tmp_path, 1, weight))
+        weight += 1
+        assert checkpoint.load_latest(tmp_path) is None
+        goes_on.set()
+        assert writer.finish() > 0
+        assert writer.finish() is None
+        writer.save(*writing(tmp_path, 2, weight))
+    assert checkpoint.load_latest(tmp_path).tensors["model/weight"].eq(2).all()
+    older = checkpoint.load(tmp_path, "a1-pretrain-00000001")
+    assert older.tensors["model/weight"].equal(torch.ones(3, 4))
+
+
+def test_an_error_of_writing_comes_with_the_next_checkpoint_or_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with (
+        pytest.raises(StorageError, match="the one before is intact"),
+        checkpoint.Writer(tmp_path / "file" / "checkpoints") as writer,
+    ):
+        writer.save(*writing(tmp_path, 1, torch.ones(2)))
+    with checkpoint.Writer(tmp_path / "file" / "checkpoints") as writer:
+        writer.save(*writing(tmp_path, 1, torch.ones(2)))
+        with pytest.raises(StorageError):
+            writer.save(*writing(tmp_path, 2, torch.ones(2)))
+    with pytest.raises(Crash), checkpoint.Writer(tmp_path / "file" / "checkpoints") as writer:
+        writer.save(*writing(tmp_path, 1, torch.ones(2)))
+        raise Crash
+
+
+def test_the_checkpoint_before_is_not_read_again_unless_it_has_changed(tmp_path, monkeypatch):
+    read, fingerprint = [], checkpoint._fingerprint
+
+    def counted(path):
+        if path.name == "tensors.safetensors":
+            read.append(path.parent.name.removeprefix(".").removesuffix(".partial")[-1])
+        return fingerprint(path)
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", counted)
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert read == ["1", "2", "3"]
+    path = save(tmp_path, 4) / "tensors.safetensors"
+    time.sleep(0.02)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    save(tmp_path, 5)
+    kept = sorted(p.name[-1] for p in tmp_path.iterdir())
+    assert kept == ["3", "5"]

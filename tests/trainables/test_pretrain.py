@@ -305,6 +305,25 @@ def test_a_nan_in_one_step_is_found_at_the_end_of_the_epoch(tmp_path, monkeypatc
     assert steps[-1] == 8  # the second epoch ends with the ninth step, the next rung is at 14
 
 
+def test_long_epochs_are_looked_at_and_saved_in_between(tmp_path, monkeypatch):
+    monkeypatch.setattr(phase, "MOST_STEPS", 3)
+    steps, long_epochs = [], toy.trial(pretrain__batch=1, pretrain__epochs=1)  # of 18 steps
+
+    def leaves(name, step):
+        steps.append(step)
+        return step == 8
+
+    whole = run(tmp_path / "whole", toy.Diary(), long_epochs)[1]
+    folder = tmp_path / "cut"
+    cut = {"checkpoint_seconds": 0.0, "is_leaving": leaves}
+    assert run(folder, toy.Diary(), long_epochs, **cut)[0] == "leaving"
+    names = sorted(path.name[-2:] for path in (folder / "checkpoints").iterdir())
+    assert names == ["06", "08"]
+    assert run(folder, toy.Diary(), long_epochs, resume=True)[0] == "complete"
+    for name, value in run(folder, toy.Diary(), long_epochs, resume=True)[1].items():
+        assert value.equal(whole[name])
+
+
 def test_a_split_without_images_is_the_users_to_mend(tmp_path):
     everything_else = toy.discs(num_images=1)
     with pytest.raises(UserError, match="no image of discs is in the pretrain split"):
