@@ -76,6 +76,15 @@ def _one_each(values: list[Any]) -> list[Any]:
     return values
 
 
+def _one_gpu(value: float) -> float:
+    if value > 1:
+        raise ValueError(
+            f"given {value:g}, but a worker trains on one GPU; for a trial on several set "
+            f"resources.workers to their number, and this to 1"
+        )
+    return value
+
+
 class Objective(Strict):
     metric: str
     goal: Annotated[
@@ -116,8 +125,11 @@ class Resources(Strict):
     workers: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[
-        float | None,
-        Field(ge=0, description="null: one if the cluster has as many at the start, else none"),
+        Annotated[float, Field(ge=0), AfterValidator(_one_gpu)] | None,
+        Field(
+            description="at most 1, which a worker trains on; a fraction: so much of its memory. "
+            "null: one if the cluster has as many at the start, else none",
+        ),
     ] = None
     concurrent: Annotated[
         Positive | None, Field(description="trials at once; null: as many as fit")

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainables import checkpoint, counter, distributed
+from trainables.beside import ahead
 from trainables.checkpoint import Saved
 from trainables.context import Context, Row
 from trainables.data.batches import Resident
@@ -134,10 +136,18 @@ def _steps(
     loss_sum = running_loss(resume, context)
     saved = started = beaten = time.perf_counter()
     first_step = beaten_step = counters.step
-    for step, index_B in batches(seed, plan, counters.step, where):
-        images, labels = phase.images.draw(
-            index_B[phase.share], seed, step, places_B, foreground=phase.foreground
+    drawn: Iterator[tuple[int, tuple[Tensor, Tensor | None]]] = (
+        (
+            step,
+            phase.images.draw(
+                index_B[phase.share], seed, step, places_B, foreground=phase.foreground
+            ),
         )
+        for step, index_B in batches(seed, plan, counters.step, where)
+    )
+    if where.type != context.device.type:  # every thread has a device of its own
+        drawn = ahead(drawn, partial(torch.cuda.set_device, context.device))
+    for step, (images, labels) in drawn:
         loss = phase.loss_of(images, labels, step, samples_B)
         loss_sum += update(learner, loss, plan, step)
 

@@ -43,6 +43,8 @@ from trainables.optimizers import OPTIMIZERS, parameter_groups
 from trainables.phase import Learner, Phase, Plan, rung_steps, train, update
 from trainables.schedules import value_at
 
+MOST_VARIANTS = 1024  # of compiled code in a process; one trial makes tens
+
 Weights = dict[str, Tensor]
 
 
@@ -264,10 +266,16 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile the transformer blocks in place; all blocks of one shape share the machine code.
 
     Sizes are static: a schedule has at most eight, and dynamic ones are slower. torch gives up on
-    a function after eight variants, which one warm process exceeds with its second trial.
+    a function after eight variants, which one warm process exceeds with its second trial. Where
+    they have come to many it forgets them all; what a trial meets again is found on the disk.
     """
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 4096
+    from torch._dynamo import config, reset  # seconds of import
+    from torch._dynamo.utils import counters
+
+    config.recompile_limit = config.accumulated_recompile_limit = MOST_VARIANTS
+    if counters["stats"]["unique_graphs"] > MOST_VARIANTS // 2:
+        reset()
+        counters["stats"]["unique_graphs"] = 0
     for module in model.modules():
         if isinstance(module, Block | CrossBlock):
             module.compile(dynamic=False)

@@ -38,17 +38,23 @@ def work(
     rank: int,
     world_size: int,
     device: torch.device | None,
+    share: float,
     threads: int,
     backend: str,
     agree: Callable[[Any], Any],
     measure_peak: Callable[[torch.device], float] | None,
 ) -> None:
-    """Take job after job until sent home. `agree` gives every rank what rank 0 gives it."""
+    """Take job after job until sent home. `agree` gives every rank what rank 0 gives it.
+
+    `share` of the device is for this worker: no more of its memory is taken.
+    """
+    torch.set_num_threads(threads)
     if device is None:
         device = torch.device("cpu")
-        torch.set_num_threads(threads)
     else:
         torch.cuda.set_device(device)
+        if share < 1:
+            torch.cuda.set_per_process_memory_fraction(share, device)
     if world_size > 1:
         _meet(rank, world_size, backend, agree)
     peak = measure_peak(device) if measure_peak and rank == 0 else 0.0

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +29,7 @@ from torch.nn import functional
 
 from trainables import distributed, surfaces, trivial
 from trainables.augment import AUGMENTATIONS
+from trainables.beside import in_threads
 from trainables.checkpoint import Saved
 from trainables.config import (
     SegmentConfig,
@@ -64,6 +66,18 @@ class Judged(NamedTuple):
     predicted_BS: Tensor  # classes
     instances_BS: NDArray[Any] | None  # of the truth, if the data have them
     spacing: tuple[float, ...]  # mm per voxel; of images 1, as pixels are the unit
+
+
+CaseSums = tuple[NDArray[np.float64], NDArray[np.int64]]
+
+
+class OnHost(NamedTuple):
+    """The same, as arrays."""
+
+    truth_BS: NDArray[Any]
+    predicted_BS: NDArray[Any]
+    instances_BS: NDArray[Any] | None
+    spacing: tuple[float, ...]
 
 
 def segment(
@@ -236,21 +250,24 @@ def evaluate(
     objects = ObjectCounts(np.zeros((4, 4), np.int64), np.zeros((len(classes), 2), np.int64))
     sums = np.zeros((len(classes), len(surfaces.NAMES)))
     counts = np.zeros(sums.shape, np.int64)
-    for judged in predictions(model, settings, dataset, split, context):
-        pixels_KK += confusion(judged.truth_BS, judged.predicted_BS, len(classes)).to(device)
-        labels, guess = judged.truth_BS.cpu().numpy(), judged.predicted_BS.cpu().numpy()
-        found = object_counts(
-            labels,
-            guess,
-            len(classes),
-            dataset.object_edges,
-            math.prod(judged.spacing),
-            judged.instances_BS,
-        )
+
+    def on_host() -> Iterator[OnHost]:
+        for judged in predictions(model, settings, dataset, split, context):
+            truth_BS, predicted_BS = judged.truth_BS, judged.predicted_BS
+            pixels_KK.add_(confusion(truth_BS, predicted_BS, len(classes)).to(device))
+            yield OnHost(
+                truth_BS.cpu().numpy(),
+                predicted_BS.cpu().numpy(),
+                judged.instances_BS,
+                judged.spacing,
+            )
+
+    # on the CPU the model would wait for the processor instead
+    threads = 0 if device.type == "cpu" else torch.get_num_threads()
+    for found, case in in_threads(partial(_counted, dataset), on_host(), threads):
+        context.alive()
         objects = ObjectCounts(*map(np.add, objects, found))
-        if dataset.volumes is not None:
-            tolerance = dataset.volumes.tolerance
-            case = surfaces.case_sums(labels[0], guess[0], len(classes), judged.spacing, tolerance)
+        if case is not None:
             sums, counts = sums + case[0], counts + case[1]
     mine = [pixels_KK.cpu().numpy(), *objects, counts]
     flat = torch.from_numpy(np.concatenate([each.ravel() for each in mine])).to(device)
@@ -266,6 +283,23 @@ def evaluate(
     return split_scores(counted)
 
 
+def _counted(dataset: Dataset, judged: OnHost) -> tuple[ObjectCounts, CaseSums | None]:
+    """What is counted of objects, and of volumes of surfaces."""
+    truth, predicted, num_classes = judged.truth_BS, judged.predicted_BS, len(dataset.classes)
+    found = object_counts(
+        truth,
+        predicted,
+        num_classes,
+        dataset.object_edges,
+        math.prod(judged.spacing),
+        judged.instances_BS,
+    )
+    if dataset.volumes is None:
+        return found, None
+    tolerance = dataset.volumes.tolerance
+    return found, surfaces.case_sums(truth[0], predicted[0], num_classes, judged.spacing, tolerance)
+
+
 def predictions(
     model: UNETR,
     settings: SegmentConfig,
@@ -275,8 +309,11 @@ def predictions(
 ) -> Iterator[Judged]:
     """This worker's share of a split: batches of images, or one whole after the other.
 
-    Volumes and images that were cut into tiles are put together from their parts.
+    Volumes and images that were cut into tiles are put together from their parts. A worker has
+    memory for its share of a batch.
     """
+    share = max(1, settings.batch // context.world_size)
+    settings = settings.model_copy(update={"batch": share})
     rank, world_size, device = context.rank, context.world_size, context.device
     if dataset.tiles is not None:
         images = dataset.cut_images_of(split)[rank::world_size]

@@ -55,6 +55,7 @@ def work(settings: dict[str, Any]) -> None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=_device() if settings["gpus"] else None,
+        share=settings["gpus"],
         threads=settings["threads"],
         # fractions of one GPU are shared between trials, and NCCL refuses two ranks on one GPU
         backend="nccl" if settings["gpus"] >= 1 else "gloo",

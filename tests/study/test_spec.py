@@ -507,6 +507,11 @@ def test_the_digest_is_of_the_meaning():
     assert parse(GOOD + "seed: 1\n").digest != parse(GOOD).digest
 
 
+def test_a_worker_trains_on_one_gpu():
+    with pytest.raises(UserError, match="given 2, but a worker trains on one GPU"):
+        parse(changed("gpus_per_worker: 1", "gpus_per_worker: 2"))
+
+
 def test_equal_texts_have_no_difference():
     assert difference(GOOD, GOOD + "# a comment\nseeds: 1\n") == []
 

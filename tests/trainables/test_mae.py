@@ -1,12 +1,15 @@
 """The masked autoencoder. Run: python -m pytest tests/trainables/test_mae.py"""
 
 import math
+from functools import partialmethod
 
 import pytest
 import torch
 from torch import nn
 
 from tests.timm_models import create_model
+from trainables import pretrain
+from trainables.blocks import Block
 from trainables.config import TrialConfig
 from trainables.edges import grid_of
 from trainables.mae import (
@@ -403,6 +406,20 @@ def test_the_forward_pass_compiles_in_one_piece():
     expected = model(images, visible_BV, hidden_BX)
     loss = compiled(images, visible_BV, hidden_BX)
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_warm_process_compiles_more_variants_than_torch_keeps(monkeypatch):
+    config = torch._dynamo.config
+    monkeypatch.setattr(pretrain, "MOST_VARIANTS", 10)
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(config, name, getattr(config, name))  # as they were, afterwards
+    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    for trial in range(4):
+        block = nn.Sequential(Block(64, 1))
+        pretrain.compile_blocks(block)
+        for tokens in range(5):
+            block(torch.ones(1, 2 + 5 * trial + tokens, 64))
 
 
 # Weights

@@ -50,6 +50,7 @@ class Resident:
         place = images.device
         self.images, self.masks = images, masks if has_labels else None
         self.rows = torch.arange(len(row_index), device=place)
+        self.size_A = torch.tensor(self.size, device=place)
         self.shape, self.corner, self.begin = shape.to(place), corner.to(place), begin.to(place)
         self.real = self.shape  # what is no padding
         if dataset.tiles is not None:
@@ -91,13 +92,13 @@ class Resident:
         """
         index_B = index_B.to(self.rows.device)
         axes = len(self.size)
-        room_BA = (self.shape[index_B] - self._size_A()).clamp(min=0)
+        room_BA = (self.shape[index_B] - self.size_A).clamp(min=0)
         chance = counter.uniform(seed, "crop", step, samples_B, axes + 3)
         corner_BA = _scaled(chance[:, :axes], room_BA + 1)
         if foreground > 0 and self.spots is not None and self.has_class is not None:
             has_BK = self.has_class[index_B]
             spot_BA = self._spots(index_B, has_BK, chance[:, axes + 1], chance[:, axes + 2])
-            around_BA = (spot_BA - self._size_A() // 2).clamp(min=0).minimum(room_BA)
+            around_BA = (spot_BA - self.size_A // 2).clamp(min=0).minimum(room_BA)
             is_around_B = (chance[:, axes] < foreground) & has_BK.any(dim=1)
             corner_BA = torch.where(is_around_B[:, None], around_BA, corner_BA)
         return self._crops(index_B, corner_BA)
@@ -109,7 +110,7 @@ class Resident:
         assert self.spots is not None
         number_B = _scaled(which_class_B, has_BK.sum(dim=1)) + 1
         class_B = (has_BK.cumsum(dim=1) >= number_B[:, None]).int().argmax(dim=1)
-        spot_B = _scaled(which_spot_B, torch.tensor(self.spots.shape[2], device=class_B.device))
+        spot_B = _scaled(which_spot_B, self.spots.shape[2])
         return self.spots[index_B, class_B, spot_B].long()
 
     def _crops(self, index_B: Tensor, corner_BA: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -120,21 +121,20 @@ class Resident:
         images = torch.stack(
             [_crop(self.images, b_B, shape_BA, corner_BA, self.size) for b_B in begin_BC.unbind(1)],
             dim=1,
-        ).to(self.device)
-        images = _intensities(images).sub_(self.centre_C).mul_(self.gain_C)
+        )
+        images = _intensities(_sent(images, self.device)).sub_(self.centre_C).mul_(self.gain_C)
         is_padding = None
         if self.is_padded:
-            is_padding = _is_beyond(self.real[index_B], corner_BA, self.size).to(self.device)
+            is_padding = _is_beyond(self.real[index_B], corner_BA, self.size)
+            is_padding = _sent(is_padding, self.device)
             images = images.masked_fill_(is_padding[:, None], math.nan)
         if self.masks is None:
             return images, None
-        masks = _crop(self.masks, begin_B, shape_BA, corner_BA, self.size).to(self.device).long()
+        masks = _crop(self.masks, begin_B, shape_BA, corner_BA, self.size)
+        masks = _sent(masks, self.device).long()
         if is_padding is not None:
             masks = masks.masked_fill_(is_padding, NOT_LABELLED)
         return images, masks
-
-    def _size_A(self) -> Tensor:
-        return torch.tensor(self.size, device=self.rows.device)
 
 
 def to_device(
@@ -233,9 +233,16 @@ def _is_beyond(shape_BA: Tensor, corner_BA: Tensor, size: Sequence[int]) -> Tens
     return beyond
 
 
-def _scaled(chance: Tensor, count: Tensor) -> Tensor:
+def _scaled(chance: Tensor, count: Tensor | int) -> Tensor:
     """Random numbers in [0, 1) as whole numbers in [0, count), int64."""
     return (chance.double() * count).long()
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; to a GPU from pinned memory, so that nobody waits for it."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _scale(dataset: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
