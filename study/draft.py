@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from study.reader import in_one_line
@@ -27,7 +26,6 @@ MOST_TOKENS = {False: 256, True: 1024}  # of a tile, without and with a GPU
 TILE = {False: 64, True: 128}
 CROP = {False: 48, True: 96}
 LARGEST_OBJECT = 0.75  # of a tile's edge: larger ones are not seen whole
-AMX = "amx_bf16"  # what makes bf16 fast on a CPU
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,10 @@ class Machine:
     """What a study may cost."""
 
     has_gpu: bool
-    has_fast_bf16: bool
 
     @staticmethod
     def this() -> Machine:
-        try:
-            flags = Path("/proc/cpuinfo").read_text()
-        except OSError:
-            flags = ""
-        return Machine(shutil.which("nvidia-smi") is not None, AMX in flags)
+        return Machine(shutil.which("nvidia-smi") is not None)
 
 
 def first_size(found: Survey, machine: Machine) -> tuple[int | list[int], str]:
@@ -166,8 +159,6 @@ def _trial(
     if two_sides(dataset.classes):
         axes = axes_without_side(len(dataset.size))
         trial["segment"]["augment"] = {"name": "crops", "scale": [0.5, 1.0], "flip_axes": axes}
-    if machine.has_fast_bf16 and not machine.has_gpu:
-        trial["pretrain"]["precision"] = trial["segment"]["precision"] = "bf16"
     if not dataset.is_labelled:
         del trial["segment"]
     return trial

@@ -55,12 +55,17 @@ def discs(num_images=24, size=(16, 16), diameters=(3.0, 9.0), labelled=True, see
 
 
 def trial(**changes):
-    """A pico model with 4-pixel patches: 18 images in batches of 4."""
+    """A pico model with 4-pixel patches: 18 images in batches of 4; the same on every processor."""
     settings = {
         "model": {"size": "pico", "patch": 4, "decoder": {"depth": 1, "width": 64}},
         "masking": {"ratio": {"name": "linear", "start": 0.25, "end": 0.75}},
-        "pretrain": {"epochs": 3, "batch": 4, "optimizer": {"name": "adamw", "base_lr": 0.05}},
-        "segment": {"epochs": 2, "batch": 4, "features": 4},
+        "pretrain": {
+            "epochs": 3,
+            "batch": 4,
+            "optimizer": {"name": "adamw", "base_lr": 0.05},
+            "precision": "fp32",
+        },
+        "segment": {"epochs": 2, "batch": 4, "features": 4, "precision": "fp32"},
     }
     for path, value in changes.items():
         phase, key = path.split("__")

@@ -63,6 +63,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, is_key: Tensor | None) 
     return found
 
 
+def laid_out(features: Tensor) -> Tensor:
+    """Features (B, C, *S), the channels first in memory where that is faster.
+
+    That is in half precision on a CPU, where torch's group norm takes 13 to 18 times as long with
+    the channels last. Convolutions leave them as they find them: last behind an image of a single
+    channel, and where each token has one cell.
+    """
+    is_half = features.device.type == "cpu" and features.dtype == torch.bfloat16
+    return features.contiguous() if is_half else features
+
+
 class Block(nn.Module):
     """Attention, then an MLP: each behind a norm, added to its input (Dosovitskiy et al. 2021)."""
 

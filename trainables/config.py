@@ -65,6 +65,13 @@ Clip = Annotated[
     Annotated[float, Field(gt=0)] | None,
     Field(description="longest gradient, to which longer ones are scaled down; null: any"),
 ]
+Precision = Annotated[
+    Literal["fast", "fp32", "bf16", "auto"],
+    Field(
+        description="of products; weights and sums stay fp32. fast: bf16 where the device is "
+        "faster in it, GPUs from Ampere on and CPUs with AMX; auto, of release 0.1: on GPUs alone"
+    ),
+]
 
 # Settings that release 0.1 did not have: dotted path -> what it always did
 BEFORE_0_2: dict[str, Any] = {
@@ -79,6 +86,8 @@ BEFORE_0_2: dict[str, Any] = {
 DEFAULTS_BEFORE_0_2: dict[str, Any] = {
     "segment.layer_decay": 0.75,
     "segment.augment": {"name": "flips"},
+    "pretrain.precision": "auto",
+    "segment.precision": "auto",
 }
 # As BEFORE_0_2, of options: (section, setting, name) -> option -> what it always did
 OPTIONS_BEFORE_0_2: dict[tuple[str, str, str], dict[str, Any]] = {
@@ -169,7 +178,7 @@ class PretrainConfig(Strict):
     target: Literal["pixels", "normalised"] = "pixels"
     augment: Augmentation = Field(default={"name": "flips"}, validate_default=True)
     clip: Clip = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "fast"
     compile: bool = False
 
 
@@ -212,7 +221,7 @@ class SegmentConfig(Strict):
         default={"name": "crops", "scale": (0.5, 1.0)}, validate_default=True
     )
     clip: Clip = 0.3
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "fast"
 
 
 class TrialConfig(Strict):

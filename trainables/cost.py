@@ -25,7 +25,7 @@ from trainables.schedules import value_at
 from trainables.unetr import build_unetr
 
 # Bytes that backward needs per token and channel of one block: half precision, float32
-_BLOCK_BYTES = {"bf16": 34, "auto": 34, "fp32": 68}
+_BLOCK_BYTES = {"bf16": 34, "fast": 34, "auto": 34, "fp32": 68}
 # Input, target, prediction and their difference
 _PIXEL_BYTES = 16
 # Of two hidden patches whose order is learned: difference, order, chance, logarithm, and the mask

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import resource
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,16 +70,28 @@ def decided_by_main(decision: Any, context: Context) -> Any:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 when asked for, and by itself ("auto") on a GPU that computes in it.
+    """bf16 when asked for, and by itself ("fast") on devices that are faster in it.
 
-    Weights and reductions stay fp32.
+    Weights and reductions stay fp32. "auto" means GPUs alone, as in release 0.1.
     """
-    is_bf16 = precision == "bf16" or (precision == "auto" and _computes_in_bf16(device))
+    is_bf16 = precision == "bf16" or (
+        precision != "fp32"
+        and is_faster_in_bf16(device)
+        and (precision == "fast" or device.type == "cuda")
+    )
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
 
-def _computes_in_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def is_faster_in_bf16(device: torch.device) -> bool:
+    """GPUs from Ampere on, and CPUs that multiply tiles (AMX); others emulate it, or are slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())  # no public function says so
 
 
 def reset_peak_memory(device: torch.device) -> None:

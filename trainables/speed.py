@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainables import distributed
 from trainables.config import TrialConfig
 from trainables.context import Context
 from trainables.cost import mae_flops
@@ -56,12 +57,13 @@ def flops_per_second(
 def peak_flops(device: torch.device) -> float:
     """Operations per second of the fastest of many plain matrix products: what a worker could do.
 
-    In bfloat16 on a GPU, in float32 on a CPU, with as many threads as torch has now.
+    In the faster of bfloat16 and float32, with as many threads as torch has now. Of random numbers,
+    as a GPU does those of equal ones with less power, and faster.
     """
-    is_gpu = device.type == "cuda"
+    kind = torch.bfloat16 if distributed.is_faster_in_bf16(device) else torch.float32
     # so few at a time that a busy CPU's scheduler leaves some alone
-    edge, kind, at_once = (4096, torch.bfloat16, 5) if is_gpu else (512, torch.float32, 1)
-    left, right = torch.ones(2, edge, edge, dtype=kind, device=device)
+    edge, at_once = (4096, 5) if device.type == "cuda" else (512, 1)
+    left, right = torch.randn(2, edge, edge, device=device).to(kind)
 
     def product() -> Tensor:
         return torch.mm(left, right)
@@ -193,7 +195,9 @@ def _measure(config: TrialConfig, dataset: Dataset, device: torch.device) -> flo
     masks = choose_patches(config, request)
 
     def step() -> None:
-        model(images, *masks).backward()
+        with distributed.autocast(config.pretrain.precision, device):
+            loss = model(images, *masks)
+        loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
 

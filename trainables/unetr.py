@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainables import padding
-from trainables.blocks import CONVOLUTION, ResidualBlock, nested
+from trainables.blocks import CONVOLUTION, ResidualBlock, laid_out, nested
 from trainables.config import TrialConfig
 from trainables.mae import Encoder, initialise, patchify, unpatchify
 
@@ -97,7 +97,7 @@ class UNETR(nn.Module):
         skips: list[Tensor | None] = [None]
         if self.image_skip is not None:
             shown = padding.filled(images) if self.encoder.is_padded else images
-            skips = [self.image_skip(shown)]
+            skips = [laid_out(self.image_skip(shown))]
         skips += [skip(found) for skip, found in zip(self.token_skips, tokens, strict=True)]
 
         features = skips[-1]
@@ -125,7 +125,7 @@ class TokenSkip(nn.Module):
 
     def forward(self, tokens_BPD: Tensor) -> Tensor:
         features = unpatchify(self.map(self.norm(tokens_BPD)), self.grid, self.edges, self.width)
-        return _resized(features, self.size)
+        return _resized(laid_out(features), self.size)
 
 
 def build_unetr(

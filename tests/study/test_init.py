@@ -37,7 +37,7 @@ from trainables.errors import UserError
 
 NUM_IMAGES = 12
 CYX = {"axes": "CYX"}
-LAPTOP = Machine(has_gpu=False, has_fast_bf16=False)
+LAPTOP = Machine(has_gpu=False)
 
 
 def discs(number: int, edge: int = 48) -> tuple[np.ndarray, np.ndarray]:
@@ -271,7 +271,7 @@ def drafted(folder: Path, machine: Machine = LAPTOP) -> tuple[str, Dataset]:
     return draft("mine", found, dataset, machine, steps=600, hours=1.5), dataset
 
 
-@pytest.mark.parametrize("machine", [LAPTOP, Machine(has_gpu=True, has_fast_bf16=False)])
+@pytest.mark.parametrize("machine", [LAPTOP, Machine(has_gpu=True)])
 def test_every_machine_gets_a_study_file_that_can_be_read(machine: Machine, tmp_path: Path) -> None:
     deep(tmp_path)
     text, dataset = drafted(tmp_path, machine)

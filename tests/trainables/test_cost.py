@@ -171,6 +171,6 @@ def test_memory_grows_with_batch_and_visible_share():
 
     assert needed(batch=16) == 2 * needed(batch=8)
     assert needed(value=0.25) > needed(value=0.75)
-    assert needed(precision="fp32") > needed(precision="bf16") == needed(precision="auto")
+    assert needed(precision="fp32") > needed(precision="bf16") == needed(precision="fast")
     # 64 patches, 17 tokens through 12 blocks of 192, 65 through 2 of 128, 12 288 values
     assert needed() == 8 * (12 * 17 * 192 * 34 + 2 * 65 * 128 * 34 + 12_288 * 16)

@@ -409,17 +409,15 @@ def test_the_forward_pass_compiles_in_one_piece():
 
 
 def test_a_warm_process_compiles_more_variants_than_torch_keeps(monkeypatch):
-    config = torch._dynamo.config
+    as_before = {"recompile_limit": 8, "accumulated_recompile_limit": 256}
     monkeypatch.setattr(pretrain, "MOST_VARIANTS", 10)
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(config, name, getattr(config, name))  # as they were, afterwards
-    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-    for trial in range(4):
-        block = nn.Sequential(Block(64, 1))
-        pretrain.compile_blocks(block)
-        for tokens in range(5):
-            block(torch.ones(1, 2 + 5 * trial + tokens, 64))
+    with torch._dynamo.config.patch(**as_before, fail_on_recompile_limit_hit=True):
+        for trial in range(4):
+            block = nn.Sequential(Block(64, 1))
+            pretrain.compile_blocks(block)
+            for tokens in range(5):
+                block(torch.ones(1, 2 + 5 * trial + tokens, 64))
 
 
 # Weights

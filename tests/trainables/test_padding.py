@@ -680,7 +680,7 @@ def test_a_volume_with_nothing_to_fill_in_is_left_out_of_the_mean(monkeypatch, b
     crop = torch.cat([padded(volumes(size, 1, 1), SIZE) for size in [SIZE, (3, 2, 3), (5, 6, 8)]])
     monkeypatch.setattr(probe, "to_device", lambda *_, **__: Fixed(crop))
     settings = config_of(ratio=HALF).model_dump(mode="json")
-    settings["pretrain"]["batch"] = batch
+    settings["pretrain"] |= {"batch": batch, "precision": "fp32"}
     config = TrialConfig.model_validate(settings)
     flat = toy.discs(12)  # 3 for validation
     shapes = np.array([(3, 2, 3)])  # of any volume: one that is smaller than a crop

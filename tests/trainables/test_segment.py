@@ -114,7 +114,8 @@ class Reads(torch.nn.Module):
 
 
 def config(**settings):
-    given = {"epochs": 2, "batch": 2, "features": 4, "encoder": "random-init"} | settings
+    given = {"epochs": 2, "batch": 2, "features": 4, "precision": "fp32"}
+    given |= {"encoder": "random-init"} | settings
     return TrialConfig.model_validate({"model": {"size": "pico", "patch": 8}, "segment": given})
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from trainables.config import TrialConfig
 from trainables.mae import build_mae
@@ -32,6 +33,19 @@ def test_scores_have_the_size_of_the_image(patch, size):
 def test_patches_and_sizes_that_halve_unevenly_work_too(patch, edge):
     model = build_unetr(config(patch), (edge, 2 * edge), channels=1, num_classes=2)
     model(torch.randn(1, 1, edge, 2 * edge)).sum().backward()
+
+
+@pytest.mark.parametrize(("size", "channels"), [((16, 24), 1), ((16, 24), 3), ((16, 8, 24), 1)])
+def test_norms_see_channels_first_in_half_precision_on_a_cpu(size, channels):
+    model = build_unetr(config(8), size, channels=channels, num_classes=3)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, channels, *size))
+    assert len(seen) == 6 and all(features.is_contiguous() for features in seen)
+    assert {features.dtype for features in seen} == {torch.bfloat16}
 
 
 def test_volumes_have_three_axes():
