@@ -19,6 +19,7 @@ import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from trainables.allocator import keep_freed_memory
 from trainables.desk import Job
 from trainables.endings import Ending
 from trainables.errors import StorageError
@@ -51,6 +52,7 @@ def work(
     torch.set_num_threads(threads)
     if device is None:
         device = torch.device("cpu")
+        keep_freed_memory()
     else:
         torch.cuda.set_device(device)
         if share < 1:
