@@ -132,15 +132,37 @@ def bench(
         ),
     ] = None,
     strategies: Annotated[str, typer.Option(help="comma-separated names, or all")] = "all",
-    seconds: Annotated[float, typer.Option(min=0, help="how long to time each strategy")] = 2.0,
+    sizes: Annotated[str, typer.Option(help="of the encoder, with commas: nano,tiny")] = "",
+    patches: Annotated[str, typer.Option(help="edges of patches, with commas: 4,8,16")] = "",
+    ratios: Annotated[str, typer.Option(help="shares hidden, with commas: 0.25,0.75")] = "",
+    precisions: Annotated[str, typer.Option(help="with commas: fp32,bf16")] = "",
+    beside: Annotated[
+        str, typer.Option(help="libraries to compare with, if installed: timm,monai,lightly")
+    ] = "",
+    seconds: Annotated[float, typer.Option(min=0, help="how long to time each kind of step")] = 2.0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; default: the study's cpus_per_worker")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write as well")
+    ] = None,
 ) -> None:
-    """Time one training step under each masking strategy, relative to random masking."""
-    from study.commands.bench import bench_strategies
+    """Time one training step under each masking strategy and beside other libraries.
 
-    bench_strategies(study, strategies, seconds, threads)
+    Steps of one table take turns, so that their ratios hold on a busy machine too. Of other
+    libraries' steps hidden patches and batch are equal; compare parameters and losses before times.
+    """
+    from study.commands.bench import Grid, bench
+
+    bench(
+        study,
+        strategies,
+        Grid(sizes, patches, ratios, precisions),
+        beside,
+        seconds,
+        threads,
+        output,
+    )
 
 
 @app.command()

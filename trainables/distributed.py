@@ -74,15 +74,19 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
     Weights and reductions stay fp32. "auto" means GPUs alone, as in release 0.1.
     """
-    is_bf16 = precision == "bf16" or (
-        precision != "fp32"
-        and is_faster_in_bf16(device)
-        and (precision == "fast" or device.type == "cuda")
-    )
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half(precision, device))
 
 
-def is_faster_in_bf16(device: torch.device) -> bool:
+def is_half(precision: str, device: torch.device) -> bool:
+    """Whether products are in bf16 with that setting."""
+    if precision == "fast":
+        return _is_faster_in_half(device)
+    if precision == "auto":
+        return device.type == "cuda" and _is_faster_in_half(device)
+    return precision == "bf16"
+
+
+def _is_faster_in_half(device: torch.device) -> bool:
     """GPUs from Ampere on, and CPUs that multiply tiles (AMX); others emulate it, or are slower."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import toy
-from tests.trainables.test_whole_volumes import PATCH, balls
+from tests.balls import PATCH, balls
 from trainables import checkpoint, dense, phase
 from trainables.data.batches import to_device
 from trainables.dense import Prober, neighbour_scores, probed, raw_values

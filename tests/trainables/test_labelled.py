@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.balls import balls
 from tests.trainables.test_store import source_of
-from tests.trainables.test_whole_volumes import balls
 from trainables.config import SegmentConfig
 from trainables.data import Dataset, open_dataset
 from trainables.data import store as store_module

@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from tests import torchvision_mended, toy  # noqa: F401  (torchmetrics imports torchvision)
+from tests import toy
 from trainables import probe as probing
+from trainables import torchvision_mended  # noqa: F401  (torchmetrics imports torchvision)
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.edges import grid_of, per_axis
 from trainables.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import toy
-from tests.trainables.test_whole_volumes import balls
+from tests.balls import balls
 from trainables import trivial
 from trainables.data.store import Tiles
 from trainables.metrics import METRICS

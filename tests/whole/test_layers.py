@@ -107,9 +107,14 @@ def test_one_file_reads_yaml() -> None:
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "monai"])
-def test_no_package_imports_what_only_tests_compare_with(library: str) -> None:
-    users = [path for path in FILES if library in {name.split(".")[0] for name in imported(path)}]
-    assert users == []
+def test_one_file_imports_what_we_compare_with(library: str) -> None:
+    """At a call of `bench`: they cost seconds, and a user may not have them."""
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if library in {name.split(".")[0] for name in imported(path)}
+    }
+    assert users <= {"trainables/peers.py"}
 
 
 OF_OS = {"fsync", "fdatasync", "rename", "renames", "replace"}
