@@ -276,3 +276,17 @@ def test_the_gpu_cuts_the_same_crops_resident_or_not(tmp_path, monkeypatch, shar
     ):
         torch.testing.assert_close(found[0].cpu(), expected[0], equal_nan=True)
         assert torch.equal(found[1].cpu(), expected[1])
+
+
+def test_drawing_makes_no_tensor_of_numbers_of_the_host(tmp_path, monkeypatch):
+    """On a GPU everybody would wait until they are there, at each step."""
+    resident = to_device(dataset_of(tmp_path), np.arange(4), "cpu")
+    index_B = samples_B = torch.arange(4)
+
+    def waits(*_, **__):
+        raise AssertionError("a tensor of numbers of the host")
+
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, waits)
+    resident.draw(index_B, 1, 2, samples_B, foreground=0.5)
+    resident.batch(index_B)
