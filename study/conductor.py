@@ -139,6 +139,7 @@ class Conductor:
             folder=self.ledger.folder.trial(suggestion.trial),
             remote=self._remote(suggestion),
             shared=self.ledger.folder.pretrained if self._shares_pretraining else None,
+            micro_batches=self.spec.resources.micro_batches,
             data=self.spec.data,
             data_root=self.data.root,
             fingerprint=self.data.fingerprint,

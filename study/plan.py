@@ -111,8 +111,9 @@ def plan(
     num_best = min(spec.confirm.arms, num_searched) + 1 if spec.confirm else 0
     confirmations = num_best * spec.confirm.seeds if spec.confirm else 0
 
-    control = arm_cost(spec.trial, data, spec.resources.workers)
-    costs = [arm_cost(config, data, spec.resources.workers) for config in _some_arms(spec)]
+    parts = spec.resources.workers * spec.resources.micro_batches
+    control = arm_cost(spec.trial, data, parts)
+    costs = [arm_cost(config, data, parts) for config in _some_arms(spec)]
     costs = costs or [control]
     mean = fmean(one.flops for one in costs)
     flops = control.flops * num_controls + mean * (searched_trials + confirmations)
@@ -143,7 +144,7 @@ def plan(
     )
 
 
-def arm_cost(config: TrialConfig, data: DataSize, workers: int = 1) -> ArmCost:
+def arm_cost(config: TrialConfig, data: DataSize, parts: int = 1) -> ArmCost:
     """One trial of an arm on these data."""
     tokens = math.prod(grid_of(data.size, config.patch_edges(len(data.size))))
     segment_flops = 0.0
@@ -166,7 +167,7 @@ def arm_cost(config: TrialConfig, data: DataSize, workers: int = 1) -> ArmCost:
         parameters=num_parameters,
         pretrain_flops=pretrain_flops,
         segment_flops=segment_flops,
-        memory_bytes=activations // workers + bytes_per_parameter * num_parameters,
+        memory_bytes=activations // parts + bytes_per_parameter * num_parameters,
     )
 
 

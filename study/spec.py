@@ -131,6 +131,13 @@ class Resources(Strict):
             "null: one if the cluster has as many at the start, else none",
         ),
     ] = None
+    micro_batches: Annotated[
+        Positive,
+        Field(
+            description="parts in which a worker learns from its share of a batch, one after the "
+            "other: more take less memory, and give the same but for rounding"
+        ),
+    ] = 1
     concurrent: Annotated[
         Positive | None, Field(description="trials at once; null: as many as fit")
     ] = None

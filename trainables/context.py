@@ -1,6 +1,6 @@
 """What surrounds a trial: device, folder, workers, and whom to tell.
 
-Nothing in it changes the numbers.
+Nothing in it changes the numbers, but for the rounding of sums.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Context:
     # (phase, steps done), asked on every rank after every step: save, and end with LEAVING; cheap
     is_leaving: Callable[[str, int], bool] = lambda phase, step: False
     remote: str = ""  # the URI in a store of objects that `folder` mirrors
+    micro_batches: int = 1  # in which a batch is learnt from, one after the other, for memory
     shared: Path | None = None  # where finished pretrainings of the study lie; None: nowhere
 
     @property

@@ -36,6 +36,7 @@ def make_job(
     folder: Path,
     remote: str,
     shared: Path | None,
+    micro_batches: int,
     data: Any,
     data_root: Path,
     fingerprint: str,
@@ -54,6 +55,7 @@ def make_job(
         "folder": str(folder.resolve()),  # workers have working directories of their own
         "remote": remote,
         "shared": None if shared is None else str(shared.resolve()),
+        "micro_batches": micro_batches,
         "data": data.model_dump(mode="json", by_alias=True),
         "data_root": str(data_root.resolve()),
         "fingerprint": fingerprint,
@@ -95,6 +97,7 @@ def run_job(
         rank=rank,
         world_size=world_size,
         shared=None if job["shared"] is None else Path(job["shared"]),
+        micro_batches=job["micro_batches"],
     )
 
     def decoded(done: int, parts: int) -> None:

@@ -17,15 +17,18 @@ B images of this worker's part of the batch
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainables import checkpoint, counter, distributed
@@ -148,8 +151,7 @@ def _steps(
     if where.type != context.device.type:  # every thread has a device of its own
         drawn = ahead(drawn, partial(torch.cuda.set_device, context.device))
     for step, (images, labels) in drawn:
-        loss = phase.loss_of(images, labels, step, samples_B)
-        loss_sum += update(learner, loss, plan, step)
+        loss_sum += learn(phase, images, labels, step, samples_B, context.micro_batches)
 
         done = step + 1
         now = time.perf_counter()
@@ -215,6 +217,42 @@ def _steps(
             return Ending.LEAVING, counters
         started = time.perf_counter()
     return Ending.COMPLETE, counters
+
+
+def learn(
+    phase: Phase,
+    images: Tensor,
+    labels: Tensor | None,
+    step: int,
+    samples_B: Tensor,
+    micro_batches: int,
+) -> Tensor:
+    """A step on this worker's images, in as many parts as that; their mean loss.
+
+    Every image counts the same, so the parts' gradients add up to those of the whole, and workers
+    exchange them once.
+    """
+    count = len(images)
+    ends = [count * part // micro_batches for part in range(1, micro_batches + 1)]
+    parts = [slice(*pair) for pair in pairwise([0, *ends]) if pair[0] < pair[1]]
+    total: Tensor | float = 0.0
+    for part in parts:
+        is_last = part is parts[-1]
+        with contextlib.nullcontext() if is_last else unsynced(phase.learner.trained):
+            part_labels = None if labels is None else labels[part]
+            loss = phase.loss_of(images[part], part_labels, step, samples_B[part])
+            loss = loss * ((part.stop - part.start) / count)
+            if not is_last:
+                loss.backward()  # type: ignore[no-untyped-call]
+                total = total + loss.detach()
+    return total + update(phase.learner, loss, phase.plan, step)
+
+
+def unsynced(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Gradients stay with their worker."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def update(learner: Learner[Any], loss: Tensor, plan: Plan, step: int) -> Tensor:

@@ -3,6 +3,7 @@
 pytest tests/trainables/test_pretrain.py
 """
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -444,6 +445,12 @@ def work(rank, folder):
     torch.save([gradients, weights, stepped], folder / f"{rank}.pt")
     summary = [outcome, sorted([*k, v] for k, v in toy.repeatable(diary).items())]
     (folder / f"{rank}.json").write_text(json.dumps(summary))
+    diary = toy.Diary()
+    context = toy.context(folder / "parts", diary, rank=rank, world_size=2, micro_batches=2)
+    pretrain.pretrain(toy.trial(), 5, toy.discs(), toy.PROBE, context)
+    if rank == 0:
+        rows = sorted([*k, v] for k, v in toy.repeatable(diary).items())
+        (folder / "parts.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 
@@ -478,12 +485,55 @@ def test_every_worker_has_the_same_teacher(two_workers, tmp_path, strategy):
         assert (first[name] - value).abs().mean() < 2e-4, name
 
 
+def assert_nearly_the_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=2e-3), key
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_a_batch_is_learnt_in_parts_as_it_is_whole(uninterrupted, tmp_path, monkeypatch, parts):
+    sizes = []
+
+    def spied(learner, images, *rest, real=pretrain.batch_loss):
+        sizes.append(len(images))
+        return real(learner, images, *rest)
+
+    monkeypatch.setattr(pretrain, "batch_loss", spied)
+    diary = toy.Diary()
+    assert run(tmp_path, diary, micro_batches=parts)[0] == "complete"
+    assert sizes == {2: [2, 2], 3: [1, 1, 2], 9: [1, 1, 1, 1]}[parts] * STEPS
+    assert_nearly_the_same(toy.repeatable(diary), uninterrupted[1])
+
+
+def test_two_workers_learn_in_parts_what_one_learns(two_workers, uninterrupted):
+    rows = json.loads((two_workers / "parts.json").read_text())
+    assert_nearly_the_same({tuple(key): value for *key, value in rows}, uninterrupted[1])
+
+
+def test_workers_exchange_gradients_once_a_batch(tmp_path, monkeypatch):
+    order = []
+
+    @contextlib.contextmanager
+    def apart(model):
+        order.append("apart")
+        yield
+
+    def updated(learner, loss, plan, step, real=phase.update):
+        order.append("together")
+        return real(learner, loss, plan, step)
+
+    monkeypatch.setattr(phase, "unsynced", apart)
+    monkeypatch.setattr(phase, "update", updated)
+    run(tmp_path, toy.Diary(), micro_batches=3)
+    assert order == ["apart", "apart", "together"] * STEPS
+
+
 def test_two_workers_come_to_the_rows_of_one(two_workers, uninterrupted):
     outcome, rows = json.loads((two_workers / "0.json").read_text())
     found = {tuple(key): value for *key, value in rows}
-    assert outcome == "complete" and found.keys() == uninterrupted[1].keys()
-    for key, value in uninterrupted[1].items():
-        assert found[key] == pytest.approx(value, rel=2e-3), key
+    assert outcome == "complete"
+    assert_nearly_the_same(found, uninterrupted[1])
     assert json.loads((two_workers / "1.json").read_text()) == ["complete", []]
     first, second = (torch.load(two_workers / f"{rank}.pt")[1] for rank in (0, 1))
     assert all(first[name].equal(second[name]) for name in first)

@@ -135,7 +135,9 @@ def context(folder, told, stop_at=None, **settings):
     return Context(**(given | settings))
 
 
-def run(folder, *, dataset=None, encoder_state=None, stop_at=None, resume=None, **settings):
+def run(
+    folder, *, dataset=None, encoder_state=None, stop_at=None, resume=None, parts=1, **settings
+):
     """(outcome, rows of every rung, newest checkpoint's tensors)."""
     told = []
     outcome = segment(
@@ -143,7 +145,7 @@ def run(folder, *, dataset=None, encoder_state=None, stop_at=None, resume=None, 
         0,
         dataset or cells(),
         encoder_state,
-        context(folder, told, stop_at),
+        context(folder, told, stop_at, micro_batches=parts),
         resume,
     )
     newest = checkpoint.load_latest(folder / "checkpoints")
@@ -487,6 +489,14 @@ def worker(rank, folder, told, scores):
         scores |= evaluate(Reads(dataset), config(batch=4).segment, dataset, "val", here)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_batch_is_learnt_in_parts_as_it_is_whole(tmp_path):
+    _, whole, _ = run(tmp_path / "whole", batch=4)
+    _, parts, _ = run(tmp_path / "parts", batch=4, parts=3)
+    assert [values(rows) for rows in parts] == [
+        pytest.approx(values(rows), rel=1e-3, abs=1e-3) for rows in whole
+    ]
 
 
 def test_two_workers_learn_what_one_learns(tmp_path):
