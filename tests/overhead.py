@@ -218,6 +218,7 @@ def train(study: Path, suggestion: Suggestion, scratch: Path, on_step: Callable[
         folder=scratch / suggestion.trial,
         remote="",
         shared=None,
+        micro_batches=spec.resources.micro_batches,
         data=spec.data,
         data_root=spec.folder_of_yaml,
         fingerprint=read_environment(folder)["data_fingerprint"],

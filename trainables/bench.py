@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from trainables.edges import Edges
 from trainables.optimizers import learning_rate
 from trainables.peers import RATE, Work, peer_step
 from trainables.pretrain import make_learner, make_plan, train_step
-from trainables.speed import peak_flops, threads_of
+from trainables.speed import peak_flops, seconds_of, threads_of
 
 SECONDS = 2.0  # of measuring
 REFERENCE = "random"  # the strategy that others are compared with
@@ -130,7 +129,7 @@ def bench_cell(
             began = time.perf_counter()
             each.step, each.parameters = each.make()
             try:
-                each.first_seconds = time.perf_counter() - began + _seconds(each.step, 1, device)
+                each.first_seconds = time.perf_counter() - began + seconds_of(each.step, 1, device)
             except RuntimeError as error:
                 if name not in peers:
                     raise
@@ -138,7 +137,7 @@ def bench_cell(
                 del contenders[name]
         losses: dict[str, float] = {}
         for name in [REFERENCE, *(name for name in peers if name in contenders)] if peers else ():
-            _seconds(contenders[name].step, EQUAL_STEPS - 1, device)
+            seconds_of(contenders[name].step, EQUAL_STEPS - 1, device)
             losses[name] = float(contenders[name].step())
         memory = {name: _peak_bytes(each.step, device) for name, each in contenders.items()}
         spent = _take_turns({name: each.step for name, each in contenders.items()}, device, seconds)
@@ -194,15 +193,15 @@ def _take_turns(
     """Seconds of one step of each, round by round; nobody always comes first."""
     names = list(steps)
     for step in steps.values():
-        _seconds(step, WARM_UP, device)
-    once = _seconds(steps[REFERENCE], 1, device)
+        seconds_of(step, WARM_UP, device)
+    once = seconds_of(steps[REFERENCE], 1, device)
     rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(seconds / once)))
     repeats = max(1, round(seconds / rounds / once))
     spent: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            spent[name].append(_seconds(steps[name], repeats, device) / repeats)
+            spent[name].append(seconds_of(steps[name], repeats, device) / repeats)
     return spent
 
 
@@ -273,13 +272,3 @@ def _peak_bytes(step: Callable[[], Tensor], device: torch.device) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     step()
     return torch.cuda.max_memory_allocated(device)
-
-
-def _seconds(step: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Until the device has done it."""
-    began = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began

@@ -190,8 +190,8 @@ def peer_step(name: str, work: Work) -> tuple[Callable[[], Tensor], int]:
             model, predict = PEERS[name](work)
     except ImportError as error:
         raise UserError(
-            f"--beside: {name} cannot be imported ({error}); install it beside maskstudy, or leave "
-            f"it out"
+            f"--beside: {name} cannot be imported ({str(error).splitlines()[0]}); install what is "
+            f"missing, or leave it out"
         ) from error
     device, precision = work.images.device, work.config.pretrain.precision
     model = model.to(device).train()

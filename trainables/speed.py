@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainables import distributed
 from trainables.config import TrialConfig
@@ -42,19 +44,24 @@ def peak_flops(device: torch.device, precision: str = "fast") -> float:
         torch.bfloat16 if is_half else torch.float32
     )
 
-    def seconds() -> float:
-        began = time.perf_counter()
-        for _ in range(at_once):
-            torch.mm(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+    def product() -> Tensor:
+        return torch.mm(left, right)
 
-    seconds()  # libraries load, which may take longer than all the rest
-    began, spent = time.perf_counter(), [seconds()]
+    seconds_of(product, at_once, device)  # libraries load, which may take longer than all the rest
+    began, spent = time.perf_counter(), [seconds_of(product, at_once, device)]
     while len(spent) < PEAK_ROUNDS or time.perf_counter() - began < PEAK_SECONDS:
-        spent.append(seconds())
+        spent.append(seconds_of(product, at_once, device))
     return at_once * 2 * edge**3 / min(spent)
+
+
+def seconds_of(step: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Until the device has done it so many times."""
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
 
 
 @contextlib.contextmanager

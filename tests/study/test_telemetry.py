@@ -166,7 +166,7 @@ def test_the_measured_peak_is_that_of_the_fastest_products_by_hand(
 ) -> None:
     # the first ones load libraries; then the machine is busy, and for once it is not
     spent = chain([90.0, 2.0, 0.5], repeat(1.0))  # a fast machine asks for over a million
-    monkeypatch.setattr(speed, "_seconds", lambda product, repeats, device: next(spent))
+    monkeypatch.setattr(speed, "seconds_of", lambda product, repeats, device: next(spent))
     assert speed.peak_flops(torch.device("cpu")) == 2 * 512**3 / 0.5
 
 

@@ -104,7 +104,7 @@ def test_all_take_turns_and_nobody_always_comes_first(monkeypatch):
         turns.append((step, repeats))
         return 0.125 * repeats
 
-    monkeypatch.setattr(bench, "_seconds", fake_seconds)
+    monkeypatch.setattr(bench, "seconds_of", fake_seconds)
     names = [REFERENCE, "second", "third"]
     spent = bench._take_turns({name: name for name in names}, CPU, seconds=5.0)
     assert spent == {name: [0.125] * 10 for name in names}
@@ -238,7 +238,7 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
         raise ImportError("No module named 'lightly'")
 
     monkeypatch.setitem(PEERS, "lightly", missing)
-    with pytest.raises(UserError, match=r"lightly cannot be imported .*; install it"):
+    with pytest.raises(UserError, match=r"lightly cannot be imported .*; install what"):
         peer_step("lightly", work())
 
 
