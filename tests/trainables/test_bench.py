@@ -250,13 +250,13 @@ def test_losses_are_compared_and_a_peer_that_fails_is_told(monkeypatch):
     def fail(predict, images):
         raise RuntimeError("no such dtype")
 
-    monkeypatch.setattr(bench, "EQUAL_STEPS", 2)
+    torch.manual_seed(0)  # peers begin at weights of torch's own generator
     monkeypatch.setitem(PEERS, "lightly", failing)
     found = timed(beside=["timm", "lightly"])
     assert [each.name for each in found.steps] == [REFERENCE, DRAWN, "timm"]
     random, drawn, timm = found.steps
     assert (drawn.loss, found.failed) == (None, {"lightly": "no such dtype"})
-    assert 0.3 < random.loss / timm.loss < 3
+    assert 0.7 < random.loss / timm.loss < 1.5
 
 
 # The command
