@@ -46,6 +46,7 @@ from trainables.storage import Store, store
 from trainables.tensors import save_tensors
 
 KEPT = 2
+MOST_KNOWN = 8  # files whose hash a process remembers: those of the kept ones, and as many again
 
 State = dict[str, Any]
 
@@ -70,11 +71,13 @@ class Writer:
     """Writes checkpoints of one folder, one at a time, while the trial goes on.
 
     As a context it waits for the last one. An error of writing is raised at the next call, or at
-    the end.
+    the end. `saved` is told the seconds that each took, once it is on the disk.
     """
 
-    def __init__(self, folder: Path, remote: str = "") -> None:
-        self._folder, self._remote = folder, remote
+    def __init__(
+        self, folder: Path, remote: str = "", saved: Callable[[float], None] = lambda seconds: None
+    ) -> None:
+        self._folder, self._remote, self._saved = folder, remote, saved
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._written: Future[float] | None = None
 
@@ -100,10 +103,11 @@ class Writer:
         copies = on_host(tensors)
         self._written = self._thread.submit(self._write, name, copies, state)
 
-    def finish(self) -> float | None:
-        """Wait until all is on the disk; the seconds that took, unless they were told before."""
+    def finish(self) -> None:
+        """Wait until all is on the disk."""
         written, self._written = self._written, None
-        return None if written is None else written.result()
+        if written is not None:
+            self._saved(written.result())
 
     def _write(self, name: str, tensors: dict[str, Tensor], state: State) -> float:
         began = time.perf_counter()
@@ -403,7 +407,7 @@ def _remembered(path: Path) -> dict[str, Any]:
     about = path.stat()
     look = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
     if look not in _known:
-        while len(_known) >= 4 * KEPT:
+        while len(_known) >= MOST_KNOWN:
             del _known[next(iter(_known))]
         _known[look] = _fingerprint(path)
     return _known[look]

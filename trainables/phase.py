@@ -117,9 +117,9 @@ def train(
     if counters.step == 0:
         phase.illustrate(0.0)
 
-    with checkpoint.Writer(context.folder / "checkpoints", context.remote) as writer:
+    folder = context.folder / "checkpoints"
+    with checkpoint.Writer(folder, context.remote, context.saved) as writer:
         ending, counters = _steps(phase, seed, context, resume, counters, writer)
-        _tell_time(writer, context)
     return ending, counters.rows
 
 
@@ -343,19 +343,11 @@ def save(
     """Rank 0 begins a checkpoint; `losses` are the workers' sums since the counters' own."""
     if not context.is_main:
         return
-    _tell_time(writer, context)
     name = f"{context.attempt}-{counters.phase}-{counters.step:08d}"
     tensors = checkpoint.pack(learner.model, learner.optimizer, learner.teacher)
     if losses is not None:
         tensors[RUNNING_LOSS] = losses
     writer.save(name, tensors, asdict(counters))
-
-
-def _tell_time(writer: checkpoint.Writer, context: Context) -> None:
-    """Wait for the checkpoint that is being written, if there is one, and tell what it took."""
-    seconds = writer.finish()
-    if seconds is not None:
-        context.saved(seconds)
 
 
 def running_loss(resume: Saved | None, context: Context) -> Tensor:

@@ -254,7 +254,7 @@ def test_state_that_json_cannot_hold_exactly_is_refused(tmp_path):
     assert json.dumps(0.1 + 0.2) == "0.30000000000000004"  # floats come back as they were
 
 
-def writing(folder, step, value):
+def writing(step, value):
     state = {"phase": "pretrain", "step": step}
     return f"a1-pretrain-{step:08d}", {"model/weight": value}, state
 
@@ -268,14 +268,17 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_tensors", slow)
     weight = torch.ones(4, 3).t()  # not in one piece
-    with checkpoint.Writer(tmp_path) as writer:
-        writer.save(*writing(tmp_path, 1, weight))
+    told = []
+    with checkpoint.Writer(tmp_path, saved=told.append) as writer:
+        writer.save(*writing(1, weight))
         weight += 1
         assert checkpoint.load_latest(tmp_path) is None
         goes_on.set()
-        assert writer.finish() > 0
-        assert writer.finish() is None
-        writer.save(*writing(tmp_path, 2, weight))
+        writer.finish()
+        writer.finish()
+        assert len(told) == 1 and told[0] > 0
+        writer.save(*writing(2, weight))
+    assert len(told) == 2
     assert checkpoint.load_latest(tmp_path).tensors["model/weight"].eq(2).all()
     older = checkpoint.load(tmp_path, "a1-pretrain-00000001")
     assert older.tensors["model/weight"].equal(torch.ones(3, 4))
@@ -287,13 +290,13 @@ def test_an_error_of_writing_comes_with_the_next_checkpoint_or_at_the_end(tmp_pa
         pytest.raises(StorageError, match="the one before is intact"),
         checkpoint.Writer(tmp_path / "file" / "checkpoints") as writer,
     ):
-        writer.save(*writing(tmp_path, 1, torch.ones(2)))
+        writer.save(*writing(1, torch.ones(2)))
     with checkpoint.Writer(tmp_path / "file" / "checkpoints") as writer:
-        writer.save(*writing(tmp_path, 1, torch.ones(2)))
+        writer.save(*writing(1, torch.ones(2)))
         with pytest.raises(StorageError):
-            writer.save(*writing(tmp_path, 2, torch.ones(2)))
+            writer.save(*writing(2, torch.ones(2)))
     with pytest.raises(Crash), checkpoint.Writer(tmp_path / "file" / "checkpoints") as writer:
-        writer.save(*writing(tmp_path, 1, torch.ones(2)))
+        writer.save(*writing(1, torch.ones(2)))
         raise Crash
 
 
