@@ -51,7 +51,15 @@ from trainables.optimizers import OPTIMIZERS, parameter_groups
 from trainables.phase import Learner, Phase, Plan, rung_steps, train
 from trainables.pictures import save_segmentation, save_segmentation_slices, to_intensity
 from trainables.probe import PICTURES, probe_rows
-from trainables.scores import IGNORED, Counted, ObjectCounts, confusion, object_counts
+from trainables.scores import (
+    IGNORED,
+    Counted,
+    Counts,
+    Floats,
+    ObjectCounts,
+    confusion,
+    object_counts,
+)
 from trainables.unetr import UNETR, build_unetr
 from trainables.windows import likeliest_between, stitched_scores
 
@@ -66,18 +74,6 @@ class Judged(NamedTuple):
     predicted_BS: Tensor  # classes
     instances_BS: NDArray[Any] | None  # of the truth, if the data have them
     spacing: tuple[float, ...]  # mm per voxel; of images 1, as pixels are the unit
-
-
-CaseSums = tuple[NDArray[np.float64], NDArray[np.int64]]
-
-
-class OnHost(NamedTuple):
-    """The same, as arrays."""
-
-    truth_BS: NDArray[Any]
-    predicted_BS: NDArray[Any]
-    instances_BS: NDArray[Any] | None
-    spacing: tuple[float, ...]
 
 
 def segment(
@@ -251,16 +247,11 @@ def evaluate(
     sums = np.zeros((len(classes), len(surfaces.NAMES)))
     counts = np.zeros(sums.shape, np.int64)
 
-    def on_host() -> Iterator[OnHost]:
+    def on_host() -> Iterator[Judged]:
         for judged in predictions(model, settings, dataset, split, context):
             truth_BS, predicted_BS = judged.truth_BS, judged.predicted_BS
             pixels_KK.add_(confusion(truth_BS, predicted_BS, len(classes)).to(device))
-            yield OnHost(
-                truth_BS.cpu().numpy(),
-                predicted_BS.cpu().numpy(),
-                judged.instances_BS,
-                judged.spacing,
-            )
+            yield judged._replace(truth_BS=truth_BS.cpu(), predicted_BS=predicted_BS.cpu())
 
     # on the CPU the model would wait for the processor instead
     threads = 0 if device.type == "cpu" else torch.get_num_threads()
@@ -283,9 +274,10 @@ def evaluate(
     return split_scores(counted)
 
 
-def _counted(dataset: Dataset, judged: OnHost) -> tuple[ObjectCounts, CaseSums | None]:
-    """What is counted of objects, and of volumes of surfaces."""
-    truth, predicted, num_classes = judged.truth_BS, judged.predicted_BS, len(dataset.classes)
+def _counted(dataset: Dataset, judged: Judged) -> tuple[ObjectCounts, tuple[Floats, Counts] | None]:
+    """What is counted of objects, and of volumes of surfaces; labels are on the host."""
+    truth, predicted = judged.truth_BS.numpy(), judged.predicted_BS.numpy()
+    num_classes = len(dataset.classes)
     found = object_counts(
         truth,
         predicted,
