@@ -156,12 +156,12 @@ def bench(
 
     bench(
         study,
-        strategies,
-        Grid(sizes, patches, ratios, precisions),
-        beside,
-        seconds,
-        threads,
-        output,
+        names=strategies,
+        grid=Grid(sizes, patches, ratios, precisions),
+        beside=beside,
+        seconds=seconds,
+        threads=threads,
+        output=output,
     )
 
 

@@ -51,7 +51,7 @@ class StepTime:
     parameters: int
     utilization: float | None = None  # of the peak; None: its operations are not known
     loss: float | None = None  # after `EQUAL_STEPS`; of strategies it is not comparable
-    peak_bytes: int | None = None  # of GPU memory
+    step_bytes: int | None = None  # of a GPU, beside weights and moments
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def bench_cell(
         for name in [REFERENCE, *(name for name in peers if name in contenders)] if peers else ():
             seconds_of(contenders[name].step, EQUAL_STEPS - 1, device)
             losses[name] = float(contenders[name].step())
-        memory = {name: _peak_bytes(each.step, device) for name, each in contenders.items()}
+        memory = {name: _step_bytes(each.step, device) for name, each in contenders.items()}
         spent = _take_turns({name: each.step for name, each in contenders.items()}, device, seconds)
     return Cell(
         size=config.model.size,
@@ -181,7 +181,7 @@ def summary(
                 parameters=each.parameters,
                 utilization=each.flops / typical / peak if each.flops else None,
                 loss=losses.get(name),
-                peak_bytes=memory.get(name),
+                step_bytes=memory.get(name),
             )
         )
     return found
@@ -266,9 +266,11 @@ def _drawn(resident: Resident, batch: int, number: int) -> Tensor:
     return resident.draw((places_B + number * batch) % len(resident), 0, number, places_B)[0]
 
 
-def _peak_bytes(step: Callable[[], Tensor], device: torch.device) -> int | None:
+def _step_bytes(step: Callable[[], Tensor], device: torch.device) -> int | None:
+    """GPU memory of activations and gradients; whatever lies there of others is left out."""
     if device.type != "cuda":
         return None
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before

@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         if visible_BV is None:
             seen_BVQ, places = patches_BPQ, self.positions
         else:
-            seen_BVQ, places = _pick(patches_BPQ, visible_BV), self.positions[visible_BV]
+            seen_BVQ, places = pick(patches_BPQ, visible_BV), self.positions[visible_BV]
         is_key = None
         if self.is_padded:
             is_key = padding.keys(seen_BVQ.isnan().all(dim=-1))
@@ -330,13 +330,13 @@ class MAE(nn.Module):
         tokens, predicted = self._predict(
             patches_BPQ, visible_BV, hidden_BX, stand_in, with_visible=weight > 0
         )
-        hidden = self._truth(_pick(patches_BPQ, hidden_BX))
+        hidden = self._truth(pick(patches_BPQ, hidden_BX))
         weight_BX = hidden.weight_BN
         error_BX = _error(predicted[:, -hidden_BX.shape[1] :], hidden)
         loss_B: Tensor = self.loss(error_BX, hidden.values_BNQ, weight_BX)
         if weight > 0:
             num_visible = visible_BV.shape[1]
-            visible = self._truth(_pick(patches_BPQ, visible_BV))
+            visible = self._truth(pick(patches_BPQ, visible_BV))
             weight_BV = visible.weight_BN
             error_BV = _error(predicted[:, :num_visible], visible)
             visible_B = losses.mean(error_BV, visible.values_BNQ, weight_BV)
@@ -371,10 +371,10 @@ class MAE(nn.Module):
         _, predicted = self._predict(patches_BPQ, visible_BV, hidden_BX, None, with_visible=True)
         predicted = predicted.float()
         if predicted.shape[1] == hidden_BX.shape[1]:
-            truth = self._truth(_pick(patches_BPQ, visible_BV))
+            truth = self._truth(pick(patches_BPQ, visible_BV))
             predicted = torch.cat([truth.values_BNQ, predicted], dim=1)
         order_BP = torch.cat([visible_BV, hidden_BX], dim=1)
-        predicted_BPQ = _pick(predicted, order_BP.argsort(dim=1))
+        predicted_BPQ = pick(predicted, order_BP.argsort(dim=1))
         if self.settings.target == "normalised":
             mean, deviation = _moments(self._pixels(patches_BPQ))
             predicted_BPQ = predicted_BPQ * deviation + mean
@@ -392,7 +392,7 @@ class MAE(nn.Module):
         """
         patches_BPQ = patchify(images, self.encoder.patch)
         _, predicted = self._predict(patches_BPQ, visible_BV, hidden_BX, None, with_visible=False)
-        truth = self._pixels(_pick(patches_BPQ, hidden_BX))
+        truth = self._pixels(pick(patches_BPQ, hidden_BX))
         if not normalised:
             return _error(predicted, truth)
         mean, deviation = _moments(truth)
@@ -490,7 +490,7 @@ def initialise(model: nn.Module, seed: int) -> None:
         nn.init.normal_(model.stand_in, std=0.02, generator=generator)
 
 
-def _pick(patches_BPQ: Tensor, numbers_BN: Tensor) -> Tensor:
+def pick(patches_BPQ: Tensor, numbers_BN: Tensor) -> Tensor:
     """The patches of those numbers, (B, N, Q)."""
     return patches_BPQ.gather(1, numbers_BN[..., None].expand(-1, -1, patches_BPQ.shape[-1]))
 

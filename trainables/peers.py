@@ -24,7 +24,7 @@ from trainables.config import SIZES, TrialConfig
 from trainables.cross_decoder import HEAD_WIDTH
 from trainables.edges import grid_of
 from trainables.errors import UserError
-from trainables.mae import patchify, positions
+from trainables.mae import patchify, pick, positions
 
 BETAS, DECAY, RATE = (0.9, 0.95), 0.05, 1e-4
 
@@ -83,13 +83,13 @@ class _OnTimm(nn.Module):
         order_BP = torch.rand(batch, patches, device=images.device).argsort(dim=1)
         visible_BV, hidden_BX = order_BP.tensor_split([self.num_visible], dim=1)
         first = self.class_token.expand(batch, -1, -1)
-        seen = torch.cat([first, _picked(tokens_BPD, visible_BV)], dim=1)
+        seen = torch.cat([first, pick(tokens_BPD, visible_BV)], dim=1)
         encoded = self.to_decoder(self.encoder(seen))
         masks = self.mask_token.to(encoded.dtype).expand(batch, hidden_BX.shape[1], -1)
         shuffled = torch.cat([encoded[:, 1:], masks], dim=1)
-        whole = _picked(shuffled, order_BP.argsort(dim=1)) + self.decoder_places
+        whole = pick(shuffled, order_BP.argsort(dim=1)) + self.decoder_places
         decoded = self.decoder(torch.cat([encoded[:, :1], whole], dim=1))[:, 1:]
-        return _picked(self.head(decoded), hidden_BX), hidden_BX
+        return pick(self.head(decoded), hidden_BX), hidden_BX
 
 
 def timm(work: Work) -> Peer:
@@ -126,7 +126,7 @@ def monai(work: Work) -> Peer:
     def predict(images: Tensor) -> tuple[Tensor, Tensor]:
         every_BPQ, is_hidden_BP = model(images)
         hidden_BX = is_hidden_BP.argsort(dim=1, descending=True, stable=True)[:, : work.hidden]
-        return _picked(every_BPQ, hidden_BX), hidden_BX
+        return pick(every_BPQ, hidden_BX), hidden_BX
 
     return model, predict
 
@@ -208,7 +208,7 @@ def peer_step(name: str, work: Work) -> tuple[Callable[[], Tensor], int]:
         with distributed.autocast(precision, device):
             predicted_BXQ, hidden_BX = predict(images)
             assert hidden_BX.shape[1] == work.hidden
-        truth = _picked(patchify(images, edges), hidden_BX)
+        truth = pick(patchify(images, edges), hidden_BX)
         loss = (predicted_BXQ.float() - truth).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -216,10 +216,6 @@ def peer_step(name: str, work: Work) -> tuple[Callable[[], Tensor], int]:
         return loss.detach()
 
     return step, sum(each.numel() for each in trained)
-
-
-def _picked(values_BPD: Tensor, places_BN: Tensor) -> Tensor:
-    return values_BPD.gather(1, places_BN[..., None].expand(-1, -1, values_BPD.shape[2]))
 
 
 def _layers(block: Callable[..., nn.Module], width: int, depth: int, heads: int) -> nn.Sequential:

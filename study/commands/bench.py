@@ -51,6 +51,7 @@ class _Subject(NamedTuple):
 
 def bench(
     path: Path | None,
+    *,
     names: str,
     grid: Grid,
     beside: str,
@@ -105,8 +106,9 @@ def cell_table(cell: Cell) -> Table:
     table = Table(title=title)
     table.add_column("step")
     has_losses = any(each.loss is not None for each in cell.steps)
+    has_memory = any(each.step_bytes is not None for each in cell.steps)
     columns = ["ms", f"ratio to {REFERENCE}", "lowest .. highest", "images/s", "of peak"]
-    columns += ["first s", "parameters"] + ["loss"] * has_losses
+    columns += ["first s", "parameters"] + ["MiB"] * has_memory + ["loss"] * has_losses
     for column in columns:
         table.add_column(column, justify="right")
     for each in cell.steps:
@@ -120,6 +122,8 @@ def cell_table(cell: Cell) -> Table:
             f"{each.first_seconds:.1f}",
             f"{each.parameters:,}",
         ]
+        if has_memory:
+            cells.append("" if each.step_bytes is None else f"{each.step_bytes / 2**20:,.0f}")
         if has_losses:
             cells.append("" if each.loss is None else f"{each.loss:.3f}")
         table.add_row(*cells)

@@ -12,10 +12,10 @@ import torch
 from study.commands.bench import cell_table
 from tests.terminal import call
 from tests.toy import discs, trial
-from trainables import bench, peers
+from trainables import bench, peers, speed
 from trainables.bench import DRAWN, REFERENCE, Cell, Contender, StepTime, bench_cell, summary
 from trainables.errors import UserError
-from trainables.mae import patchify
+from trainables.mae import MAE, patchify
 from trainables.masking import MASKING
 from trainables.peers import PEERS, Work, peer_step
 from trainables.speed import peak_flops
@@ -94,7 +94,7 @@ def test_ratios_are_those_of_neighbours_by_hand():
     )
     assert late.milliseconds == pytest.approx(350)
     assert (late.lowest, late.ratio, late.highest) == pytest.approx((1.5, 2.0, 2.5))
-    assert (late.utilization, late.loss, late.peak_bytes) == (None, 0.25, 9)
+    assert (late.utilization, late.loss, late.step_bytes) == (None, 0.25, 9)
 
 
 def test_all_take_turns_and_nobody_always_comes_first(monkeypatch):
@@ -182,6 +182,22 @@ def test_the_peak_is_that_of_the_precision(monkeypatch):
         kinds.clear()
         assert peak_flops(CPU, precision) > 1e8
         assert set(kinds) == {kind}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_forecasts_are_timed_in_the_precision_of_training(monkeypatch, precision):
+    kinds = set()
+
+    def spied(model, images, *masks):
+        kinds.add((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return real(model, images, *masks)
+
+    real = MAE.forward
+    monkeypatch.setattr(MAE, "forward", spied)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    config = trial(pretrain__precision=precision)
+    assert speed.flops_per_second(config, discs(12), CPU, threads=1) > 0
+    assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
 
 # Other libraries
@@ -277,12 +293,23 @@ def test_the_command_prints_a_table_and_what_it_ran_on(tiny_study: Path, capsys:
 
 
 def test_a_row_of_the_table_by_hand():
-    late = step_time(utilization=0.256, loss=0.5)
+    late = step_time(utilization=0.256, loss=0.5, step_bytes=3 * 2**30)
     drawn = step_time(DRAWN, 10.0, ratio=1.25, parameters=1)
     table = cell_table(cell(drawn, late))
     cells = [list(column.cells)[1] for column in table.columns]
     assert cells == [
-        *("late", "350.0", "2.00", "1.46 .. 2.50", "22,857", "26%", "0.3", "12,345", "0.500")
+        *(
+            "late",
+            "350.0",
+            "2.00",
+            "1.46 .. 2.50",
+            "22,857",
+            "26%",
+            "0.3",
+            "12,345",
+            "3,072",
+            "0.500",
+        )
     ]
     assert table.caption == "loader off / on: 0.80"
     assert "50% hidden, fp32; peak 200 GFLOP/s" in table.title

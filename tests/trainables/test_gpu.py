@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from tests import toy
 from tests.balls import PROBE, balls
@@ -24,7 +25,6 @@ from trainables import checkpoint, segment
 from trainables.augment import AUGMENTATIONS
 from trainables.counter import uniform
 from trainables.data.batches import free_memory, to_device
-from trainables.distributed import data_parallel
 from trainables.hiding import hide
 from trainables.masking import MASKING, MaskRequest
 from trainables.phase import update
@@ -50,10 +50,10 @@ def subject(kind, tmp_path, strategy="random", **changes):
     return volume_trial(pretrain__epochs=3, **changes), balls(tmp_path, **shapes)
 
 
-def learning(kind, tmp_path, strategy, device, **changes):
+def learning(kind, tmp_path, strategy, device, world_size=1):
     """(one step of training by its number, the learner) on the device."""
-    config, data = subject(kind, tmp_path, strategy, **changes)
-    context = toy.context(tmp_path, toy.Diary(), device=device)
+    config, data = subject(kind, tmp_path, strategy)
+    context = toy.context(tmp_path, toy.Diary(), device=device, world_size=world_size)
     plan = make_plan(config, data.size, data.channels, 8, (1.0,), seed=1)
     learner = make_learner(config, data.size, data.channels, 1, context, is_padded=data.is_padded)
     resident = to_device(data, data.rows("pretrain"), device, labels=False)
@@ -220,11 +220,8 @@ def test_one_rank_of_nccl_learns_what_no_group_learns(tmp_path):
     expected = [alone(number).item() for number in range(3)]
     dist.init_process_group("nccl", rank=0, world_size=1)
     try:
-        step, learner = learning("images", tmp_path, "random", CUDA)
-        context = toy.context(tmp_path, toy.Diary(), device=CUDA, world_size=2)
-        wrapped = data_parallel(learner.model, context)
-        assert type(wrapped).__name__ == "DistributedDataParallel"
-        object.__setattr__(learner, "trained", wrapped)
+        step, learner = learning("images", tmp_path, "random", CUDA, world_size=2)
+        assert isinstance(learner.trained, DistributedDataParallel)
         assert [step(number).item() for number in range(3)] == pytest.approx(expected, rel=1e-5)
     finally:
         dist.destroy_process_group()
