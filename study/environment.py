@@ -30,6 +30,7 @@ def environment(directory: Path | None = None) -> dict[str, Any]:
         "lock_file": _lock_file(directory),
         "hardware": {
             "cpu": _cpu_model(),
+            "amx": "amx_bf16" in _cpu_info(),  # then `precision: fast` computes in bf16
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": [],
@@ -73,10 +74,14 @@ def _lock_file(directory: Path) -> dict[str, str] | None:
 
 def _cpu_model() -> str:
     """The name printed on the chip, where Linux tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    for line in _cpu_info().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""

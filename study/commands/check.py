@@ -73,6 +73,7 @@ def check_study(
 
     from study.plan import plan
     from trainables import trivial
+    from trainables.distributed import is_half
     from trainables.speed import flops_per_second
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +88,8 @@ def check_study(
     if asked.budget.trials > spec.budget.trials:
         more = asked.budget.trials - spec.budget.trials
         say(f"  (with {more} trials that were asked for since the study was begun)")
-    say(f"  (at {speed:.2e} FLOP/s, measured here on one worker of the control arm)")
+    kind = "bf16" if is_half(spec.trial.pretrain.precision, device) else "fp32"
+    say(f"  (at {speed:.2e} FLOP/s in {kind}, measured here on one worker of the control arm)")
     if forecast_seconds is not None:
         from study.commands.forecast import print_forecast
 

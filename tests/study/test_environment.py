@@ -10,6 +10,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from study.environment import environment
 
 
@@ -34,6 +36,7 @@ def test_hardware_is_described_without_naming_the_machine(tmp_path):
     hardware = found["hardware"]
     assert hardware["cores"] >= 1 and hardware["memory_bytes"] > 2**28 and hardware["cpu"]
     assert hardware["gpus"] == []
+    assert hardware["amx"] is torch.cpu._is_amx_tile_supported()
     values = set(json.dumps(found).split('"'))
     assert not values & {socket.gethostname(), getpass.getuser(), str(tmp_path)}
 
