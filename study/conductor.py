@@ -140,6 +140,7 @@ class Conductor:
             remote=self._remote(suggestion),
             shared=self.ledger.folder.pretrained if self._shares_pretraining else None,
             micro_batches=self.spec.resources.micro_batches,
+            recomputes=self.spec.resources.activation_checkpointing,
             data=self.spec.data,
             data_root=self.data.root,
             fingerprint=self.data.fingerprint,

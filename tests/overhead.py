@@ -219,6 +219,7 @@ def train(study: Path, suggestion: Suggestion, scratch: Path, on_step: Callable[
         remote="",
         shared=None,
         micro_batches=spec.resources.micro_batches,
+        recomputes=spec.resources.activation_checkpointing,
         data=spec.data,
         data_root=spec.folder_of_yaml,
         fingerprint=read_environment(folder)["data_fingerprint"],

@@ -38,6 +38,7 @@ class Context:
     is_leaving: Callable[[str, int], bool] = lambda phase, step: False
     remote: str = ""  # the URI in a store of objects that `folder` mirrors
     micro_batches: int = 1  # in which a batch is learnt from, one after the other, for memory
+    recomputes: bool = False  # blocks keep their inputs alone, for memory
     shared: Path | None = None  # where finished pretrainings of the study lie; None: nowhere
 
     @property

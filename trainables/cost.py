@@ -26,6 +26,8 @@ from trainables.unetr import build_unetr
 
 # Bytes that backward needs per token and channel of one block: half precision, float32
 _BLOCK_BYTES = {"bf16": 34, "fast": 34, "auto": 34, "fp32": 68}
+# The same of a block that keeps its input alone, which is float32 in any precision
+_INPUT_BYTES = 4
 # Input, target, prediction and their difference
 _PIXEL_BYTES = 16
 # Of two hidden patches whose order is learned: difference, order, chance, logarithm, and the mask
@@ -157,29 +159,37 @@ def segment_flops(
     return done
 
 
-def activation_bytes(config: TrialConfig, image_size: Sequence[int], channels: int) -> int:
+def activation_bytes(
+    config: TrialConfig, image_size: Sequence[int], channels: int, *, recomputes: bool = False
+) -> int:
     """Estimate of what pretraining's backward pass keeps for a whole batch over all workers.
 
     At the schedule's smallest ratio, when most is visible. Weights and their gradients come on top.
+    Where blocks keep their inputs alone (`recomputes`), all of what it keeps of the largest only.
     """
     sizes = sizes_of(config, image_size, channels)
     decoder = config.model.decoder
     hidden = min(_plan(config, sizes.units, steps=1000, seed=0)) * sizes.patches_per_unit
     visible, predicted = sizes.patches - hidden, sizes.predicted(hidden)
     per_token = _BLOCK_BYTES[config.pretrain.precision]
-    encoder = sizes.depth * (1 + visible) * sizes.width * per_token
-    decoding = decoder.depth * (1 + sizes.patches) * decoder.width * per_token
+    encoding = (1 + visible) * sizes.width  # numbers in and out of a block
+    decoding = (1 + sizes.patches) * decoder.width
     if decoder.attention == "cross":
-        decoding = decoder.depth * predicted * decoder.width * per_token
+        decoding = predicted * decoder.width
+    per_block = _INPUT_BYTES if recomputes else per_token
+    blocks = (sizes.depth * encoding + decoder.depth * decoding) * per_block
+    if recomputes:
+        blocks += max(encoding, decoding) * per_token
+    if decoder.attention == "cross":
         kept = 2 if per_token == _BLOCK_BYTES["bf16"] else 4  # bytes of a number
         mixtures = 1 + sizes.depth + 2 * decoder.depth
-        decoding += kept * (1 + visible) * sizes.width * mixtures
+        blocks += kept * encoding * mixtures
     pixels = math.prod(image_size) * channels * _PIXEL_BYTES
     pairs = 0
     part = _part_cost(config, sizes, visible, predicted)
     if part is not None and part.compares_pairs:
         pairs = hidden**2 // 2 * _PAIR_BYTES
-    return config.pretrain.batch * (encoder + decoding + pixels + pairs)
+    return config.pretrain.batch * (blocks + pixels + pairs)
 
 
 def block_flops(tokens: int, width: int) -> int:

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from trainables.blocks import attention, layer_norm
+from trainables.blocks import Recomputable, attention, layer_norm
 
 HEAD_WIDTH = 64  # as attention kernels like it
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Recomputable):
     """Attention of the questions to the encoder's tokens, then an MLP; both behind a norm."""
 
     def __init__(self, encoder_width: int, width: int) -> None:

@@ -37,6 +37,7 @@ def make_job(
     remote: str,
     shared: Path | None,
     micro_batches: int,
+    recomputes: bool,
     data: Any,
     data_root: Path,
     fingerprint: str,
@@ -56,6 +57,7 @@ def make_job(
         "remote": remote,
         "shared": None if shared is None else str(shared.resolve()),
         "micro_batches": micro_batches,
+        "recomputes": recomputes,
         "data": data.model_dump(mode="json", by_alias=True),
         "data_root": str(data_root.resolve()),
         "fingerprint": fingerprint,
@@ -98,6 +100,7 @@ def run_job(
         world_size=world_size,
         shared=None if job["shared"] is None else Path(job["shared"]),
         micro_batches=job["micro_batches"],
+        recomputes=job["recomputes"],
     )
 
     def decoded(done: int, parts: int) -> None:

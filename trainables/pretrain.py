@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainables import distributed, padding
 from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
-from trainables.blocks import Block
+from trainables.blocks import Block, recompute
 from trainables.checkpoint import Saved
 from trainables.config import ProbeConfig, TrialConfig, num_steps, warmup_images
 from trainables.context import Context
@@ -169,6 +169,8 @@ def make_learner(
     if has_teacher(config):
         teacher = copy.deepcopy(model).requires_grad_(False)
         momentum = partial(value_at, config.masking.strategy.options()["momentum"])
+    if context.recomputes:
+        recompute(model)
     if settings.compile:
         compile_blocks(model)
         if teacher is not None:

@@ -30,6 +30,7 @@ from torch.nn import functional
 from trainables import distributed, surfaces, trivial
 from trainables.augment import AUGMENTATIONS
 from trainables.beside import in_threads
+from trainables.blocks import recompute
 from trainables.checkpoint import Saved
 from trainables.config import (
     SegmentConfig,
@@ -93,16 +94,8 @@ def segment(
     model = learner.model
 
     def loss_of(images: Tensor, labels: Tensor | None, step: int, samples_B: Tensor) -> Tensor:
-        images, labels = AUGMENTATIONS[settings.augment.name](
-            images, labels, seed, step, samples_B, **settings.augment.options()
-        )
         assert labels is not None
-        if context.world_size == 1:  # of several workers, each has to send every gradient
-            for parameter in learner.held:
-                parameter.requires_grad_(step >= learner.held_steps)
-        with distributed.autocast(settings.precision, context.device):
-            scores = learner.trained(images)
-        return dice_cross_entropy(scores, labels)
+        return batch_loss(learner, images, labels, config, seed, context, step, samples_B)
 
     def measure(steps: range) -> dict[str, float]:
         values = evaluate(model, settings, dataset, "val", context)
@@ -127,6 +120,30 @@ def segment(
         draw(model, settings, dataset, context, context.folder / "pictures")
         context.keep("pictures")
     return ending
+
+
+def batch_loss(
+    learner: Learner[UNETR],
+    images: Tensor,
+    labels: Tensor,
+    config: TrialConfig,
+    seed: int,
+    context: Context,
+    step: int,
+    samples_B: Tensor,
+) -> Tensor:
+    """Augment and segment: the mean loss of these images, whose places in the batch are given."""
+    settings = config.segment
+    images, augmented = AUGMENTATIONS[settings.augment.name](
+        images, labels, seed, step, samples_B, **settings.augment.options()
+    )
+    assert augmented is not None
+    if context.world_size == 1:  # of several workers, each has to send every gradient
+        for parameter in learner.held:
+            parameter.requires_grad_(step >= learner.held_steps)
+    with distributed.autocast(settings.precision, context.device):
+        scores = learner.trained(images)
+    return dice_cross_entropy(scores, augmented)
 
 
 def without_encoder(
@@ -161,6 +178,8 @@ def make_learner(
     if encoder_state is not None:
         model.encoder.load_state_dict(encoder_state)
     model = model.to(context.device)
+    if context.recomputes:
+        recompute(model)
     optimizer = OPTIMIZERS[settings.optimizer.name](
         parameter_groups(model, layer_decay(settings), is_encoder_apart=held_steps > 0),
         settings.batch,

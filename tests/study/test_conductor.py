@@ -14,7 +14,7 @@ from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, r
 from study.loading import parse_spec
 from study.resume import RETRIES, Finished, Wait
 from study.space import SearchItem
-from study.spec import StudySpec
+from study.spec import Resources, StudySpec
 from tests.conftest import TINY_STUDY
 from trainables.endings import Ending
 from trainables.metrics import STOPPED_HERE
@@ -209,3 +209,15 @@ def test_pretraining_is_kept_for_others_only_where_there_are_any(
         suggestion = conductor.next()
         assert isinstance(suggestion, Suggestion)
         assert (conductor.job(suggestion)["shared"] is not None) == is_shared
+
+
+def test_workers_hear_how_the_study_wants_to_save_memory(
+    spec: StudySpec, folder: StudyFolder
+) -> None:
+    asked = Resources(micro_batches=3, activation_checkpointing=True)
+    with Ledger.open(folder, {}) as ledger:
+        conductor = Conductor(spec.model_copy(update={"resources": asked}), ledger, DATA)
+        suggestion = conductor.next()
+        assert isinstance(suggestion, Suggestion)
+        job = conductor.job(suggestion)
+    assert (job["micro_batches"], job["recomputes"]) == (3, True)

@@ -3,6 +3,7 @@
 pytest tests/trainables/test_blocks.py
 """
 
+import weakref
 from functools import partial
 
 import pytest
@@ -11,7 +12,16 @@ from monai.networks.blocks import UnetOutBlock, UnetrBasicBlock
 from torch import nn
 
 from tests import timm_models
-from trainables.blocks import CONVOLUTION, Attention, Block, ResidualBlock, attention, nested
+from trainables.blocks import (
+    CONVOLUTION,
+    Attention,
+    Block,
+    ResidualBlock,
+    attention,
+    nested,
+    recompute,
+)
+from trainables.cross_decoder import CrossBlock
 
 torch.set_num_threads(1)
 
@@ -142,3 +152,38 @@ def test_attention_in_half_precision_is_that_of_float32(is_masked):
 
     for half, exact in zip(found(torch.bfloat16), found(torch.float32), strict=True):
         assert (half - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+# --- blocks that keep their inputs alone ---
+
+RECOMPUTABLE = {
+    "self-attention": (lambda: Block(24, 4), [noise(3, 11, 24)], "mlp"),
+    "cross-attention": (lambda: CrossBlock(16, 64), [noise(3, 5, 64), noise(3, 9, 16)], "mlp"),
+    "convolutions": (lambda: ResidualBlock(2, 8), [noise(2, 8, 6, 4)], "norm2"),
+}
+
+
+@pytest.mark.parametrize("kind", RECOMPUTABLE)
+def test_a_block_that_recomputes_learns_the_same_bit_for_bit(kind):
+    build, inputs, _ = RECOMPUTABLE[kind]
+    plain, sparing = seeded(build), seeded(build)
+    recompute(sparing)
+    assert_same(*(results(block, *inputs) for block in (plain, sparing)))
+
+
+@pytest.mark.parametrize("kind", RECOMPUTABLE)
+def test_a_block_that_recomputes_keeps_nothing_of_what_is_inside(kind):
+    build, inputs, inside = RECOMPUTABLE[kind]
+
+    def is_kept(block):
+        made = []
+        block.get_submodule(inside).register_forward_pre_hook(
+            lambda module, given: made.append(weakref.ref(given[0].untyped_storage()))
+        )
+        output = block(*(each.clone().requires_grad_() for each in inputs))
+        return output.requires_grad and made[0]() is not None
+
+    block = seeded(build)
+    assert is_kept(block)
+    recompute(block)
+    assert not is_kept(block)

@@ -174,3 +174,10 @@ def test_memory_grows_with_batch_and_visible_share():
     assert needed(precision="fp32") > needed(precision="bf16") == needed(precision="fast")
     # 64 patches, 17 tokens through 12 blocks of 192, 65 through 2 of 128, 12 288 values
     assert needed() == 8 * (12 * 17 * 192 * 34 + 2 * 65 * 128 * 34 + 12_288 * 16)
+
+
+def test_blocks_that_keep_their_inputs_alone_need_one_blocks_memory_and_their_inputs():
+    config = TrialConfig.model_validate({"pretrain": {"batch": 8}})
+    needed = activation_bytes(config, (64, 64), 3, recomputes=True)
+    inputs = 12 * 17 * 192 + 2 * 65 * 128
+    assert needed == 8 * (inputs * 4 + 65 * 128 * 34 + 12_288 * 16)

@@ -18,6 +18,7 @@ from torch import nn
 
 from tests import toy
 from trainables import checkpoint, distributed, phase, pretrain
+from trainables.blocks import Block, Recomputable
 from trainables.config import ProbeConfig
 from trainables.data.batches import to_device
 from trainables.distributed import batch_slice
@@ -508,6 +509,23 @@ def test_a_batch_is_learnt_in_parts_as_it_is_whole(uninterrupted, tmp_path, monk
     assert run(tmp_path, diary, micro_batches=parts)[0] == "complete"
     assert sizes == {2: [2, 2], 3: [1, 1, 2], 9: [1, 1, 1, 1]}[parts] * STEPS
     assert_nearly_the_same(toy.repeatable(diary), uninterrupted[1])
+
+
+def test_blocks_that_recompute_change_no_number(uninterrupted, tmp_path, monkeypatch):
+    recomputed = set()
+
+    def spied(block, *inputs, real=Recomputable.__call__):
+        if torch.is_grad_enabled():
+            recomputed.add((type(block), block.recomputes))
+        return real(block, *inputs)
+
+    monkeypatch.setattr(Recomputable, "__call__", spied)
+    diary = toy.Diary()
+    assert run(tmp_path, diary, recomputes=True)[0] == "complete"
+    assert recomputed == {(Block, True)}
+    tensors = checkpoint.load_latest(tmp_path / "checkpoints").tensors
+    assert all(tensors[name].equal(value) for name, value in uninterrupted[0].items())
+    assert toy.repeatable(diary) == uninterrupted[1]
 
 
 def test_two_workers_learn_in_parts_what_one_learns(two_workers, uninterrupted):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.trainables.test_store import source_of
 from trainables import checkpoint
+from trainables.blocks import Block, Recomputable, ResidualBlock
 from trainables.checkpoint import Saved
 from trainables.config import TrialConfig
 from trainables.context import Context
@@ -136,7 +137,15 @@ def context(folder, told, stop_at=None, **settings):
 
 
 def run(
-    folder, *, dataset=None, encoder_state=None, stop_at=None, resume=None, parts=1, **settings
+    folder,
+    *,
+    dataset=None,
+    encoder_state=None,
+    stop_at=None,
+    resume=None,
+    parts=1,
+    recomputes=False,
+    **settings,
 ):
     """(outcome, rows of every rung, newest checkpoint's tensors)."""
     told = []
@@ -145,7 +154,7 @@ def run(
         0,
         dataset or cells(),
         encoder_state,
-        context(folder, told, stop_at, micro_batches=parts),
+        context(folder, told, stop_at, micro_batches=parts, recomputes=recomputes),
         resume,
     )
     newest = checkpoint.load_latest(folder / "checkpoints")
@@ -278,6 +287,22 @@ def test_a_stopped_and_resumed_run_ends_bit_equal(tmp_path):
     assert ended.keys() == expected_tensors.keys()
     for name, value in expected_tensors.items():
         assert torch.equal(ended[name], value), name
+
+
+def test_blocks_that_recompute_change_no_number(tmp_path, monkeypatch):
+    _, expected, expected_tensors = run(tmp_path / "whole")
+    recomputed = set()
+
+    def spied(block, *inputs, real=Recomputable.__call__):
+        if torch.is_grad_enabled():
+            recomputed.add((type(block), block.recomputes))
+        return real(block, *inputs)
+
+    monkeypatch.setattr(Recomputable, "__call__", spied)
+    _, told, tensors = run(tmp_path / "sparing", recomputes=True)
+    assert recomputed == {(Block, True), (ResidualBlock, True)}
+    assert [values(rows) for rows in told] == [values(rows) for rows in expected]
+    assert all(torch.equal(tensors[name], value) for name, value in expected_tensors.items())
 
 
 def test_a_run_resumed_between_rungs_averages_the_same_loss(tmp_path, monkeypatch):
