@@ -7,13 +7,16 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from study.reader import in_one_line
 from study.survey import Survey
 from trainables.data import Dataset
 from trainables.data.labels import axes_without_side, two_sides
 from trainables.edges import even
+
+if TYPE_CHECKING:
+    from study.plan import Phases
 
 STEPS = 1500  # of pretraining, from which on small encoders have learnt something
 FEWEST_STEPS = 300
@@ -72,10 +75,11 @@ def patches_of(dataset: Dataset, machine: Machine, spacing: Sequence[float] | No
     return (resolving[:3] if len(resolving) > 1 else found[:2]) or [8]
 
 
-def affordable(hours: float | None) -> int:
+def affordable(hours: Phases | None) -> int:
     """Steps of pretraining with which a study that takes so long with STEPS takes HOURS."""
-    share = 1.0 if not hours else min(1.0, HOURS / hours)
-    return max(FEWEST_STEPS, round(share * STEPS))
+    if hours is None or sum(hours) <= HOURS:
+        return STEPS
+    return max(FEWEST_STEPS, round((HOURS - hours.segment) / hours.pretrain * STEPS))
 
 
 def draft(

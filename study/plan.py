@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from cluster.placement import Room, WorkerGroup, num_groups, worker_group
@@ -29,6 +30,7 @@ from trainables.schedules import MIDPOINTS, value_at
 if TYPE_CHECKING:
     from study.spec import Resources, StudySpec
     from trainables.data import Dataset
+    from trainables.speed import Speeds
 
 MOST_SAMPLED = 24  # arms whose cost is computed
 MOST_WALKED = 2_000
@@ -46,6 +48,8 @@ class ArmCost:
     tokens: int  # patches of an image
     visible_tokens: float  # that the encoder sees, mean over the schedule
     parameters: int  # of encoder and decoder
+    pretrain_steps: int
+    segment_steps: int
     pretrain_flops: float
     segment_flops: float
     memory_bytes: int  # per worker, estimate
@@ -53,6 +57,13 @@ class ArmCost:
     @property
     def flops(self) -> float:
         return self.pretrain_flops + self.segment_flops
+
+
+class Phases(NamedTuple):
+    """Something of both phases."""
+
+    pretrain: float
+    segment: float
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,13 @@ class Plan:
     dearest: ArmCost
     flops: float  # of all trials
     concurrent: int  # trials at once; 0 if a trial does not fit
-    hours: float | None  # None without a speed
+    hours_of: Phases | None  # of training steps; None without a speed
     warnings: list[str]
+
+    @property
+    def hours(self) -> float | None:
+        """Of the steps of both phases; what is measured at rungs comes on top."""
+        return None if self.hours_of is None else sum(self.hours_of)
 
     def describe(self) -> dict[str, str]:
         """What `maskstudy check` prints."""
@@ -83,7 +99,7 @@ class Plan:
             **{f"{name} arm": _one_line(cost) for name, cost in arms.items()},
             "operations": f"{self.flops:.2e} FLOP",
             "trials at once": str(self.concurrent),
-            "hours": "not measured" if self.hours is None else f"at most {self.hours:.2f}",
+            "hours of steps": _hours_in_words(self.hours_of),
         }
         return lines | {f"warning {n}": text for n, text in enumerate(self.warnings, 1)}
 
@@ -94,11 +110,12 @@ def plan(
     *,
     cpus: float | None = None,
     gpus: float | None = None,
-    flops_per_second: float | None = None,
+    measure: Callable[[TrialConfig], Speeds] | None = None,
 ) -> Plan:
     """What a study will take on so many CPUs and GPUs (by default, this machine's).
 
-    `flops_per_second` is the measured speed of one worker.
+    `measure` tells how fast a worker trains an arm. It is asked about the control, the cheapest and
+    the dearest one; what lies between them is interpolated by the operations of a step.
     """
     data = data if isinstance(data, DataSize) else data_size(data)
     cpus = float(os.cpu_count() or 1) if cpus is None else cpus
@@ -111,23 +128,36 @@ def plan(
     num_best = min(spec.confirm.arms, num_searched) + 1 if spec.confirm else 0
     confirmations = num_best * spec.confirm.seeds if spec.confirm else 0
 
-    parts = spec.resources.workers * spec.resources.micro_batches
-    control = arm_cost(spec.trial, data, parts)
-    costs = [arm_cost(config, data, parts) for config in _some_arms(spec)]
-    costs = costs or [control]
-    mean = fmean(one.flops for one in costs)
-    flops = control.flops * num_controls + mean * (searched_trials + confirmations)
-    pretrainings = num_pretrainings(spec)
-    if pretrainings is not None:
-        mean = fmean(one.segment_flops for one in costs)
-        flops = control.pretrain_flops * pretrainings + control.segment_flops * num_controls
-        flops += mean * (searched_trials + confirmations)
+    control = arm_cost(spec.trial, data, spec.resources)
+    arms = _some_arms(spec) or [spec.trial]
+    costs = [arm_cost(config, data, spec.resources) for config in arms]
+    cheapest = min(costs, key=lambda one: one.flops)
+    dearest = max(costs, key=lambda one: one.flops)
+    others, shared = searched_trials + confirmations, num_pretrainings(spec)
+
+    def of_study(cost_of: Callable[[ArmCost], Phases]) -> Phases:
+        """The sum over all trials of what one costs in each phase."""
+        of_control, of_others = cost_of(control), [cost_of(one) for one in costs]
+        segmenting = of_control.segment * num_controls
+        segmenting += fmean(one.segment for one in of_others) * others
+        if shared is not None:
+            return Phases(of_control.pretrain * shared, segmenting)
+        random_weights = spec.seeds * (bool(data.classes) and "random-init" in spec.controls)
+        pretraining = of_control.pretrain * (num_controls - random_weights)
+        pretraining += fmean(one.pretrain for one in of_others) * others
+        return Phases(pretraining, segmenting)
 
     concurrent = _concurrent(spec, cpus, gpus)
     at_once = min(concurrent, num_controls + searched_trials)
-    hours = None
-    if flops_per_second and at_once:
-        hours = flops / (flops_per_second * spec.resources.workers * at_once) / 3600
+    hours: Phases | None = None
+    if measure is not None and at_once:
+        by_arm = {control.arm: spec.trial} | {
+            cost.arm: config for cost, config in zip(costs, arms, strict=True)
+        }
+        known = [(one, measure(by_arm[one.arm])) for one in (control, cheapest, dearest)]
+        seconds = of_study(partial(_seconds, known))
+        at_once *= spec.resources.workers
+        hours = Phases(*(each / at_once / 3600 for each in seconds))
     return Plan(
         study=spec.study,
         searched_arms=num_searched,
@@ -135,29 +165,33 @@ def plan(
         confirmations=confirmations,
         grid_arms=grid_arms,
         control=control,
-        cheapest=min(costs, key=lambda one: one.flops),
-        dearest=max(costs, key=lambda one: one.flops),
-        flops=flops,
+        cheapest=cheapest,
+        dearest=dearest,
+        flops=sum(of_study(lambda one: Phases(one.pretrain_flops, one.segment_flops))),
         concurrent=concurrent,
-        hours=hours,
+        hours_of=hours,
         warnings=_warnings(spec, grid_arms, room, num_searched, concurrent, cpus, gpus),
     )
 
 
-def arm_cost(config: TrialConfig, data: DataSize, parts: int = 1) -> ArmCost:
+def arm_cost(config: TrialConfig, data: DataSize, resources: Resources) -> ArmCost:
     """One trial of an arm on these data."""
+    parts = resources.workers * resources.micro_batches
     tokens = math.prod(grid_of(data.size, config.patch_edges(len(data.size))))
-    segment_flops = 0.0
+    segment_steps, segment_flops = 0, 0.0
     if data.classes:
-        steps = num_steps(config.segment, data.train_images)
+        segment_steps = num_steps(config.segment, data.train_images)
         segment_flops = cost.segment_flops(
-            config, data.size, data.channels, len(data.classes), steps
+            config, data.size, data.channels, len(data.classes), segment_steps
         )[-1]
-    pretrain_flops = 0.0
+    pretrain_steps, pretrain_flops = 0, 0.0
     if config.segment.encoder != "random-init":
+        pretrain_steps = num_steps(config.pretrain, data.pretrain_images)
         pretrain_flops = cost.planned_flops(config, data.size, data.channels, data.pretrain_images)
     num_parameters = count_parameters(config, data.size, data.channels)
-    activations = cost.activation_bytes(config, data.size, data.channels)
+    activations = cost.activation_bytes(
+        config, data.size, data.channels, recomputes=resources.activation_checkpointing
+    )
     bytes_per_parameter = BYTES_PER_PARAMETER + (TEACHER_BYTES if has_teacher(config) else 0)
     return ArmCost(
         arm=arm_id(config),
@@ -165,6 +199,8 @@ def arm_cost(config: TrialConfig, data: DataSize, parts: int = 1) -> ArmCost:
         tokens=tokens,
         visible_tokens=_visible_share(config, data.size) * tokens,
         parameters=num_parameters,
+        pretrain_steps=pretrain_steps,
+        segment_steps=segment_steps,
         pretrain_flops=pretrain_flops,
         segment_flops=segment_flops,
         memory_bytes=activations // parts + bytes_per_parameter * num_parameters,
@@ -181,6 +217,30 @@ def _count_parameters(config_json: str, size: tuple[int, ...], channels: int) ->
     with torch.device("meta"):
         model = MAE(TrialConfig.model_validate_json(config_json), size, channels)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _seconds(known: Sequence[tuple[ArmCost, Speeds]], cost: ArmCost) -> Phases:
+    """A worker's of an arm's steps, by how fast it is at those of the known ones."""
+
+    def of_phase(phase: str) -> float:
+        def per_step(one: ArmCost) -> float:
+            return float(getattr(one, f"{phase}_flops") / max(1, getattr(one, f"{phase}_steps")))
+
+        speeds = {per_step(one): getattr(speed, phase) for one, speed in known}
+        flops = getattr(cost, f"{phase}_flops")
+        points = sorted((step, speed) for step, speed in speeds.items() if speed is not None)
+        if not flops or not points:
+            return 0.0
+        steps, rates = np.log(points).T
+        return float(flops / np.exp(np.interp(math.log(per_step(cost)), steps, rates)))
+
+    return Phases(of_phase("pretrain"), of_phase("segment"))
+
+
+def _hours_in_words(hours: Phases | None) -> str:
+    if hours is None:
+        return "not measured"
+    return f"{sum(hours):.2f} (pretraining {hours.pretrain:.2f}, segmentation {hours.segment:.2f})"
 
 
 def _one_line(cost: ArmCost) -> str:

@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainables.allocator import keep_freed_memory
 from trainables.config import TrialConfig
-from trainables.context import Context
 from trainables.cost import mae_flops
 from trainables.data import Dataset
 from trainables.data.batches import Resident, to_device
@@ -27,7 +25,7 @@ from trainables.edges import Edges
 from trainables.optimizers import learning_rate
 from trainables.peers import RATE, Work, peer_step
 from trainables.pretrain import make_learner, make_plan, train_step
-from trainables.speed import peak_flops, seconds_of, threads_of
+from trainables.speed import idle_context, peak_flops, seconds_of, threads_of
 
 SECONDS = 2.0  # of measuring
 REFERENCE = "random"  # the strategy that others are compared with
@@ -234,14 +232,7 @@ def _make(
     `drawn`: images for each step, instead of the same.
     """
     batch, channels, *size = images.shape
-    context = Context(
-        device=images.device,
-        folder=Path(),
-        attempt="bench",
-        rungs=(1.0,),
-        report=lambda _: False,
-        heartbeat=lambda *_: None,
-    )
+    context = idle_context(images.device)
     plan = make_plan(config, size, channels, config.pretrain.batch, context.rungs, seed=0)
     learner = make_learner(config, size, channels, 0, context, is_padded=is_padded)
     samples_B = torch.arange(batch, device=images.device)

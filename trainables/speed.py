@@ -1,34 +1,130 @@
-"""How many operations per second this machine trains with, for forecasts; and how many it could."""
+"""How many operations per second this machine trains with, for forecasts; and how many it could.
+
+The smaller a step, the fewer it does per second, and segmentation does fewer than pretraining: so
+forecasts measure steps of the study's own arms, in both phases.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainables import distributed
+from trainables import distributed, pretrain, segment
+from trainables.allocator import keep_freed_memory
 from trainables.config import TrialConfig
-from trainables.cost import mae_flops
+from trainables.context import Context
 from trainables.data import Dataset
-from trainables.mae import build_mae
-from trainables.masking import MaskRequest, hidden_units
-from trainables.pretrain import choose_patches
+from trainables.phase import update
 
-SECONDS = 2.0  # of measuring
+SECONDS, FEWEST_STEPS = 0.5, 2  # of measuring one phase of one arm
+IMAGES = (64, 16, 4, 1)  # in a measured step; fewer where these do not fit
 PEAK_SECONDS, PEAK_ROUNDS = 0.2, 10  # of multiplying matrices, at the least
 
 
-def flops_per_second(
-    config: TrialConfig, dataset: Dataset, device: torch.device, *, threads: int
-) -> float:
-    """Training operations per second of one worker, at half the patches hidden."""
-    with threads_of(threads):
-        return _measure(config, dataset, device)
+class Speeds(NamedTuple):
+    """Operations per second of one worker in whole training steps of an arm."""
+
+    pretrain: float | None  # None: the arm has no such phase
+    segment: float | None
+
+
+def measurer(
+    dataset: Dataset, device: torch.device, *, threads: int
+) -> Callable[[TrialConfig], Speeds]:
+    """Measures arms on the machine, each once however long it is to train."""
+    known: dict[str, Speeds] = {}
+
+    def measure(config: TrialConfig) -> Speeds:
+        key = _short(config, IMAGES[0]).model_dump_json()
+        for most in IMAGES if key not in known else ():
+            with threads_of(threads), contextlib.suppress(torch.OutOfMemoryError):
+                known[key] = _measured(_short(config, most), dataset, device)
+                break
+        return known.get(key, Speeds(None, None))
+
+    return measure
+
+
+def _short(config: TrialConfig, most: int) -> TrialConfig:
+    """The arm with no more steps than are looked at, and no more images in one."""
+    settings = config.model_dump(mode="json")
+    settings["pretrain"] |= {"epochs": 2, "compile": False}
+    settings["segment"] |= {"epochs": 2, "decoder_first": 0.0}
+    for phase in ("pretrain", "segment"):
+        settings[phase]["batch"] = min(settings[phase]["batch"], most)
+    return TrialConfig.model_validate(settings)
+
+
+def _measured(config: TrialConfig, dataset: Dataset, device: torch.device) -> Speeds:
+    if device.type == "cpu":
+        keep_freed_memory()
+    pretraining = config.segment.encoder != "random-init"
+    return Speeds(
+        _flops_per_second(*_pretraining(config, dataset, device), device) if pretraining else None,
+        _flops_per_second(*_segmenting(config, dataset, device), device)
+        if dataset.is_labelled
+        else None,
+    )
+
+
+def _flops_per_second(step: Callable[[], Tensor], flops: float, device: torch.device) -> float:
+    once = max(seconds_of(step, 1, device) for _ in range(FEWEST_STEPS))  # the first one warms up
+    repeats = max(FEWEST_STEPS, round(SECONDS / once))
+    return flops * repeats / seconds_of(step, repeats, device)
+
+
+def _pretraining(
+    config: TrialConfig, dataset: Dataset, device: torch.device
+) -> tuple[Callable[[], Tensor], float]:
+    """(a step half-way in every schedule, its operations)."""
+    batch, size, channels = config.pretrain.batch, dataset.size, dataset.channels
+    plan = pretrain.make_plan(config, size, channels, batch, (1.0,), seed=0)
+    context = idle_context(device)
+    learner = pretrain.make_learner(config, size, channels, 0, context, is_padded=dataset.is_padded)
+    images = torch.randn(batch, channels, *size, device=device)
+    samples_B = torch.arange(batch, device=device)
+
+    def step() -> Tensor:
+        return pretrain.train_step(learner, images, config, 0, plan, 1, samples_B)
+
+    return step, plan.flops[2] - plan.flops[1]
+
+
+def _segmenting(
+    config: TrialConfig, dataset: Dataset, device: torch.device
+) -> tuple[Callable[[], Tensor], float]:
+    """(a step, its operations)."""
+    batch, size = config.segment.batch, dataset.size
+    context = idle_context(device)
+    plan = segment.make_plan(config, dataset, context, batch)
+    learner = segment.make_learner(config, 0, dataset, None, context, plan.steps)
+    images = torch.randn(batch, dataset.channels, *size, device=device)
+    labels = torch.randint(len(dataset.classes), (batch, *size), device=device)
+    samples_B = torch.arange(batch, device=device)
+
+    def step() -> Tensor:
+        loss = segment.batch_loss(learner, images, labels, config, 0, context, 0, samples_B)
+        return update(learner, loss, plan, 0)
+
+    return step, plan.flops[1]
+
+
+def idle_context(device: torch.device) -> Context:
+    """Of steps that belong to no trial."""
+    return Context(
+        device=device,
+        folder=Path(),
+        attempt="speed",
+        rungs=(1.0,),
+        report=lambda _: False,
+        heartbeat=lambda *_: None,
+    )
 
 
 def peak_flops(device: torch.device, precision: str = "fast") -> float:
@@ -73,40 +169,3 @@ def threads_of(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _measure(config: TrialConfig, dataset: Dataset, device: torch.device) -> float:
-    settings = config.model_dump(mode="json")
-    settings["masking"]["strategy"] = {"name": "random"}
-    config = TrialConfig.model_validate(settings)
-    is_padded, channels = dataset.is_padded, dataset.channels
-    model = build_mae(config, dataset.size, channels, seed=0, is_padded=is_padded).to(device)
-    units = math.prod(model.unit_grid)
-    batch = min(config.pretrain.batch, 64)
-    images = torch.randn(batch, dataset.channels, *dataset.size, device=device)
-    request = MaskRequest(
-        grid=model.unit_grid,
-        hidden=hidden_units(0.5, units),
-        progress=0.0,
-        seed=0,
-        step=0,
-        samples_B=torch.arange(batch, device=device),
-        patches_per_unit=model.patches_per_unit,
-    )
-    masks = choose_patches(config, request)
-
-    def step() -> None:
-        with distributed.autocast(config.pretrain.precision, device):
-            loss = model(images, *masks)
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    step()
-    began, steps = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS:
-        step()
-        steps += 1
-    seconds = time.perf_counter() - began
-    cost = mae_flops(config, dataset.size, dataset.channels, request.hidden_patches)
-    return steps * batch * cost["step"] / seconds

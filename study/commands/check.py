@@ -73,8 +73,7 @@ def check_study(
 
     from study.plan import plan
     from trainables import trivial
-    from trainables.distributed import is_half
-    from trainables.speed import flops_per_second
+    from trainables.speed import measurer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dataset.is_labelled:
@@ -82,14 +81,13 @@ def check_study(
         without = trivial.scores(dataset, dataset.rows("train"), patch, device, splits=["val"])
         _print_pairs("without an encoder, on val", _trivial_words(without))
     threads = max(1, int(spec.resources.cpus_per_worker))
-    speed = flops_per_second(spec.trial, dataset, device, threads=threads)
+    measure = measurer(dataset, device, threads=threads)
     asked = requests.grown(spec, requests.expected(folder, spec))
-    _print_pairs("plan", plan(asked, dataset, flops_per_second=speed).describe())
+    _print_pairs("plan", plan(asked, dataset, measure=measure).describe())
     if asked.budget.trials > spec.budget.trials:
         more = asked.budget.trials - spec.budget.trials
         say(f"  (with {more} trials that were asked for since the study was begun)")
-    kind = "bf16" if is_half(spec.trial.pretrain.precision, device) else "fp32"
-    say(f"  (at {speed:.2e} FLOP/s in {kind}, measured here on one worker of the control arm)")
+    say("  (by steps of these arms, timed here on one worker; evaluation at rungs comes on top)")
     if forecast_seconds is not None:
         from study.commands.forecast import print_forecast
 

@@ -49,7 +49,7 @@ def _affordable(name: str, found: Survey, dataset: Dataset, machine: Machine, ou
     import torch  # takes seconds, which mistakes in the folder need not wait for
 
     from study.plan import plan
-    from trainables.speed import flops_per_second
+    from trainables.speed import measurer
 
     def parsed(steps: int) -> StudySpec:
         text = draft(name, found, dataset, machine, steps=steps)
@@ -58,9 +58,9 @@ def _affordable(name: str, found: Survey, dataset: Dataset, machine: Machine, ou
     spec = parsed(STEPS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = max(1, int(spec.resources.cpus_per_worker))
-    speed = flops_per_second(spec.trial, dataset, device, threads=threads)
-    steps = affordable(plan(spec, dataset, flops_per_second=speed).hours)
-    hours = plan(parsed(steps), dataset, flops_per_second=speed).hours
+    measure = measurer(dataset, device, threads=threads)
+    steps = affordable(plan(spec, dataset, measure=measure).hours_of)
+    hours = plan(parsed(steps), dataset, measure=measure).hours
     return draft(name, found, dataset, machine, steps=steps, hours=hours)
 
 

@@ -29,6 +29,7 @@ from study.draft import (
 )
 from study.fit import data_problems, data_size
 from study.loading import load_spec, parse_spec
+from study.plan import Phases
 from study.survey import GROUPS, survey
 from tests.study.test_commands import Capture, call
 from tests.trainables.test_images import save
@@ -290,9 +291,10 @@ def test_pictures_with_an_alpha_channel_are_read_as_colour(tmp_path: Path) -> No
 
 
 def test_as_many_steps_as_the_machine_can_take_in_two_hours() -> None:
-    assert affordable(None) == affordable(0.5) == affordable(2.0) == STEPS
-    assert affordable(4.0) == STEPS // 2
-    assert affordable(1000.0) == FEWEST_STEPS
+    assert affordable(None) == affordable(Phases(0.25, 0.25)) == affordable(Phases(1, 1)) == STEPS
+    # segmentation takes what it takes
+    assert affordable(Phases(4.0, 0.0)) == affordable(Phases(3.0, 0.5)) == STEPS // 2
+    assert affordable(Phases(1000.0, 0.0)) == affordable(Phases(0.5, 3.0)) == FEWEST_STEPS
 
 
 def test_channels_without_a_number_are_refused(tmp_path: Path) -> None:

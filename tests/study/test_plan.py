@@ -9,9 +9,11 @@ import torch
 from study.fit import DataSize, data_problems, data_size
 from study.loading import parse_spec
 from study.plan import arm_cost, count_parameters, plan
+from study.spec import Resources
 from trainables.config import TrialConfig
 from trainables.data import open_dataset, prepare
 from trainables.mae import build_mae
+from trainables.speed import Speeds
 
 torch.set_num_threads(1)
 
@@ -53,7 +55,7 @@ def test_a_teacher_and_an_order_to_learn_need_memory():
     def memory(strategy, **more):
         config = study().trial.model_dump(mode="json")
         config["masking"]["strategy"] = {"name": strategy} | more
-        return arm_cost(TrialConfig.model_validate(config), DATA)
+        return arm_cost(TrialConfig.model_validate(config), DATA, Resources())
 
     plain, taught, ranked = memory("random"), memory("anatomask"), memory("hpm")
     assert taught.memory_bytes - plain.memory_bytes == 4 * plain.parameters
@@ -63,7 +65,7 @@ def test_a_teacher_and_an_order_to_learn_need_memory():
 
 
 def test_tokens_are_counted_by_hand():
-    cost = arm_cost(study().trial, DATA)
+    cost = arm_cost(study().trial, DATA, Resources())
     assert (cost.patch, cost.tokens, cost.visible_tokens) == (8, 64, 16.0)
 
 
@@ -84,13 +86,45 @@ def test_the_cheapest_and_the_dearest_arm_are_those_of_the_ends():
 
 def test_hours_by_hand():
     spec = study(search="", sampler="random")
-    found = made(spec, flops_per_second=1e9, cpus=1)
+    found = made(spec, measure=lambda config: Speeds(1e9, None), cpus=1)
     assert found.trials == 1
     assert found.flops == found.control.flops
     assert found.hours == pytest.approx(found.control.flops / 1e9 / 3600)
     assert made(spec).hours is None
     two = study("seeds: 2\nresources: {workers: 2}\n", search="", sampler="random")
-    assert made(two, flops_per_second=1e9, cpus=4).hours == pytest.approx(found.hours / 2)
+    half = made(two, measure=lambda config: Speeds(1e9, None), cpus=4)
+    assert half.hours == pytest.approx(found.hours / 2)
+
+
+def test_each_phase_takes_as_long_as_its_own_speed_says():
+    found = made(study(), LABELLED, cpus=1, measure=lambda config: Speeds(1e9, 1e8))
+    alike = made(study(), LABELLED, cpus=1, measure=lambda config: Speeds(1e9, 1e9))
+    assert found.hours_of.pretrain == alike.hours_of.pretrain
+    assert found.hours_of.segment == pytest.approx(10 * alike.hours_of.segment)
+    assert alike.hours_of.segment > 0
+    assert alike.hours == pytest.approx(found.flops / 1e9 / 3600)
+
+
+def test_random_weights_are_not_pretrained():
+    found = made(study("seeds: 2\n", search="", sampler="random"), LABELLED)
+    assert found.trials == 4
+    twice = 2 * found.control.pretrain_flops + 4 * found.control.segment_flops
+    assert found.flops == pytest.approx(twice)
+
+
+def test_arms_that_were_not_timed_are_as_fast_as_the_size_of_their_steps_says():
+    asked = []
+
+    def measure(config):
+        asked.append(config.model.patch)
+        return Speeds({8: 1e9, 16: 1e8, 4: 1e9}[config.model.patch], None)
+
+    spec = study(search="model.patch: {choices: [4, 8, 16]}, pretrain.batch: {choices: [32, 64]}")
+    found = made(spec, cpus=1, measure=measure)
+    assert asked == [8, 16, 4]  # the control, the cheapest, the dearest
+    flat = made(spec, cpus=1, measure=lambda config: Speeds(1e9, None))
+    slow = made(spec, cpus=1, measure=lambda config: Speeds(1e8, None))
+    assert flat.hours < found.hours < slow.hours
 
 
 def test_pretraining_that_all_arms_share_is_paid_once_a_seed():
@@ -152,10 +186,11 @@ def test_a_metric_by_which_arms_cannot_be_compared_is_told_and_not_refused():
 
 def test_labels_cost_a_second_phase():
     spec = study()
-    without, labelled = arm_cost(spec.trial, DATA), arm_cost(spec.trial, LABELLED)
+    without, labelled = (arm_cost(spec.trial, data, Resources()) for data in (DATA, LABELLED))
     assert without.segment_flops == 0 < labelled.segment_flops
     segment = spec.trial.segment.model_copy(update={"encoder": "random-init"})
-    twin = arm_cost(spec.trial.model_copy(update={"segment": segment}), LABELLED)
+    config = spec.trial.model_copy(update={"segment": segment})
+    twin = arm_cost(config, LABELLED, Resources())
     assert (twin.pretrain_flops, twin.flops) == (0, twin.segment_flops)
 
 

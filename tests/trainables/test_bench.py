@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,13 @@ from tests.terminal import call
 from tests.toy import discs, trial
 from trainables import bench, peers, speed
 from trainables.bench import DRAWN, REFERENCE, Cell, Contender, StepTime, bench_cell, summary
+from trainables.cost import mae_flops, segment_flops
 from trainables.errors import UserError
 from trainables.mae import MAE, patchify
 from trainables.masking import MASKING
 from trainables.peers import PEERS, Work, peer_step
 from trainables.speed import peak_flops
+from trainables.unetr import UNETR
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
@@ -186,18 +188,64 @@ def test_the_peak_is_that_of_the_precision(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_forecasts_are_timed_in_the_precision_of_training(monkeypatch, precision):
-    kinds = set()
+    kinds = {}
 
-    def spied(model, images, *masks):
-        kinds.add((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
-        return real(model, images, *masks)
+    def spied(model, *inputs, real):
+        if inputs[0].device == CPU:  # operations are counted on the meta device
+            kinds.setdefault(type(model), set()).add((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return real(model, *inputs)
 
-    real = MAE.forward
-    monkeypatch.setattr(MAE, "forward", spied)
+    for model in (MAE, UNETR):
+        monkeypatch.setattr(model, "forward", partialmethod(spied, real=model.forward))
     monkeypatch.setattr(speed, "SECONDS", 0.01)
-    config = trial(pretrain__precision=precision)
-    assert speed.flops_per_second(config, discs(12), CPU, threads=1) > 0
-    assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    config = trial(pretrain__precision=precision, segment__precision=precision)
+    found = speed.measurer(discs(12), CPU, threads=1)(config)
+    assert min(found) > 0
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert kinds == {MAE: {kind}, UNETR: {kind}}
+
+
+def test_speeds_are_the_operations_of_whole_steps_over_their_seconds(monkeypatch):
+    monkeypatch.setattr(speed, "seconds_of", lambda step, repeats, device: 0.25 * repeats)
+    config = trial(pretrain__batch=4, segment__batch=2)
+    data = discs(12)
+    found = speed.measurer(data, CPU, threads=1)(config)
+    hidden = 8  # of 16 patches
+    once = 4 * mae_flops(config, data.size, data.channels, hidden)["step"]
+    assert found.pretrain == pytest.approx(once / 0.25)
+    bare = trial(segment__batch=2, segment__decoder_first=0.0)
+    once = segment_flops(bare, data.size, data.channels, len(data.classes), 1)[1]
+    assert found.segment == pytest.approx(once / 0.25)
+
+
+def test_an_arm_is_timed_once_however_long_it_trains(monkeypatch):
+    timed = []
+
+    def measured(config, dataset, device):
+        timed.append(config)
+        return speed.Speeds(1.0, None)
+
+    monkeypatch.setattr(speed, "_measured", measured)
+    measure = speed.measurer(discs(12), CPU, threads=1)
+    for epochs in (3, 5):
+        measure(trial(pretrain__epochs=epochs, segment__epochs=epochs))
+    measure(trial(model__patch=8))
+    assert len(timed) == 2
+
+
+def test_what_does_not_fit_is_timed_with_fewer_images(monkeypatch):
+    batches = []
+
+    def measured(config, dataset, device):
+        batches.append((config.pretrain.batch, config.segment.batch))
+        if config.pretrain.batch > 4:
+            raise torch.OutOfMemoryError
+        return speed.Speeds(1.0, 1.0)
+
+    monkeypatch.setattr(speed, "_measured", measured)
+    config = trial(pretrain__batch=128, segment__batch=8)
+    assert speed.measurer(discs(12), CPU, threads=1)(config) == (1.0, 1.0)
+    assert batches == [(64, 8), (16, 8), (4, 4)]
 
 
 # Other libraries
