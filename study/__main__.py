@@ -146,12 +146,27 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write as well")
     ] = None,
+    search: Annotated[
+        str,
+        typer.Option(
+            help="play studies instead: ways to search with commas, as in tpe+halving,ray, or all"
+        ),
+    ] = "",
+    landscapes: Annotated[str, typer.Option(help="to search on, with commas, or all")] = "all",
+    studies: Annotated[int, typer.Option(min=2, help="played of each way to search")] = 30,
+    at_once: Annotated[int, typer.Option(min=1, help="trials of a played study at once")] = 4,
 ) -> None:
     """Time one training step under each masking strategy and beside other libraries.
 
     Steps of one table take turns, so that their ratios hold on a busy machine too. Of other
     libraries' steps hidden patches and batch are equal; compare parameters and losses before times.
+    With --search nothing is timed: studies are played on recorded trials, in minutes.
     """
+    if search:
+        from study.commands.search_bench import bench_search
+
+        bench_search(search, landscapes, studies=studies, workers=at_once, output=output)
+        return
     from study.commands.bench import Grid, bench
 
     bench(

@@ -1,0 +1,123 @@
+"""Ways to search, compared on landscapes: `maskstudy bench --search`.
+
+Every contender plays the same studies: the same landscape, the same luck of the seeds. What is
+compared is the true regret of the arm that each would call the best, after so much compute; a
+difference is paired by study, with a t interval over studies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from study import landscapes, tables
+from study.replay import Landscape, Ours, Point, Searcher, play, regret_at
+from study.rivals import RIVALS
+from study.samplers import SAMPLERS
+from study.spec import Sampler, Stopper
+from study.stopping import STOPPERS
+from trainables.errors import UserError
+from trainables.late import Late
+
+stats = Late("scipy.stats")
+
+LOOKS = (5.0, 10.0, 20.0, 40.0)  # at the compute of so many average full trials
+REFERENCE = "ray"
+OBJECTIVES = ("segment/miou", "pretrain/probe_psnr")  # of a recorded table
+EVERY = 0.25  # full trials, of the curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One contender on one landscape: the regret of each study on a grid of compute."""
+
+    landscape: str
+    contender: str
+    spent: tuple[float, ...]  # full trials
+    regrets: np.ndarray  # (studies, points)
+
+    def at(self, runs: float) -> np.ndarray:
+        """(studies,): once so much compute was spent."""
+        return self.regrets[:, int(np.searchsorted(self.spent, runs + 1e-9)) - 1]
+
+    def reaches(self, regret: float) -> float | None:
+        """The compute from which on the mean regret is as small as that; None: never."""
+        means = self.regrets.mean(axis=0)
+        return next(
+            (at for at, mean in zip(self.spent, means, strict=True) if mean <= regret), None
+        )
+
+
+def contest(
+    contenders: Sequence[str],
+    names: Sequence[str],
+    *,
+    studies: int,
+    workers: int,
+    runs: float = LOOKS[-1],
+    hears: Callable[[str], None] = lambda text: None,
+) -> Iterator[Curve]:
+    """All contenders on all landscapes, one after the other."""
+    grid = tuple(np.arange(0.0, runs + EVERY / 2, EVERY).tolist())
+    for name in names:
+        known: dict[int, Landscape] = {}
+        for contender in contenders:
+            begin, regrets = searcher_of(contender), []
+            for number in range(studies):
+                hears(f"{name}: {contender}, study {number + 1} of {studies}")
+                if number not in known:
+                    known[number] = landscape(name, number)
+                searcher = begin(known[number], number)
+                points = play(searcher, known[number], runs=runs, workers=workers, noise=number)
+                regrets.append(_on_grid(points, grid))
+            yield Curve(name, contender, grid, np.array(regrets))
+
+
+def landscape(name: str, number: int) -> Landscape:
+    """The landscape of a study's number: a recorded one is always the same, traps are drawn."""
+    if name in landscapes.TRAPS:
+        return landscapes.TRAPS[name](number)
+    table, _, metric = name.partition(":")
+    return landscapes.recorded(table, metric or "segment/miou")
+
+
+def all_landscapes() -> list[str]:
+    recorded = [f"{name}:{m}" for name in tables.names() for m in OBJECTIVES]
+    return [*recorded, *landscapes.TRAPS]
+
+
+def searcher_of(contender: str) -> Callable[[Landscape, int], Searcher]:
+    """Of a landscape and a seed, by a rival's name or as `sampler+stopping`."""
+    if contender in RIVALS:
+        return RIVALS[contender]
+    sampler, _, stopping = contender.partition("+")
+    if sampler not in SAMPLERS or stopping not in STOPPERS:
+        raise UserError(
+            f"--search: given {contender!r}; expected a sampler ({', '.join(SAMPLERS)}) and a "
+            f"stopping rule ({', '.join(STOPPERS)}) as in tpe+halving, or one of "
+            f"{', '.join(RIVALS)}"
+        )
+    chosen = {
+        "sampler": TypeAdapter(Sampler).validate_python(sampler),
+        "stopping": TypeAdapter(Stopper).validate_python(stopping),
+    }
+    return lambda place, seed: Ours(place.spec.model_copy(update=chosen | {"seed": seed}))
+
+
+def difference(curve: Curve, other: Curve, runs: float) -> tuple[float, float, float]:
+    """(mean, low, high) of the paired difference in regret, below 0 where `curve` is ahead."""
+    paired = curve.at(runs) - other.at(runs)
+    mean, count = fmean(paired), len(paired)
+    if count < 2:
+        return mean, float("nan"), float("nan")
+    half = stats.t.ppf(0.975, count - 1) * paired.std(ddof=1) / count**0.5
+    return mean, mean - half, mean + half
+
+
+def _on_grid(points: Sequence[Point], grid: Sequence[float]) -> list[float]:
+    return list(map(partial(regret_at, points), grid))

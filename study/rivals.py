@@ -1,0 +1,163 @@
+"""Other libraries' ways to search, played on the same landscapes (replay.py).
+
+Their own classes decide, as in a script that their documentation shows: a trial reports a number at
+every rung, and the number of its rung as the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+
+from study import space
+from study.ledger import Outcome
+from study.replay import Landscape, Params, Reading, Searcher, Task
+from trainables.metrics import PSNR, parse
+
+SLASH = " in "
+FIRST = 1 / 16  # of a phase: what a rival's unit of time is
+
+
+@dataclass
+class _Rival:
+    """What all know: the space, the number that a trial reports, and when."""
+
+    place: Landscape
+    seed: int
+    early: str | None = None  # metric that is reported in pretraining, if the objective comes later
+    params: dict[str, Params] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)  # what each trial reported last
+    complete: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        objective = self.place.spec.objectives[0].metric
+        self.metrics = {parse(objective).phase: objective}  # phase -> what it reports
+        if self.early is not None:
+            self.metrics = {parse(self.early).phase: self.early} | self.metrics
+        self.longest = round(len(self.metrics) / FIRST)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Begin a study with the library."""
+
+    def score(self, task: Task, reading: Reading) -> tuple[int, float] | None:
+        """(time, value) that a trial reports; None: nothing, in this phase."""
+        if reading.phase not in self.metrics:
+            return None
+        self.last[task.name] = value = reading.values[self.metrics[reading.phase]]
+        before = list(self.metrics).index(reading.phase)
+        return round((before + reading.progress) / FIRST), value
+
+    def incumbent(self) -> Params | None:
+        able = {name: value for name, value in self.last.items() if name in self.complete}
+        leader = max(able, key=lambda name: able[name], default=None)
+        return None if leader is None else self.params[leader]
+
+
+class _Renamed:
+    """A trial of Optuna's under names that Ray does not take for paths."""
+
+    def __init__(self, trial: Any) -> None:
+        self.trial = trial
+
+    def __getattr__(self, suggest: str) -> Any:
+        return lambda name, *given, **options: getattr(self.trial, suggest)(
+            name.replace("/", SLASH), *given, **options
+        )
+
+
+class RayASHA(_Rival):
+    """`tune.Tuner` with OptunaSearch and ASHAScheduler: they decide there as they do here."""
+
+    def set_up(self) -> None:
+        from ray.tune.schedulers import ASHAScheduler
+        from ray.tune.search.optuna import OptunaSearch
+
+        def drawn(trial: Any) -> None:
+            space.draw(self.place.spec.search, _Renamed(trial))
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.search = OptunaSearch(space=drawn, metric="score", mode="max", seed=self.seed)
+        self.scheduler = ASHAScheduler(
+            metric="score", mode="max", max_t=self.longest, grace_period=1, reduction_factor=4
+        )
+
+    def ask(self) -> Task | None:
+        name = f"{len(self.params)}"
+        found = self.search.suggest(name)
+        assert found is not None
+        params = {key.replace(SLASH, "/"): value for key, value in found.items()}
+        self.params[name] = params
+        self.scheduler.on_trial_add(None, SimpleNamespace(trial_id=name))
+        return Task(name, params, seed=0)
+
+    def goes_on(self, task: Task, reading: Reading) -> bool:
+        reported = self.score(task, reading)
+        if reported is None:
+            return True
+        result = dict(zip(("training_iteration", "score"), reported, strict=True))
+        trial = SimpleNamespace(trial_id=task.name)
+        return bool(self.scheduler.on_trial_result(None, trial, result) == "CONTINUE")
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        if outcome is Outcome.COMPLETE:
+            self.complete.add(task.name)
+        failed = outcome not in (Outcome.COMPLETE, Outcome.STOPPED)
+        score = None if failed else {"score": self.last.get(task.name, math.nan)}
+        self.search.on_trial_complete(task.name, result=score, error=failed)
+
+
+class OptunaHyperband(_Rival):
+    """Optuna's TPE with its HyperbandPruner."""
+
+    def set_up(self) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.study = optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=self.seed),
+            pruner=optuna.pruners.HyperbandPruner(
+                min_resource=1, max_resource=self.longest, reduction_factor=4
+            ),
+        )
+        self.trials: dict[str, optuna.Trial] = {}
+
+    def ask(self) -> Task | None:
+        trial = self.study.ask()
+        name = f"{trial.number}"
+        self.trials[name], self.params[name] = (
+            trial,
+            space.draw(self.place.spec.search, trial).params,
+        )
+        return Task(name, self.params[name], seed=0)
+
+    def goes_on(self, task: Task, reading: Reading) -> bool:
+        reported = self.score(task, reading)
+        if reported is None:
+            return True
+        trial = self.trials[task.name]
+        trial.report(reported[1], reported[0])
+        return not trial.should_prune()
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        states = {
+            Outcome.COMPLETE: optuna.trial.TrialState.COMPLETE,
+            Outcome.STOPPED: optuna.trial.TrialState.PRUNED,
+        }
+        if outcome is Outcome.COMPLETE:
+            self.complete.add(task.name)
+        state = states.get(outcome, optuna.trial.TrialState.FAIL)
+        value = self.last[task.name] if state == optuna.trial.TrialState.COMPLETE else None
+        self.study.tell(self.trials[task.name], value, state=state)
+
+
+RIVALS: dict[str, Callable[[Landscape, int], Searcher]] = {
+    "ray": RayASHA,
+    "ray-probe": partial(RayASHA, early=PSNR),
+    "optuna": OptunaHyperband,
+}
