@@ -44,7 +44,7 @@ def check_metrics(
         for index, objective in enumerate(objectives or [])
     ]
     options = stopping.options() if stopping is not None else {}
-    if "metric" in options:
+    if options.get("metric") is not None:
         given.append((("stopping",), options["metric"], None))
     for path, name, goal in given:
         problem = _metric_problem(name, probe)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study import requests
+from study import breaker, requests
 from study.best import in_short, of_study
 from study.gain import best_gain, gains
 from study.ledger import (
@@ -42,7 +42,7 @@ from study.resume import (
     num_pretrainings,
 )
 from study.spec import StudySpec
-from study.stopping import goes_on
+from study.stopping import FEWEST, Rung, by_what, goes_on, rung_at
 from trainables.config import TrialConfig, arm_id, completed, trial_id
 from trainables.endings import Ending
 from trainables.fillings import Gain
@@ -71,6 +71,9 @@ class Conductor:
         self.results: dict[str, Result] = read_results(ledger.folder)
         self.running: dict[str, float] = {}  # trial -> when it was handed out
         self.is_exhausted = False
+        self.ended: list[Result] = []  # by this driver
+        self.open_rungs: set[tuple[str, int]] = set()  # at which nothing foretells the objective
+        self.gave_up: str | None = None  # how all of its first trials failed
         self.on_durable: Callable[[Suggestion, Result | None], None] = lambda trial, result: None
         rows = read_rows(ledger.folder)
         self.measured: Measured = measure(rows)
@@ -109,6 +112,8 @@ class Conductor:
 
     def next_step(self) -> Step:
         """What `next` would do, without doing it."""
+        if self.gave_up is not None:
+            return Wait() if self.running else Finished()
         return next_step(
             self.spec,
             self.suggestions,
@@ -161,7 +166,10 @@ class Conductor:
         phase, progress = rows[-1]["phase"], float(rows[-1]["progress"])
         values = {f"{row['phase']}/{row['metric']}": row["value"] for row in rows}
         self.optuna.report(trial, progress, values)  # and so into self.measured
-        stop = not goes_on(self.spec, self.suggestions, self.measured, trial, phase, progress)
+        place = (self.spec, self.suggestions, self.measured, trial, phase, progress)
+        spared = requests.enqueued_arms(self.answers)
+        stop = not goes_on(*place, is_labelled=self.data.is_labelled, spared=spared)
+        self._say_where_nobody_is_stopped(rung_at(*place))
         if stop:
             kind = metric_of(f"{phase}/{STOPPED_HERE}")
             decision = {"metric": STOPPED_HERE, "goal": kind.goal, "unit": kind.unit, "value": 1.0}
@@ -204,10 +212,19 @@ class Conductor:
         self.ledger.finish(result)
         self.on_durable(suggestion, result)
         self.results[trial] = result
+        self.ended.append(result)
         self.optuna.tell(result)
         self.progress.best = self._best()
         gain = gains({trial: self.measured.get(trial, {})}).get(trial)
         self.progress.finished(suggestion, result.outcome, error, gain)
+        if self.gave_up is None:
+            self.gave_up = breaker.failing_alike(self.ended)
+            if self.gave_up is not None:
+                self.progress.say(
+                    f"gives up: the first {breaker.FIRST} trials have all failed alike, "
+                    f"{self.gave_up}. Mend what they share, then run the same command again: it "
+                    f"goes on with other arms"
+                )
 
     def hand_back(self, suggestion: Suggestion) -> None:
         """Its slot has lost its workers: the trial is to be given out again; nothing is counted."""
@@ -223,6 +240,21 @@ class Conductor:
         """How well the best encoder of the study fills in; None while there is none."""
         found = best_gain(gains(self.measured.copy()))
         return found and found[1]
+
+    def _say_where_nobody_is_stopped(self, rung: Rung) -> None:
+        """Once, and again when it has changed in between."""
+        options = self.spec.stopping.options()
+        if "metric" not in options or len(rung.others) < FEWEST:
+            return
+        place = (rung.phase, rung.number)
+        is_open = by_what(rung, options["metric"]) is None
+        if is_open and place not in self.open_rungs:
+            share = self.spec.rungs[rung.number]
+            self.progress.say(
+                f"at {share:.0%} of {rung.phase} nobody is stopped for now: nothing that is "
+                f"measured there foretells {rung.objective}"
+            )
+        (self.open_rungs.add if is_open else self.open_rungs.discard)(place)
 
     def _best(self) -> str:
         """The best arm so far, and who is ahead of it, for the log."""

@@ -21,6 +21,7 @@ from study.reader import read_document, read_text, show
 from study.spec import StudySpec
 from trainables.config import Strict, TrialConfig, completed
 from trainables.errors import UserError
+from trainables.metrics import PSNR
 from trainables.settings import flatten
 
 # Of who says nothing of the trial and of what may vary in it
@@ -78,6 +79,7 @@ def parse_spec(text: str, folder: Path, *, where: str, defaults: str = DEFAULTS)
                 document.data["trial"] = completed(sections | trial)
             if isinstance(data, dict) and data.get("source") == "volumes":
                 document.data["data"] = data | _percentiles_before_0_2(data)
+            document.data |= _rungs_before_0_2(document.data.get("stopping"), document.data)
         spec = _check(document.data, problems)
     if problems.found or spec is None:
         raise UserError("\n".join(problems.lines()))
@@ -89,6 +91,15 @@ def _percentiles_before_0_2(data: dict[str, Any]) -> dict[str, Any]:
     """What 0.1 did with intensities of volumes of which nothing was said."""
     is_said = data.get("window") is not None or data.get("percentiles") is not None
     return {} if is_said else {"percentiles": [0.5, 99.5]}
+
+
+def _rungs_before_0_2(stopping: Any, study: Mapping[str, Any]) -> dict[str, Any]:
+    """When 0.1 stopped whom, of which nothing is said."""
+    found: dict[str, Any] = {} if "rungs" in study else {"rungs": [0.25, 0.5, 1.0]}
+    given = {"name": stopping} if isinstance(stopping, str) else stopping
+    if isinstance(given, dict) and given.get("name") == "halving":
+        found["stopping"] = {"metric": PSNR, "reduction": 3, "min_trials": 6} | given
+    return found
 
 
 def spec_of(folder: StudyFolder) -> StudySpec:

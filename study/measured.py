@@ -43,10 +43,19 @@ def values_at_rung(
     """Metric -> value of a trial at a rung of a phase; empty if it was not there."""
     values = {}
     for metric, curve in measured.get(trial, {}).items():
-        near = [progress for progress in curve if rung_of(progress, rungs) == rung]
-        if metric.startswith(f"{phase}/") and near:
-            values[metric] = curve[min(near, key=lambda progress: abs(progress - rungs[rung]))]
+        if metric.startswith(f"{phase}/"):
+            value = value_at_rung(curve, rung, rungs)
+            if value is not None:
+                values[metric] = value
     return values
+
+
+def value_at_rung(curve: Mapping[float, float], rung: int, rungs: Sequence[float]) -> float | None:
+    """What a curve, progress -> value, says of a rung; None: nothing."""
+    if rungs[rung] in curve:
+        return curve[rungs[rung]]
+    near = [progress for progress in curve if rung_of(progress, rungs) == rung]
+    return curve[min(near, key=lambda progress: abs(progress - rungs[rung]))] if near else None
 
 
 def final_value(measured: Measured, trial: str, metric: str) -> float | None:

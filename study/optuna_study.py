@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random as random_module
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,20 +27,24 @@ from optuna.trial import FrozenTrial, TrialState
 
 from study import space
 from study.best import CONFIRM
+from study.breaker import BAD
 from study.ledger import Outcome, Result, Suggestion
-from study.measured import Measured, final_value, values_at_rung
+from study.measured import Measured, final_value, value_at_rung
 from study.resume import is_infrastructure
-from study.samplers import SAMPLERS, random
+from study.samplers import SAMPLERS, VALUES_ALONE, random
+from study.stopping import FORETELLERS
 from trainables.config import TrialConfig, arm_id
-from trainables.metrics import metric_of, parse, sign
+from trainables.metrics import PHASES, metric_of, parse, sign
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
 
 RETRIES = 50  # proposals of known arms before chance decides
+NEIGHBOURS = 3  # that all have to have failed, so that a proposal is put aside
+FAILED = "failed"  # attribute of a trial
+MOST_VETOED = 8  # of them for one question
+TRIED_ALL_THE_SAME = 0.1  # share of questions, as what failed need not fail for ever
 LARGEST_WALK = 20_000  # points of a space that is searched for what is left of it
-
-_BAD = {Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED}
 
 
 class Proposal(NamedTuple):
@@ -96,14 +100,22 @@ class OptunaStudy:
         known = {suggestion.arm for suggestion in self._suggestions}
         if self._walks:
             return next((new for arm, new in self._grid.items() if arm not in known), None)
-        study = self.study()
+        study, ended = self.study(), self._ended()
+        doomed: list[Proposal] = []
+        chance = random_module.Random(_sub_seed(self.spec.seed, number, RETRIES))
+        is_wary = "startup" in self._options and chance.random() > TRIED_ALL_THE_SAME
         for attempt in range(RETRIES):
             proposal = self._propose(study, self._sampler, number, attempt, self._options)
-            if arm_id(proposal.config) not in known:
+            if arm_id(proposal.config) in known:
+                continue
+            if not (is_wary and is_doomed(proposal.params, ended, self._distributions)):
                 return proposal
+            doomed.append(proposal)
+            is_wary = len(doomed) < MOST_VETOED
+        if doomed:
+            return doomed[0]
         left = self._left(known)
         if left is not None:
-            chance = random_module.Random(_sub_seed(self.spec.seed, number, RETRIES))
             return chance.choice(left) if left else None
         for attempt in range(RETRIES, 20 * RETRIES):
             proposal = self._propose(study, random, number, attempt, {})
@@ -121,10 +133,20 @@ class OptunaStudy:
         for suggestion in self._suggestions:
             if suggestion.params and suggestion.origin != CONFIRM:
                 arms.setdefault(suggestion.arm, []).append(suggestion)
-        for trials in arms.values():
-            frozen = self._frozen(trials)
-            if frozen is not None:
-                study.add_trial(frozen)
+        found = [frozen for trials in arms.values() if (frozen := self._frozen(trials))]
+        complete = [each for each in found if each.state == TrialState.COMPLETE]
+        if self.spec.sampler.name in VALUES_ALONE and complete:
+            worst = [
+                max if objective.goal == "minimize" else min for objective in self.spec.objectives
+            ]
+            values = [
+                of_all(trial.values[index] for trial in complete)
+                for index, of_all in enumerate(worst)
+            ]
+            for each in found:
+                if each.user_attrs[FAILED]:
+                    each.state, each.values = TrialState.COMPLETE, values
+        study.add_trials(found)
         return study
 
     def _propose(
@@ -168,29 +190,44 @@ class OptunaStudy:
         return list(left.values())
 
     def _frozen(self, trials: list[Suggestion]) -> FrozenTrial | None:
-        """An arm as an Optuna trial; None if the sampler is not to see it."""
+        """An arm as an Optuna trial; None if the sampler is not to see it.
+
+        Samplers do not see what failed, and would propose its like for ever. One that was pruned
+        without a value is worse than any other to them: it repels.
+        """
         params = trials[0].params
         ends = [self._results.get(suggestion.trial) for suggestion in trials]
         if any(end is not None and is_infrastructure(end) for end in ends):
             return None
         outcomes = {end.outcome for end in ends if end is not None}
         values = None
-        if Outcome.STOPPED in outcomes:
+        has_failed = bool(outcomes & BAD)
+        if has_failed or Outcome.STOPPED in outcomes:
             state = TrialState.PRUNED
-        elif outcomes & _BAD:
-            state = TrialState.FAIL
         elif None in ends or len(ends) < self.spec.seeds:
             state = TrialState.RUNNING
         else:
             values = self._mean_values(trials)
-            state = TrialState.FAIL if values is None else TrialState.COMPLETE
+            has_failed = values is None
+            state = TrialState.PRUNED if has_failed else TrialState.COMPLETE
         return optuna.create_trial(
             state=state,
             values=values,
             params=params,
             distributions={name: self._distributions[name] for name in params},
-            intermediate_values={} if state == TrialState.FAIL else self._intermediate(trials),
+            intermediate_values={} if has_failed else self._intermediate(trials),
+            user_attrs={FAILED: has_failed},
         )
+
+    def _ended(self) -> list[tuple[Mapping[str, Any], bool]]:
+        """(an arm's parameters, whether it failed) of all of which a trial has ended."""
+        return [
+            (suggestion.params, end.outcome in BAD)
+            for suggestion in self._suggestions
+            if suggestion.params
+            and (end := self._results.get(suggestion.trial)) is not None
+            and not is_infrastructure(end)
+        ]
 
     def _mean_values(self, trials: list[Suggestion]) -> list[float] | None:
         """Objective by objective over the seeds; None if anything is missing or not finite."""
@@ -207,25 +244,82 @@ class OptunaStudy:
         return means
 
     def _intermediate(self, trials: list[Suggestion]) -> dict[int, float]:
-        """Rung -> mean of the stopping metric, turned so that better is the objective's better.
+        """Rung of the trial -> mean of what it is judged by there, turned as the objective is.
 
-        Optuna takes none for several objectives.
+        Optuna takes none for several objectives, and compares only trials that ended at one rung.
         """
-        metric = self.spec.stopping.options().get("metric")
-        if metric is None or len(self.spec.objectives) > 1:
+        options, objective = self.spec.stopping.options(), self.spec.objectives[0]
+        if "metric" not in options or len(self.spec.objectives) > 1:
             return {}
-        phase = parse(metric).phase
-        turned = sign(metric_of(metric).goal) * sign(self.spec.objectives[0].goal)
         curve = {}
-        for rung in range(len(self.spec.rungs)):
-            found = [
-                values_at_rung(self._measured, trial.trial, phase, rung, self.spec.rungs)
-                for trial in trials
-            ]
-            values = [turned * one[metric] for one in found if metric in one]
-            if values and all(map(math.isfinite, values)):
-                curve[rung] = fmean(values)
+        for place, phase in enumerate(PHASES):
+            by = [name for name in (options["metric"], objective.metric, *FORETELLERS) if name]
+            name = next((one for one in by if parse(one).phase == phase), None)
+            if name is None:
+                continue
+            turned = sign(metric_of(name).goal) * sign(objective.goal)
+            for rung in range(len(self.spec.rungs)):
+                found = [
+                    value_at_rung(
+                        self._measured.get(trial.trial, {}).get(name, {}), rung, self.spec.rungs
+                    )
+                    for trial in trials
+                ]
+                values = [turned * value for value in found if value is not None]
+                if values and all(map(math.isfinite, values)):
+                    curve[place * len(self.spec.rungs) + rung] = fmean(values)
         return curve
+
+
+def is_doomed(
+    params: Mapping[str, Any],
+    ended: Sequence[tuple[Mapping[str, Any], bool]],
+    distributions: Mapping[str, BaseDistribution],
+) -> bool:
+    """Whether all that is like it has failed, of the arms that have ended: (parameters, failed).
+
+    Those with the same choice somewhere, those at its end of a range, or its neighbours.
+    """
+    if sum(failed for _, failed in ended) < NEIGHBOURS:
+        return False
+    for name, value in params.items():
+        others = [(arm[name], failed) for arm, failed in ended if name in arm]
+        if isinstance(distributions[name], CategoricalDistribution):
+            alike = [failed for other, failed in others if other == value]
+            if len(alike) >= NEIGHBOURS and all(alike):
+                return True
+            continue
+        fine = [other for other, failed in others if not failed]
+        for turned in (1, -1):
+            beyond = [
+                turned * other
+                for other, failed in others
+                if failed and all(turned * other > turned * each for each in fine)
+            ]
+            if len(beyond) >= NEIGHBOURS and turned * value >= min(beyond):
+                return True
+    ordered = sorted(ended, key=lambda arm: _distance(params, arm[0], distributions))
+    return all(failed for _, failed in ordered[:NEIGHBOURS])
+
+
+def _distance(
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    distributions: Mapping[str, BaseDistribution],
+) -> float:
+    """How many parameters two arms differ in; of a range, which share of it (Gower 1971)."""
+    total = 0.0
+    for name in one.keys() | other.keys():
+        distribution = distributions[name]
+        if name not in one or name not in other:
+            total += 1.0
+        elif isinstance(distribution, FloatDistribution | IntDistribution):
+            ends = (distribution.low, distribution.high, one[name], other[name])
+            low, high, here, there = map(math.log, ends) if distribution.log else ends
+            total += abs(here - there) / (high - low) if high > low else 0.0
+        else:
+            total += one[name] != other[name]
+    return total
 
 
 def _sub_seed(seed: int, number: int, attempt: int) -> int:

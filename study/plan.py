@@ -323,7 +323,9 @@ def _warnings(
         )
     chosen_by = [("objectives", objective.metric) for objective in spec.objectives]
     chosen_by += [
-        ("stopping", name) for key, name in spec.stopping.options().items() if key == "metric"
+        ("stopping", name)
+        for key, name in spec.stopping.options().items()
+        if key == "metric" and name is not None
     ]
     for setting, name in chosen_by:
         if not metric_of(name).is_comparable:

@@ -75,6 +75,15 @@ def stop(folder: StudyFolder) -> str:
     return f"{name} has been asked to stop"
 
 
+def enqueued_arms(answers: Sequence[Answer]) -> set[str]:
+    """The arms that people asked for."""
+    return {
+        str(answer.content["arm"])
+        for answer in answers
+        if answer.kind == "enqueue" and answer.refused is None
+    }
+
+
 def was_stopped(folder: StudyFolder) -> bool:
     """Whether somebody has asked the driver to stop; whoever looks is the one who is told."""
     if not folder.stop_request.exists():

@@ -3,7 +3,7 @@
 The order: trials that were begun; the control arm and its twins; arms that a person asked for;
 searched arms, all seeds of one before the next, until `budget.trials` trials exist; then the best
 arms and the control once more with fresh seeds. An arm of which one seed ended badly or was stopped
-gets no further seeds.
+gets no further seeds; where arms may be stopped, the first seed runs alone before the others.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def next_step(
     if num_trials < spec.budget.trials:
         for start in _missing_seeds(spec, suggestions, results, enqueued):
             return start
-        if spec.search and not is_exhausted:
+        if spec.search and not is_exhausted and _has_room(spec, suggestions, results):
             return AskSampler(len(suggestions), spec.seed)
     if any(
         suggestion.trial in running and suggestion.origin != CONFIRM for suggestion in suggestions
@@ -180,12 +180,34 @@ def _missing_seeds(
         ends = [results.get(trial.trial) for trial in trials]
         if any(end is not None and end.outcome is not Outcome.COMPLETE for end in ends):
             continue
+        if _waits_for_its_first(spec, ends) and arm not in wanted:
+            continue
         seeds = {trial.seed for trial in trials}
         first: Suggestion | Enqueued = trials[0] if trials else wanted[arm]
         for index in range(spec.seeds):
             if spec.seed + index not in seeds:
                 config = _config_of(first)
                 yield Start("search", config, spec.seed + index, first.params, first.labels)
+
+
+def _waits_for_its_first(spec: StudySpec, ends: Sequence[Result | None]) -> bool:
+    """Whether an arm's first trial may still be stopped, and so spare the study its others."""
+    return spec.stopping.name != "none" and bool(ends) and ends[0] is None
+
+
+def _has_room(
+    spec: StudySpec, suggestions: Sequence[Suggestion], results: Mapping[str, Result]
+) -> bool:
+    """Whether the budget holds another arm beside all seeds of those that were begun."""
+    if spec.stopping.name == "none":
+        return True
+    begun = _searched(suggestions)
+    taken = sum(each.origin not in (CONFIRM, "search") for each in suggestions)
+    for trials in begun.values():
+        ends = [results.get(trial.trial) for trial in trials]
+        is_over = any(end is not None and end.outcome is not Outcome.COMPLETE for end in ends)
+        taken += len(trials) if is_over else max(len(trials), spec.seeds)
+    return taken < spec.budget.trials
 
 
 def _confirmations(

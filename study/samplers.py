@@ -3,7 +3,8 @@
 To add a sampler, write a function of (seed, number of objectives) with keyword-only options that
 returns an Optuna sampler, and add it to SAMPLERS; `None` instead stands for walking the grid. It is
 called anew for every question, so it is cheap and keeps nothing; heavy libraries are imported when
-it is asked, not here. One that learns has an option `startup`, the arms that chance decides before.
+it is asked, not here. One that learns has an option `startup`, the arms that chance decides before;
+its proposals are put aside where everything alike has failed (optuna_study.py).
 How it is asked, and what it is shown, is in optuna_study.py.
 """
 
@@ -78,3 +79,5 @@ def grid(seed: int, num_objectives: int) -> None:
 
 
 SAMPLERS = {"tpe": tpe, "gp": gp, "random": random, "grid": grid}
+# They see nothing but values: what failed is told them as the worst that was measured
+VALUES_ALONE = {"gp"}

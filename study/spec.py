@@ -33,6 +33,7 @@ else:
     Logger = named(LOGGERS)
 
 DEFAULT_OBJECTIVES: list[Any] = ["segment/miou", "pretrain/probe_gain"]
+EARLY_RUNGS = [0.0625, 0.125, 0.25, 0.5, 1.0]
 DEVICE_NAME = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # Windows makes no such folders
 RAY_COPY = re.compile(r"/session_[^/]+/runtime_resources/")
 
@@ -187,12 +188,26 @@ class StudySpec(Strict):
     controls: Annotated[list[Literal["random-init", "frozen"]], AfterValidator(_unlike)] = Field(
         ["random-init"]
     )
-    rungs: Annotated[list[float], AfterValidator(_rungs)] = Field([0.25, 0.5, 1.0])
+    rungs: Annotated[list[float], AfterValidator(_rungs)] = Field(
+        [0.25, 0.5, 1.0],
+        description="shares of a phase at which trials are judged; with a stopping rule from a "
+        "sixteenth on by default",
+    )
     probe: ProbeConfig = ProbeConfig()
     resources: Resources = Resources()
     log: Annotated[list[Logger], AfterValidator(_one_each)] = Field([])
     storage: Annotated[str, AfterValidator(_storage)] = "studies/"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rungs_to_stop_at(cls, given: Any) -> Any:
+        """Whoever is stopped early is cheap, so a stopping rule has rungs from early on."""
+        if not isinstance(given, dict) or "rungs" in given:
+            return given
+        stopping = given.get("stopping", "none")
+        name = stopping.get("name") if isinstance(stopping, dict) else stopping
+        return given if name == "none" else given | {"rungs": EARLY_RUNGS}
 
     _folder: Path = PrivateAttr(Path())
     _text: str = PrivateAttr("")

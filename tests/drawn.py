@@ -31,7 +31,8 @@ def drawn(setting: Any, name: str, count: int = 5) -> list[Choice]:
     for draw in range(MOST_DRAWS):
         given = {option: rule["const"] for option, rule in options.items() if "const" in rule}
         for option, rule in options.items():
-            is_text = rule.get("type") == "string" and "enum" not in rule
+            kinds = [rule, *rule.get("anyOf", ())]
+            is_text = any(kind.get("type") == "string" and "enum" not in kind for kind in kinds)
             is_left_out = "default" in rule and (draw == 0 or is_text or chance.random() < 0.5)
             if option not in given and not is_left_out:
                 given[option] = _draw(rule, of_ref, chance)

@@ -92,7 +92,7 @@ def conclude(conductor: Conductor, folder: StudyFolder, build_report: BuildRepor
             f"{conductor.num_failed} trial(s) failed; see error.txt in their folders under "
             f"{folder.location(folder.trials)}"
         )
-    return 1 if conductor.num_failed else 0
+    return 1 if conductor.num_failed or conductor.gave_up else 0
 
 
 def freeze(ledger: Ledger, spec: StudySpec, dataset: Dataset) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from study import requests
 from study.conductor import Conductor, DataView
+from study.environment import DEFAULTS
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, read_suggestions
 from study.loading import parse_spec
@@ -221,3 +223,67 @@ def test_workers_hear_how_the_study_wants_to_save_memory(
         assert isinstance(suggestion, Suggestion)
         job = conductor.job(suggestion)
     assert (job["micro_batches"], job["recomputes"]) == (3, True)
+
+
+def fail(conductor: Conductor, ending: Ending = Ending.OUT_OF_MEMORY) -> Suggestion:
+    suggestion = conductor.next()
+    assert isinstance(suggestion, Suggestion)
+    conductor.done(suggestion, ending, None)
+    return suggestion
+
+
+def test_a_study_whose_first_trials_all_fail_alike_ends_and_can_go_on(
+    conductor: Conductor, spec: StudySpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = conductor.next()
+    assert isinstance(running, Suggestion)
+    for _ in range(5):
+        assert conductor.gave_up is None
+        fail(conductor)
+    assert isinstance(conductor.next(), Wait)  # for the one that still runs
+    conductor.done(running, Ending.COMPLETE, None)
+    assert isinstance(conductor.next(), Finished)
+    assert conductor.gave_up == "out-of-memory"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "gives up: the first 5 trials have all failed alike, out-of-memory" in said
+    resumed = Conductor(spec, conductor.ledger, DATA)
+    assert isinstance(resumed.next(), Suggestion)
+
+
+def test_a_study_that_has_completed_a_trial_never_gives_up(conductor: Conductor) -> None:
+    play(conductor, 0.5)
+    for _ in range(7):
+        fail(conductor)
+    assert conductor.gave_up is None
+
+
+def test_where_nothing_foretells_the_objective_that_is_said_once(
+    folder: StudyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = HALVING.replace("min_trials: 3", "min_trials: 50").replace("trials: 8", "trials: 30")
+    with Ledger.open(folder, {}) as ledger:
+        conductor = Conductor(parse_spec(text, Path(), where="study.yaml"), ledger, DATA)
+        for number in range(14):
+            suggestion = conductor.next()
+            assert isinstance(suggestion, Suggestion)
+            for progress in (0.25, 0.5, 1.0):
+                value = 0.3 + 0.01 * number * (-1 if progress < 0.5 else 1)
+                assert not conductor.rows(suggestion, rows(progress, value), "a")
+            conductor.done(suggestion, Ending.COMPLETE, None)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("nobody is stopped for now") == 1
+    assert "at 25% of segment nobody is stopped for now: nothing that is measured there" in said
+    assert "foretells segment/miou" in said
+
+
+def test_an_arm_that_somebody_asked_for_is_never_stopped(
+    conductor: Conductor, spec: StudySpec
+) -> None:
+    for _ in range(6):
+        play(conductor, 0.9)
+    conductor.ledger.freeze(spec.text, {"defaults": DEFAULTS}, extends=False)
+    constant = {"name": "constant", "value": 0.31}
+    requests.enqueue(conductor.ledger.folder, {"masking.ratio": constant})
+    asked = play(conductor, 0.1)
+    assert asked.config["masking"]["ratio"] == constant
+    assert conductor.results[asked.trial].outcome is Outcome.COMPLETE

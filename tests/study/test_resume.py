@@ -11,6 +11,7 @@ from study.measured import collect
 from study.resume import (
     AskSampler,
     Continue,
+    Enqueued,
     Finished,
     Start,
     Wait,
@@ -272,3 +273,55 @@ def test_configurations_survive_the_ledger():
     books.run()
     for one in books.suggestions:
         assert arm_id(TrialConfig.model_validate(one.config)) == one.arm
+
+
+SCOUTS = "seeds: 3\nstopping: halving\n"
+
+
+def test_where_arms_may_be_stopped_the_first_seed_runs_alone():
+    books = Books(study(SCOUTS, trials=100, controls="[]"))
+    for _ in range(3):
+        books.begin(books.next())  # the control
+    first = books.begin(books.next())
+    other = books.begin(books.next())
+    assert (first.seed, other.seed) == (0, 0) and first.arm != other.arm
+    books.end(first, outcome=Outcome.STOPPED)
+    assert isinstance(books.next(), AskSampler)
+    books.end(other)
+    seeds = [books.begin(books.next()) for _ in range(3)]
+    assert [(each.arm, each.seed) for each in seeds[:2]] == [(other.arm, 1), (other.arm, 2)]
+    assert seeds[2].arm not in (first.arm, other.arm)
+
+
+def test_the_budget_keeps_room_for_the_seeds_of_arms_that_may_go_on():
+    books = Books(study(SCOUTS, trials=10, controls="[]"))
+    for _ in range(3):
+        books.end(books.begin(books.next()))
+    one, two, three = (books.begin(books.next()) for _ in range(3))  # room for seven trials
+    assert isinstance(books.next(), Wait)
+    books.end(one, outcome=Outcome.STOPPED)
+    assert isinstance(books.next(), Wait)  # two and three may need six of them
+    books.end(two)
+    books.end(three, outcome=Outcome.STOPPED)
+    books.run()
+    assert len(books.suggestions) == 10
+    seeds = [sum(each.arm == arm.arm for each in books.suggestions) for arm in (one, two, three)]
+    assert seeds == [1, 3, 1]
+
+
+def test_arms_that_a_person_asked_for_run_all_seeds_at_once():
+    books = Books(study(SCOUTS, trials=100, controls="[]"))
+    for _ in range(3):
+        books.begin(books.next())
+    config = books.spec.trial.model_copy(
+        update={"segment": books.spec.trial.segment.model_copy(update={"epochs": 33})}
+    )
+    asked = [Enqueued(config, {"segment.epochs": 33}, {"segment.epochs": 33})]
+    arms = []
+    for _ in range(3):
+        step = next_step(
+            books.spec, books.suggestions, books.results, books.running, {}, enqueued=asked
+        )
+        arms.append((arm_id(step.config), step.seed))
+        books.begin(step)
+    assert arms == [(arm_id(config), seed) for seed in range(3)]

@@ -10,13 +10,17 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import GPSampler
 from optuna.trial import TrialState
+from pydantic import TypeAdapter
 
+from study.landscapes import dead
 from study.ledger import Outcome, Result, Suggestion
 from study.loading import parse_spec
 from study.measured import collect
-from study.optuna_study import OptunaStudy
+from study.optuna_study import OptunaStudy, is_doomed
+from study.replay import Ours, play
 from study.resume import Start, next_step
 from study.samplers import SAMPLERS
 from study.spec import Sampler
@@ -57,7 +61,8 @@ data: {{source: smears, size: 64}}
 trial: {{model: {{size: pico, patch: 8}}, masking: {{ratio: {{name: constant, value: 0.75}}}}}}
 objectives: {objectives}
 sampler: {sampler}
-stopping: {{name: halving, min_trials: 2}}
+stopping: {{name: halving, metric: pretrain/probe_psnr, min_trials: 2}}
+rungs: [0.25, 0.5, 1.0]
 controls: []
 budget: {{trials: 1000}}
 search:
@@ -248,11 +253,13 @@ def test_a_stopped_arm_is_not_on_the_pareto_front():
 @pytest.mark.parametrize(
     "outcome", [Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED]
 )  # fmt: skip
-def test_an_arm_that_ended_badly_is_failed(outcome):
+def test_an_arm_that_ended_badly_repels_whatever_it_measured_before(outcome):
     optuna_study, (one,) = asked(study(), 1)
-    optuna_study.report(one.trial, 1.0, {"pretrain/probe_psnr": 99.0})
+    optuna_study.report(one.trial, 0.5, {"pretrain/probe_psnr": 99.0})
     optuna_study.tell(result(one, outcome, "bang"))
-    assert states(optuna_study) == [TrialState.FAIL]
+    (trial,) = optuna_study.study().trials
+    assert (trial.state, trial.values) == (TrialState.PRUNED, None)
+    assert trial.intermediate_values == {}
 
 
 @pytest.mark.parametrize("objectives", [ONE, TWO])
@@ -268,7 +275,8 @@ def test_a_value_that_is_not_finite_is_never_complete_and_the_search_goes_on(
         optuna_study.report(one.trial, progress, values)
     assert states(optuna_study) == [TrialState.RUNNING]
     optuna_study.tell(result(one))
-    assert states(optuna_study) == [TrialState.FAIL]
+    assert states(optuna_study) == [TrialState.PRUNED]
+    assert optuna_study.study().trials[0].intermediate_values == {}
     assert optuna_study.ask(1) is not None
 
 
@@ -352,3 +360,76 @@ def test_a_wide_space_is_never_exhausted_by_a_sampler_that_repeats_itself(monkey
     spec = study(sampler="random")
     suggestions, _ = run(spec, 3)
     assert len({one.arm for one in suggestions}) == 3
+
+
+# --- where everything fails ---
+
+RANGES = {
+    "patch": CategoricalDistribution([4, 8, 16]),
+    "rate": FloatDistribution(1e-4, 1e-1, log=True),
+    "depth": IntDistribution(1, 9),
+}
+
+
+def arm(patch=8, rate=1e-3, depth=5):
+    return {"patch": patch, "rate": rate, "depth": depth}
+
+
+@pytest.mark.parametrize(
+    ("failed", "others", "doomed", "hopeful"),
+    [
+        # one choice, wherever else it lies
+        (
+            [arm(4), arm(4, 1e-1), arm(4, depth=9)],
+            [arm(8), arm(16)],
+            [arm(4, 1e-4), arm(4, depth=1)],
+            [arm(8), arm(16, 1e-1)],
+        ),
+        # the end of a range
+        (
+            [arm(8, 3e-2), arm(4, 9e-2), arm(16, 5e-2)],
+            [arm(8, 2e-2), arm(4), arm(16, 1e-2)],
+            [arm(8, 9.5e-2), arm(4, 9e-2)],
+            [arm(8, 2e-2), arm(8, 1e-4)],
+        ),
+        # neither alone: a patch of 4 with many layers
+        (
+            [arm(4, depth=9), arm(4, depth=8), arm(4, 2e-3, depth=9)],
+            [arm(4, depth=1), arm(8, depth=9), arm(4, 2e-3, depth=2), arm(16, 1e-1)],
+            [arm(4, 1.5e-3, depth=9)],
+            [arm(4, depth=2), arm(8, depth=9)],
+        ),
+    ],
+)
+def test_what_is_like_nothing_but_failures_is_doomed(failed, others, doomed, hopeful):
+    ended = [(one, True) for one in failed] + [(one, False) for one in others]
+    assert all(is_doomed(one, ended, RANGES) for one in doomed)
+    assert not any(is_doomed(one, ended, RANGES) for one in hopeful)
+
+
+def test_two_failures_doom_nothing():
+    ended = [(arm(4), True), (arm(4, 1e-1), True), (arm(8), False)]
+    assert not is_doomed(arm(4), ended, RANGES)
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp"])
+def test_a_third_of_the_space_that_always_fails_is_left_alone(name):
+    """Chance would go there in every third trial."""
+    late = []
+    for instance in range(3):
+        landscape = dead(instance)
+        sampler = {"sampler": TypeAdapter(Sampler).validate_python(name), "seed": instance}
+        searcher = Ours(landscape.spec.model_copy(update=sampler))
+        play(searcher, landscape, runs=45, workers=4)
+        late += [each.params["model.patch"] for each in searcher.suggestions[20:]]
+    assert len(late) > 30
+    assert late.count(4) <= 0.15 * len(late)
+
+
+def test_samplers_that_see_values_alone_are_told_the_worst_of_what_failed():
+    optuna_study, (one, two, bad) = asked(study(sampler="gp"), 3)
+    for suggestion, value in ((one, 17.0), (two, 12.0)):
+        optuna_study.report(suggestion.trial, 1.0, {"pretrain/probe_psnr": value})
+        optuna_study.tell(result(suggestion))
+    optuna_study.tell(result(bad, Outcome.OUT_OF_MEMORY))
+    assert [trial.values for trial in optuna_study.study().trials] == [[17.0], [12.0], [12.0]]

@@ -70,7 +70,7 @@ def test_a_sound_file_is_read_with_its_defaults():
     assert spec.search["model.patch"].choices == [4, 8, 16]
     assert spec.sampler.name == "tpe"
     assert spec.stopping.options()["metric"] == "pretrain/probe_psnr"
-    assert (spec.seeds, spec.seed, spec.rungs) == (1, 0, [0.25, 0.5, 1.0])
+    assert (spec.seeds, spec.seed, spec.rungs) == (1, 0, [0.0625, 0.125, 0.25, 0.5, 1.0])
     assert spec.controls == ["random-init"]
     assert spec.text == GOOD
 
