@@ -31,7 +31,7 @@ from study.breaker import BAD
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value, value_at_rung
 from study.resume import is_infrastructure
-from study.samplers import SAMPLERS, VALUES_ALONE, random
+from study.samplers import NAMES, NUMBER, SAMPLERS, SEED, VALUES_ALONE, quasi_random, random
 from study.stopping import FORETELLERS
 from trainables.config import TrialConfig, arm_id
 from trainables.metrics import PHASES, metric_of, parse, sign
@@ -104,8 +104,12 @@ class OptunaStudy:
         doomed: list[Proposal] = []
         chance = random_module.Random(_sub_seed(self.spec.seed, number, RETRIES))
         is_wary = "startup" in self._options and chance.random() > TRIED_ALL_THE_SAME
+        sampler, options = self._sampler, self._options
+        has_ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        if len(study.get_trials(deepcopy=False, states=has_ended)) < options.get("startup", 0):
+            sampler, options = quasi_random, {}
         for attempt in range(RETRIES):
-            proposal = self._propose(study, self._sampler, number, attempt, self._options)
+            proposal = self._propose(study, sampler, number, attempt, options)
             if arm_id(proposal.config) in known:
                 continue
             if not (is_wary and is_doomed(proposal.params, ended, self._distributions)):
@@ -147,6 +151,8 @@ class OptunaStudy:
                 if each.user_attrs[FAILED]:
                     each.state, each.values = TrialState.COMPLETE, values
         study.add_trials(found)
+        study.set_user_attr(NAMES, list(self._distributions))
+        study.set_user_attr(SEED, self.spec.seed)
         return study
 
     def _propose(
@@ -154,6 +160,7 @@ class OptunaStudy:
     ) -> Proposal:
         seed = _sub_seed(self.spec.seed, number, attempt)
         study.sampler = sampler(seed, len(self.spec.objectives), **options)
+        study.set_user_attr(NUMBER, len(study.get_trials(deepcopy=False)))
         trial = study.ask()
         point = space.suggest(self.spec, trial)
         # Failed trials are invisible to samplers; only the ledger says what is running

@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import optuna
@@ -15,6 +17,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import TrialState
 from pydantic import TypeAdapter
 
+from study import samplers
 from study.landscapes import dead
 from study.ledger import Outcome, Result, Suggestion
 from study.loading import parse_spec
@@ -198,7 +201,7 @@ def test_a_gaussian_process_is_fitted_once_for_a_question(monkeypatch):
 
 
 def test_the_number_of_the_question_changes_the_answer():
-    optuna_study = OptunaStudy(study())
+    optuna_study = OptunaStudy(study(sampler="random"))
     assert optuna_study.ask(0) == optuna_study.ask(0)
     assert optuna_study.ask(0) != optuna_study.ask(1)
 
@@ -433,3 +436,52 @@ def test_samplers_that_see_values_alone_are_told_the_worst_of_what_failed():
         optuna_study.tell(result(suggestion))
     optuna_study.tell(result(bad, Outcome.OUT_OF_MEMORY))
     assert [trial.values for trial in optuna_study.study().trials] == [[17.0], [12.0], [12.0]]
+
+
+# --- points that are spread out evenly ---
+
+
+def test_quasi_random_arms_are_spread_out_more_evenly_than_random_ones():
+    def gaps(name, number):
+        search = "  masking.ratio.value: {low: 0.1, high: 0.9}\n"
+        suggestions, _ = run(study(search, name, rest=f"seed: {number}\n"), 16)
+        ratios = sorted(one.params["masking.ratio.value"] for one in suggestions)
+        return max(b - a for a, b in itertools.pairwise([0.1, *ratios, 0.9]))
+
+    # sixteen points of a net: one in each sixteenth, so no two are two sixteenths apart
+    assert max(gaps("quasi-random", number) for number in range(3)) <= 2 * 0.8 / 16 + 1e-9
+    assert max(gaps("random", number) for number in range(3)) > 2 * 0.8 / 16
+
+
+def test_every_choice_and_label_gets_its_share_of_quasi_random_arms():
+    suggestions, _ = run(study(sampler="quasi-random"), 48)
+    for name, share in (("model.patch", 16), ("masking.ratio", 24)):
+        counts = Counter(one.params[name] for one in suggestions)
+        assert all(abs(count - share) <= 2 for count in counts.values())
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_the_first_arms_of_a_sampler_that_learns_are_quasi_random(name):
+    def first(sampler):
+        return [one.params for one in run(study(sampler=sampler), 5)[0]]
+
+    learning, even = first(soon(name, 4)), first("quasi-random")
+    assert learning[:4] == even[:4] and learning[4] != even[4]
+
+
+@pytest.mark.parametrize(
+    ("distribution", "values"),
+    [
+        (CategoricalDistribution(["a", "b", "c"]), ["a", "a", "b", "c", "c"]),
+        (FloatDistribution(1e-4, 1.0, log=True), [1e-4, 10**-3.2, 1e-2, 10**-0.4, 1.0]),
+        (FloatDistribution(0.0, 1.0), [0.0, 0.2, 0.5, 0.9, 1.0]),
+        (FloatDistribution(0.25, 0.75, step=0.25), [0.25, 0.25, 0.5, 0.75, 0.75]),
+        (IntDistribution(1, 4), [1, 1, 3, 4, 4]),
+    ],
+)
+def test_a_share_of_a_distribution_is_the_value_below_which_so_much_of_it_lies(
+    distribution, values
+):
+    found = [samplers._at(distribution, share) for share in (0.0, 0.2, 0.5, 0.9, 1 - 1e-12)]
+    exact = isinstance(values[0], str)
+    assert found == values if exact else found == pytest.approx(values)
