@@ -15,6 +15,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -32,7 +33,7 @@ from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value, value_at_rung
 from study.resume import is_infrastructure
 from study.samplers import NAMES, NUMBER, SAMPLERS, SEED, VALUES_ALONE, quasi_random, random
-from study.stopping import FORETELLERS
+from study.stopping import FEWEST, FORETELLERS
 from trainables.config import TrialConfig, arm_id
 from trainables.metrics import PHASES, metric_of, parse, sign
 
@@ -138,18 +139,8 @@ class OptunaStudy:
             if suggestion.params and suggestion.origin != CONFIRM:
                 arms.setdefault(suggestion.arm, []).append(suggestion)
         found = [frozen for trials in arms.values() if (frozen := self._frozen(trials))]
-        complete = [each for each in found if each.state == TrialState.COMPLETE]
-        if self.spec.sampler.name in VALUES_ALONE and complete:
-            worst = [
-                max if objective.goal == "minimize" else min for objective in self.spec.objectives
-            ]
-            values = [
-                of_all(trial.values[index] for trial in complete)
-                for index, of_all in enumerate(worst)
-            ]
-            for each in found:
-                if each.user_attrs[FAILED]:
-                    each.state, each.values = TrialState.COMPLETE, values
+        if self.spec.sampler.name in VALUES_ALONE:
+            _give_values(found, [objective.goal for objective in self.spec.objectives])
         study.add_trials(found)
         study.set_user_attr(NAMES, list(self._distributions))
         study.set_user_attr(SEED, self.spec.seed)
@@ -276,6 +267,36 @@ class OptunaStudy:
                 if values and all(map(math.isfinite, values)):
                     curve[place * len(self.spec.rungs) + rung] = fmean(values)
         return curve
+
+
+def _give_values(trials: Sequence[FrozenTrial], goals: Sequence[str]) -> None:
+    """Give those that failed the worst values of all, and those that were stopped likely ones.
+
+    Of one objective: what a line through the complete trials foretells of the value at the rung
+    where it was stopped, at best their median, since it was stopped for being worse.
+    """
+    complete = [each for each in trials if each.state == TrialState.COMPLETE]
+    if not complete:
+        return
+    values = np.array([each.values for each in complete])
+    turned = np.array([sign(goal) for goal in goals])
+    worst = (turned * (turned * values).min(axis=0)).tolist()
+    for each in trials:
+        if each.state != TrialState.PRUNED:
+            continue
+        each.state, each.values = TrialState.COMPLETE, worst
+        rung = max(each.intermediate_values, default=None)
+        pairs = [
+            (other.intermediate_values[rung], other.values[0])
+            for other in complete
+            if rung in other.intermediate_values
+        ]
+        if each.user_attrs[FAILED] or len({early for early, _ in pairs}) < FEWEST:
+            continue
+        early, final = np.array(pairs).T
+        slope, level = np.polyfit(early, final, 1)
+        likely = level + slope * each.intermediate_values[rung] if slope > 0 else final.mean()
+        each.values = [float(turned[0] * min(turned[0] * likely, turned[0] * np.median(final)))]
 
 
 def is_doomed(

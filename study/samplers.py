@@ -153,5 +153,5 @@ SAMPLERS = {
     "quasi-random": quasi_random,
     "grid": grid,
 }
-# They see nothing but values: what failed is told them as the worst that was measured
+# They see nothing but values: what failed or was stopped is given some (optuna_study.py)
 VALUES_ALONE = {"gp"}

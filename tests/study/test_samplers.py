@@ -30,6 +30,7 @@ from study.spec import Sampler
 from tests.drawn import drawn
 from trainables.config import arm_id, trial_id
 
+PSNR = "pretrain/probe_psnr"
 ONE = "[{metric: pretrain/probe_psnr, goal: maximize}]"
 TWO = (
     "[{metric: pretrain/probe_psnr, goal: maximize},"
@@ -427,6 +428,28 @@ def test_a_third_of_the_space_that_always_fails_is_left_alone(name):
         late += [each.params["model.patch"] for each in searcher.suggestions[20:]]
     assert len(late) > 30
     assert late.count(4) <= 0.15 * len(late)
+
+
+@pytest.mark.parametrize(("goal", "turned"), [("maximize", 1), ("minimize", -1)])
+def test_samplers_that_see_values_alone_are_told_likely_ones_of_what_was_stopped(goal, turned):
+    metric = {"maximize": "probe_psnr", "minimize": "device_seconds"}[goal]
+    objective = f"[{{metric: pretrain/{metric}, goal: {goal}}}]"
+    text = study(sampler="gp", objectives=objective).text.replace(PSNR, f"pretrain/{metric}")
+    optuna_study, arms = asked(parse_spec(text, Path(), where="s.yaml"), 7)
+    name = f"pretrain/{metric}"
+    for one, early in zip(arms[:6], (1.0, 2.0, 3.0, 0.5, 2.9, 9.0), strict=True):
+        optuna_study.report(one.trial, 0.25, {name: turned * early})
+    for one, final in zip(arms[:3], (10.0, 20.0, 30.0), strict=True):
+        optuna_study.report(one.trial, 1.0, {name: turned * final})
+        optuna_study.tell(result(one))
+    for one in arms[3:5]:
+        optuna_study.tell(result(one, Outcome.STOPPED))
+    optuna_study.tell(result(arms[5], Outcome.DIVERGED))
+    trials = optuna_study.study().trials
+    # on a line of 10 a unit, no better than the median; the worst; one still runs
+    found = [turned * trial.values[0] for trial in trials[3:6]]
+    assert found == pytest.approx([5.0, 20.0, 10.0])
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 6 + [TrialState.RUNNING]
 
 
 def test_samplers_that_see_values_alone_are_told_the_worst_of_what_failed():
