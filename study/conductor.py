@@ -252,7 +252,7 @@ class Conductor:
             share = self.spec.rungs[rung.number]
             self.progress.say(
                 f"at {share:.0%} of {rung.phase} nobody is stopped for now: nothing that is "
-                f"measured there foretells {rung.objective}"
+                f"measured there is known to foretell {rung.objective}"
             )
         (self.open_rungs.add if is_open else self.open_rungs.discard)(place)
 

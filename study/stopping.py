@@ -28,8 +28,9 @@ from trainables.named import Choice
 
 # Tried in this order where nothing is said; the objective itself comes first in its own phase
 FORETELLERS = (PSNR, "pretrain/probe_ssim", "pretrain/dense_miou")
-EXPECTED, AS_TRIALS = 0.6, 6  # the correlation that is believed at first, like that of so many
-LEAST = 0.3  # correlation with the objective from which on a metric may stop anybody
+AS_TRIALS = 6  # what is believed of a correlation before it is known counts like so many
+PROXY = 0.7  # that of another metric than the objective itself, beside the objective's
+LEAST = 0.4  # correlation with the objective from which on a metric may stop anybody
 FEWEST = 3  # trials of which a correlation is computed
 
 Reduction = Annotated[
@@ -58,6 +59,7 @@ class Rung:
     phase: str = "pretrain"
     number: int = 0  # of the rung in its phase
     count: int = 5  # of rungs of a phase
+    progress: float = 0.5  # of the phase
     kept: float = 0.5  # how far a trial has come, as a share of how far it has at the next rung
 
     def share(self, reduction: int | None) -> float:
@@ -265,7 +267,8 @@ def rung_at(
     ends = [place + rung for place in range(len(PHASES)) for rung in study.rungs]
     at = PHASES.index(phase) * len(study.rungs) + number
     kept = ends[at] / ends[min(at + 1, len(ends) - 1)]
-    return Rung(arrived, others, objective, phase, number, len(study.rungs), kept)
+    progress = study.rungs[number]
+    return Rung(arrived, others, objective, phase, number, len(study.rungs), progress, kept)
 
 
 def _judged(rung: Rung, metric: str | None) -> _Judged | None:
@@ -293,10 +296,11 @@ def _correlation(rung: Rung, metric: str) -> float:
         if other.final is not None and metric in other.values
     ]
     finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    believed = math.sqrt(rung.progress) * (1.0 if metric == rung.objective else PROXY)
     if len(finite) < FEWEST:
-        return EXPECTED
+        return believed
     measured = rank_correlation(*zip(*finite, strict=True))
-    return (AS_TRIALS * EXPECTED + len(finite) * measured) / (AS_TRIALS + len(finite))
+    return (AS_TRIALS * believed + len(finite) * measured) / (AS_TRIALS + len(finite))
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

@@ -273,7 +273,7 @@ def test_where_nothing_foretells_the_objective_that_is_said_once(
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("nobody is stopped for now") == 1
     assert "at 25% of segment nobody is stopped for now: nothing that is measured there" in said
-    assert "foretells segment/miou" in said
+    assert "is known to foretell segment/miou" in said
 
 
 def test_an_arm_that_somebody_asked_for_is_never_stopped(

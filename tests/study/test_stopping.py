@@ -198,14 +198,26 @@ def test_a_metric_that_proves_to_foretell_nothing_stops_nobody():
     assert by_what(foretold(turned)) is None
     assert halving(foretold(turned))
     straight = [(value, -final) for value, final in turned]
-    # six believed at .6 and eight that agree
-    assert by_what(foretold(straight)) == Foreteller(PSNR, pytest.approx((6 * 0.6 + 8) / 14))
+    # what is believed counts like six, and eight agree
+    believed = 0.7 * math.sqrt(0.5)
+    assert by_what(foretold(straight)) == Foreteller(PSNR, pytest.approx((6 * believed + 8) / 14))
     assert not halving(foretold(straight))
 
 
-def test_a_metric_is_believed_until_it_is_known():
+def test_until_it_is_known_a_metric_is_believed_the_more_the_further_trials_have_come():
     for pairs in ([], [(1.0, -1.0), (2.0, -2.0)], [(1.0, None)] * 9, [(1.0, math.nan)] * 9):
-        assert by_what(foretold(pairs)) == Foreteller(PSNR, 0.6)
+        found = by_what(foretold(pairs, progress=0.64))
+        assert found == Foreteller(PSNR, pytest.approx(0.7 * 0.8))
+        assert by_what(foretold(pairs, progress=0.25)) is None  # .35
+    own = Arrival(0, {MIOU: 0.5})
+    early, late = (Rung(own, [], MIOU, "segment", progress=at) for at in (0.125, 0.25))
+    assert by_what(early) is None and by_what(late) == Foreteller(MIOU, 0.5)
+
+
+def test_an_early_rung_that_proves_to_foretell_counts():
+    straight = [(float(number), float(number)) for number in range(8)]
+    assert by_what(foretold([], progress=1 / 16)) is None
+    assert by_what(foretold(straight, progress=1 / 16)).metric == PSNR
 
 
 def test_the_metric_that_foretells_best_counts():
@@ -241,7 +253,7 @@ def test_the_correlation_of_ranks_is_scipys(seed):
 # --- who is asked ---
 
 
-def spec(stopping="{name: halving, metric: pretrain/probe_psnr}", objective=MIOU, rest=""):
+def spec(stopping="{name: halving, metric: pretrain/probe_psnr}", objective=PSNR, rest=""):
     text = f"""\
 study: s
 data: {{source: smears, size: 64}}
@@ -315,11 +327,11 @@ def test_whoever_pretrained_badly_is_stopped_before_segmentation_is_paid():
     suggestions = [suggestion(name) for name in "abcdefghijkl"]
     rows = [row(name, 20.0 + number, 1.0) for number, name in enumerate("abcdefghijkl")]
     measured = collect(rows)
-    place = (spec(), suggestions, measured, "a", "pretrain", 1.0)
+    place = (spec(objective=MIOU), suggestions, measured, "a", "pretrain", 1.0)
     # at the next rung it has come 1.25 times as far: ten of twelve go on
     assert rung_at(*place).kept == 0.8
     assert not goes_on(*place)
-    assert goes_on(spec(), suggestions, measured, "c", "pretrain", 1.0)
+    assert goes_on(spec(objective=MIOU), suggestions, measured, "c", "pretrain", 1.0)
     # without labels that is the end
     assert goes_on(*place, is_labelled=False)
 
@@ -327,9 +339,9 @@ def test_whoever_pretrained_badly_is_stopped_before_segmentation_is_paid():
 def test_nobody_is_stopped_at_the_end():
     suggestions = [suggestion(name) for name in "abcdefgh"]
     ends = [row(name, at, 1.0, "segment", "miou") for at, name in enumerate("abcdefgh")]
-    assert goes_on(spec(), suggestions, collect(ends), "a", "segment", 1.0)
+    assert goes_on(spec(objective=MIOU), suggestions, collect(ends), "a", "segment", 1.0)
     early = [{**one, "progress": 0.25} for one in ends]
-    assert not goes_on(spec(), suggestions, collect(early), "a", "segment", 0.25)
+    assert not goes_on(spec(objective=MIOU), suggestions, collect(early), "a", "segment", 0.25)
 
 
 def test_how_far_the_next_rung_is_counts_both_phases_alike():
