@@ -199,15 +199,12 @@ class StudySpec(Strict):
     storage: Annotated[str, AfterValidator(_storage)] = "studies/"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
-    @model_validator(mode="before")
-    @classmethod
-    def _rungs_to_stop_at(cls, given: Any) -> Any:
+    @model_validator(mode="after")
+    def _rungs_to_stop_at(self) -> StudySpec:
         """Whoever is stopped early is cheap, so a stopping rule has rungs from early on."""
-        if not isinstance(given, dict) or "rungs" in given:
-            return given
-        stopping = given.get("stopping", "none")
-        name = stopping.get("name") if isinstance(stopping, dict) else stopping
-        return given if name == "none" else given | {"rungs": EARLY_RUNGS}
+        if "rungs" not in self.model_fields_set and self.stopping.name != "none":
+            self.__dict__["rungs"] = list(EARLY_RUNGS)
+        return self
 
     _folder: Path = PrivateAttr(Path())
     _text: str = PrivateAttr("")
