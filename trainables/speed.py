@@ -22,7 +22,7 @@ from trainables.context import Context
 from trainables.data import Dataset
 from trainables.phase import update
 
-SECONDS, FEWEST_STEPS = 0.5, 2  # of measuring one phase of one arm
+SECONDS, FEWEST_STEPS = 0.2, 2  # of measuring one phase of one arm
 IMAGES = (64, 16, 4, 1)  # in a measured step; fewer where these do not fit
 PEAK_SECONDS, PEAK_ROUNDS = 0.2, 10  # of multiplying matrices, at the least
 
@@ -74,7 +74,7 @@ def _measured(config: TrialConfig, dataset: Dataset, device: torch.device) -> Sp
 
 
 def _flops_per_second(step: Callable[[], Tensor], flops: float, device: torch.device) -> float:
-    once = max(seconds_of(step, 1, device) for _ in range(FEWEST_STEPS))  # the first one warms up
+    once = seconds_of(step, 1, device)  # it warms up, so those that count are no more than enough
     repeats = max(FEWEST_STEPS, round(SECONDS / once))
     return flops * repeats / seconds_of(step, repeats, device)
 
