@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from trainables.blocks import Recomputable
 from trainables.config import ProbeConfig, TrialConfig
 from trainables.context import Context
 from trainables.data import Dataset
@@ -119,3 +120,16 @@ MEASURED = ("images_per_second", "device_seconds", "peak_memory")
 def repeatable(diary):
     """(phase, step, metric) -> value of all that a rerun must repeat."""
     return {k: row["value"] for k, row in diary.values.items() if k[2] not in MEASURED}
+
+
+def recomputing(monkeypatch):
+    """The set that gets (kind of block, whether it recomputes) of all blocks that learn."""
+    found = set()
+
+    def spied(block, *inputs, real=Recomputable.__call__):
+        if torch.is_grad_enabled() and not inputs[0].is_meta:  # there, operations are counted
+            found.add((type(block), block.recomputes))
+        return real(block, *inputs)
+
+    monkeypatch.setattr(Recomputable, "__call__", spied)
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from trainables.context import Context
 from trainables.data import Dataset
 from trainables.phase import update
 
-SECONDS, FEWEST_STEPS = 0.2, 2  # of measuring one phase of one arm
+SECONDS = 0.2  # of measuring one phase of one arm, one step at the least
 IMAGES = (64, 16, 4, 1)  # in a measured step; fewer where these do not fit
 PEAK_SECONDS, PEAK_ROUNDS = 0.2, 10  # of multiplying matrices, at the least
 
@@ -35,57 +36,61 @@ class Speeds(NamedTuple):
 
 
 def measurer(
-    dataset: Dataset, device: torch.device, *, threads: int
+    dataset: Dataset, device: torch.device, *, threads: int, recomputes: bool = False
 ) -> Callable[[TrialConfig], Speeds]:
-    """Measures arms on the machine, each once however long it is to train."""
+    """Measures arms on the machine, each once however long it is to train.
+
+    `recomputes`: blocks keep their inputs alone.
+    """
     known: dict[str, Speeds] = {}
+    context = replace(idle_context(device), recomputes=recomputes)
 
     def measure(config: TrialConfig) -> Speeds:
-        key = _short(config, IMAGES[0]).model_dump_json()
+        length = {"pretrain": {"epochs"}, "segment": {"epochs"}}
+        key = config.model_dump_json(exclude=length)
         for most in IMAGES if key not in known else ():
             with threads_of(threads), contextlib.suppress(torch.OutOfMemoryError):
-                known[key] = _measured(_short(config, most), dataset, device)
+                known[key] = _measured(_with_batches(config, most), dataset, context)
                 break
         return known.get(key, Speeds(None, None))
 
     return measure
 
 
-def _short(config: TrialConfig, most: int) -> TrialConfig:
-    """The arm with no more steps than are looked at, and no more images in one."""
+def _with_batches(config: TrialConfig, most: int) -> TrialConfig:
+    """The arm, with at most so many images in a step."""
     settings = config.model_dump(mode="json")
-    settings["pretrain"] |= {"epochs": 2, "compile": False}
-    settings["segment"] |= {"epochs": 2, "decoder_first": 0.0}
+    settings["pretrain"]["compile"] = False  # which takes minutes
     for phase in ("pretrain", "segment"):
         settings[phase]["batch"] = min(settings[phase]["batch"], most)
     return TrialConfig.model_validate(settings)
 
 
-def _measured(config: TrialConfig, dataset: Dataset, device: torch.device) -> Speeds:
-    if device.type == "cpu":
+def _measured(config: TrialConfig, dataset: Dataset, context: Context) -> Speeds:
+    if context.device.type == "cpu":
         keep_freed_memory()
-    pretraining = config.segment.encoder != "random-init"
-    return Speeds(
-        _flops_per_second(*_pretraining(config, dataset, device), device) if pretraining else None,
-        _flops_per_second(*_segmenting(config, dataset, device), device)
-        if dataset.is_labelled
-        else None,
-    )
+    pretraining = segmenting = None
+    if config.segment.encoder != "random-init":
+        pretraining = _flops_per_second(*_pretrain_step(config, dataset, context), context.device)
+    if dataset.is_labelled:
+        segmenting = _flops_per_second(*_segment_step(config, dataset, context), context.device)
+    return Speeds(pretraining, segmenting)
 
 
 def _flops_per_second(step: Callable[[], Tensor], flops: float, device: torch.device) -> float:
-    once = seconds_of(step, 1, device)  # it warms up, so those that count are no more than enough
-    repeats = max(FEWEST_STEPS, round(SECONDS / once))
+    once = seconds_of(step, 1, device)  # the first one, which may take longer
+    repeats = max(1, round(SECONDS / once))
     return flops * repeats / seconds_of(step, repeats, device)
 
 
-def _pretraining(
-    config: TrialConfig, dataset: Dataset, device: torch.device
+def _pretrain_step(
+    config: TrialConfig, dataset: Dataset, context: Context
 ) -> tuple[Callable[[], Tensor], float]:
-    """(a step half-way in every schedule, its operations)."""
-    batch, size, channels = config.pretrain.batch, dataset.size, dataset.channels
+    """(the second of two steps, half-way in every schedule; its operations)."""
+    settings = config.pretrain.model_copy(update={"epochs": 2})
+    config = config.model_copy(update={"pretrain": settings})
+    batch, size, channels, device = settings.batch, dataset.size, dataset.channels, context.device
     plan = pretrain.make_plan(config, size, channels, batch, (1.0,), seed=0)
-    context = idle_context(device)
     learner = pretrain.make_learner(config, size, channels, 0, context, is_padded=dataset.is_padded)
     images = torch.randn(batch, channels, *size, device=device)
     samples_B = torch.arange(batch, device=device)
@@ -96,23 +101,23 @@ def _pretraining(
     return step, plan.flops[2] - plan.flops[1]
 
 
-def _segmenting(
-    config: TrialConfig, dataset: Dataset, device: torch.device
+def _segment_step(
+    config: TrialConfig, dataset: Dataset, context: Context
 ) -> tuple[Callable[[], Tensor], float]:
-    """(a step, its operations)."""
-    batch, size = config.segment.batch, dataset.size
-    context = idle_context(device)
+    """(the last step, in which all that learns does; its operations)."""
+    batch, size, device = config.segment.batch, dataset.size, context.device
     plan = segment.make_plan(config, dataset, context, batch)
     learner = segment.make_learner(config, 0, dataset, None, context, plan.steps)
     images = torch.randn(batch, dataset.channels, *size, device=device)
     labels = torch.randint(len(dataset.classes), (batch, *size), device=device)
     samples_B = torch.arange(batch, device=device)
+    last = plan.steps - 1
 
     def step() -> Tensor:
-        loss = segment.batch_loss(learner, images, labels, config, 0, context, 0, samples_B)
-        return update(learner, loss, plan, 0)
+        loss = segment.batch_loss(learner, images, labels, config, 0, context, last, samples_B)
+        return update(learner, loss, plan, last)
 
-    return step, plan.flops[1]
+    return step, plan.flops[-1] - plan.flops[-2]
 
 
 def idle_context(device: torch.device) -> Context:

@@ -81,7 +81,8 @@ def check_study(
         without = trivial.scores(dataset, dataset.rows("train"), patch, device, splits=["val"])
         _print_pairs("without an encoder, on val", _trivial_words(without))
     threads = max(1, int(spec.resources.cpus_per_worker))
-    measure = measurer(dataset, device, threads=threads)
+    recomputes = spec.resources.activation_checkpointing
+    measure = measurer(dataset, device, threads=threads, recomputes=recomputes)
     asked = requests.grown(spec, requests.expected(folder, spec))
     _print_pairs("plan", plan(asked, dataset, measure=measure).describe())
     if asked.budget.trials > spec.budget.trials:

@@ -11,9 +11,15 @@ import torch
 
 from study.commands.bench import cell_table
 from tests.terminal import call
-from tests.toy import discs, trial
-from trainables import bench, peers, speed
+from tests.toy import discs, recomputing, trial
+from trainables import (
+    bench,
+    peers,
+    speed,
+    torchvision_mended,  # noqa: F401  (timm imports torchvision)
+)
 from trainables.bench import DRAWN, REFERENCE, Cell, Contender, StepTime, bench_cell, summary
+from trainables.blocks import Block, ResidualBlock
 from trainables.cost import mae_flops, segment_flops
 from trainables.errors import UserError
 from trainables.mae import MAE, patchify
@@ -213,15 +219,24 @@ def test_speeds_are_the_operations_of_whole_steps_over_their_seconds(monkeypatch
     hidden = 8  # of 16 patches
     once = 4 * mae_flops(config, data.size, data.channels, hidden)["step"]
     assert found.pretrain == pytest.approx(once / 0.25)
-    bare = trial(segment__batch=2, segment__decoder_first=0.0)
-    once = segment_flops(bare, data.size, data.channels, len(data.classes), 1)[1]
+    # what is held at first learns in the step that is timed
+    whole = trial(segment__batch=2, segment__decoder_first=0.0)
+    once = segment_flops(whole, data.size, data.channels, len(data.classes), 1)[1]
     assert found.segment == pytest.approx(once / 0.25)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_steps_are_timed_with_the_blocks_of_the_study(monkeypatch, recomputes):
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    found = recomputing(monkeypatch)
+    speed.measurer(discs(12), CPU, threads=1, recomputes=recomputes)(trial())
+    assert found == {(Block, recomputes), (ResidualBlock, recomputes)}
 
 
 def test_an_arm_is_timed_once_however_long_it_trains(monkeypatch):
     timed = []
 
-    def measured(config, dataset, device):
+    def measured(config, dataset, context):
         timed.append(config)
         return speed.Speeds(1.0, None)
 
@@ -236,7 +251,7 @@ def test_an_arm_is_timed_once_however_long_it_trains(monkeypatch):
 def test_what_does_not_fit_is_timed_with_fewer_images(monkeypatch):
     batches = []
 
-    def measured(config, dataset, device):
+    def measured(config, dataset, context):
         batches.append((config.pretrain.batch, config.segment.batch))
         if config.pretrain.batch > 4:
             raise torch.OutOfMemoryError

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests import toy
 from trainables import checkpoint, distributed, phase, pretrain
-from trainables.blocks import Block, Recomputable
+from trainables.blocks import Block
 from trainables.config import ProbeConfig
 from trainables.data.batches import to_device
 from trainables.distributed import batch_slice
@@ -512,14 +512,7 @@ def test_a_batch_is_learnt_in_parts_as_it_is_whole(uninterrupted, tmp_path, monk
 
 
 def test_blocks_that_recompute_change_no_number(uninterrupted, tmp_path, monkeypatch):
-    recomputed = set()
-
-    def spied(block, *inputs, real=Recomputable.__call__):
-        if torch.is_grad_enabled():
-            recomputed.add((type(block), block.recomputes))
-        return real(block, *inputs)
-
-    monkeypatch.setattr(Recomputable, "__call__", spied)
+    recomputed = toy.recomputing(monkeypatch)
     diary = toy.Diary()
     assert run(tmp_path, diary, recomputes=True)[0] == "complete"
     assert recomputed == {(Block, True)}

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import toy
 from tests.trainables.test_store import source_of
 from trainables import checkpoint
-from trainables.blocks import Block, Recomputable, ResidualBlock
+from trainables.blocks import Block, ResidualBlock
 from trainables.checkpoint import Saved
 from trainables.config import TrialConfig
 from trainables.context import Context
@@ -291,14 +292,7 @@ def test_a_stopped_and_resumed_run_ends_bit_equal(tmp_path):
 
 def test_blocks_that_recompute_change_no_number(tmp_path, monkeypatch):
     _, expected, expected_tensors = run(tmp_path / "whole")
-    recomputed = set()
-
-    def spied(block, *inputs, real=Recomputable.__call__):
-        if torch.is_grad_enabled():
-            recomputed.add((type(block), block.recomputes))
-        return real(block, *inputs)
-
-    monkeypatch.setattr(Recomputable, "__call__", spied)
+    recomputed = toy.recomputing(monkeypatch)
     _, told, tensors = run(tmp_path / "sparing", recomputes=True)
     assert recomputed == {(Block, True), (ResidualBlock, True)}
     assert [values(rows) for rows in told] == [values(rows) for rows in expected]
