@@ -12,21 +12,23 @@ from collections.abc import Sequence
 from study.ledger import Outcome, Result
 from study.resume import is_infrastructure
 
-FIRST = 5  # trials of a driver that have to fail alike
+FIRST, ARMS = 5, 3  # trials of a driver that have to fail alike, and arms that they are of
 BAD = {Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED}
 
 
-def failing_alike(ended: Sequence[Result]) -> str | None:
-    """How all of the first trials have failed, in words; None: they have not, or not alike.
+def failing_alike(ended: Sequence[tuple[str, Result]]) -> str | None:
+    """How all trials so far have failed, in words; None: they have not, not alike, or are few.
 
-    `ended`: in the order in which they did. What the infrastructure did to them does not count.
+    `ended`: arms, and how their trials did. What the infrastructure did to them does not count.
     """
-    first = [result for result in ended if not is_infrastructure(result)][:FIRST]
-    kinds = {(result.outcome, _kind(result.error)) for result in first}
-    if len(first) < FIRST or len(kinds) > 1 or first[0].outcome not in BAD:
+    ours = [(arm, result) for arm, result in ended if not is_infrastructure(result)]
+    kinds = {(result.outcome, _kind(result.error)) for _, result in ours}
+    if len(ours) < FIRST or len({arm for arm, _ in ours}) < ARMS or len(kinds) > 1:
         return None
-    reason = _last_line(first[0].error)
-    return f"{first[0].outcome}" + (f" ({reason})" if reason else "")
+    _, first = ours[0]
+    reason = _last_line(first.error)
+    words = f"{first.outcome} ({reason})" if reason else str(first.outcome)
+    return words if first.outcome in BAD else None
 
 
 def _last_line(error: str | None) -> str:
