@@ -42,7 +42,7 @@ from study.resume import (
     num_pretrainings,
 )
 from study.spec import StudySpec
-from study.stopping import FEWEST, Rung, by_what, goes_on, rung_at
+from study.stopping import FEWEST_FINALS, Rung, best_foreteller, goes_on, rung_at
 from trainables.config import TrialConfig, arm_id, completed, trial_id
 from trainables.endings import Ending
 from trainables.fillings import Gain
@@ -71,7 +71,7 @@ class Conductor:
         self.results: dict[str, Result] = read_results(ledger.folder)
         self.running: dict[str, float] = {}  # trial -> when it was handed out
         self.is_exhausted = False
-        self.ended: list[Result] = []  # by this driver
+        self.ended: list[tuple[str, Result]] = []  # by this driver: an arm, and how a trial ended
         self.open_rungs: set[tuple[str, int]] = set()  # at which nothing foretells the objective
         self.gave_up: str | None = None  # how all of its first trials failed
         self.on_durable: Callable[[Suggestion, Result | None], None] = lambda trial, result: None
@@ -166,10 +166,7 @@ class Conductor:
         phase, progress = rows[-1]["phase"], float(rows[-1]["progress"])
         values = {f"{row['phase']}/{row['metric']}": row["value"] for row in rows}
         self.optuna.report(trial, progress, values)  # and so into self.measured
-        place = (self.spec, self.suggestions, self.measured, trial, phase, progress)
-        spared = requests.enqueued_arms(self.answers)
-        stop = not goes_on(*place, is_labelled=self.data.is_labelled, spared=spared)
-        self._say_where_nobody_is_stopped(rung_at(*place))
+        stop = self._stops(suggestion, phase, progress)
         if stop:
             kind = metric_of(f"{phase}/{STOPPED_HERE}")
             decision = {"metric": STOPPED_HERE, "goal": kind.goal, "unit": kind.unit, "value": 1.0}
@@ -212,7 +209,7 @@ class Conductor:
         self.ledger.finish(result)
         self.on_durable(suggestion, result)
         self.results[trial] = result
-        self.ended.append(result)
+        self.ended.append((suggestion.arm, result))
         self.optuna.tell(result)
         self.progress.best = self._best()
         gain = gains({trial: self.measured.get(trial, {})}).get(trial)
@@ -221,7 +218,7 @@ class Conductor:
             self.gave_up = breaker.failing_alike(self.ended)
             if self.gave_up is not None:
                 self.progress.say(
-                    f"gives up: the first {breaker.FIRST} trials have all failed alike, "
+                    f"gives up: the first {len(self.ended)} trials have all failed alike, "
                     f"{self.gave_up}. Mend what they share, then run the same command again: it "
                     f"goes on with other arms"
                 )
@@ -241,13 +238,29 @@ class Conductor:
         found = best_gain(gains(self.measured.copy()))
         return found and found[1]
 
+    def _stops(self, suggestion: Suggestion, phase: str, progress: float) -> bool:
+        """Whether a trial that has come to a rung is to stop there."""
+        stopping = self.spec.stopping
+        if stopping.name == "none":
+            return False
+        trial = suggestion.trial
+        rung = rung_at(self.spec, self.suggestions, self.measured, trial, phase, progress)
+        self._say_where_nobody_is_stopped(rung)
+        return not goes_on(
+            stopping,
+            rung,
+            suggestion,
+            first_seed=self.spec.seed,
+            is_labelled=self.data.is_labelled,
+            spared=requests.enqueued_arms(self.answers),
+        )
+
     def _say_where_nobody_is_stopped(self, rung: Rung) -> None:
         """Once, and again when it has changed in between."""
-        options = self.spec.stopping.options()
-        if "metric" not in options or len(rung.others) < FEWEST:
+        if len(rung.others) < FEWEST_FINALS:
             return
         place = (rung.phase, rung.number)
-        is_open = by_what(rung, options["metric"]) is None
+        is_open = best_foreteller(rung, self.spec.stopping.options()["metric"]) is None
         if is_open and place not in self.open_rungs:
             share = self.spec.rungs[rung.number]
             self.progress.say(

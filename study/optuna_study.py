@@ -33,7 +33,7 @@ from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value, value_at_rung
 from study.resume import is_infrastructure
 from study.samplers import NAMES, NUMBER, SAMPLERS, SEED, VALUES_ALONE, quasi_random, random
-from study.stopping import FEWEST, FORETELLERS
+from study.stopping import FEWEST_FINALS, FORETELLERS
 from trainables.config import TrialConfig, arm_id
 from trainables.metrics import PHASES, metric_of, parse, sign
 
@@ -291,7 +291,7 @@ def _give_values(trials: Sequence[FrozenTrial], goals: Sequence[str]) -> None:
             for other in complete
             if rung in other.intermediate_values
         ]
-        if each.user_attrs[FAILED] or len({early for early, _ in pairs}) < FEWEST:
+        if each.user_attrs[FAILED] or len({early for early, _ in pairs}) < FEWEST_FINALS:
             continue
         early, final = np.array(pairs).T
         slope, level = np.polyfit(early, final, 1)

@@ -22,9 +22,9 @@ from study import best
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured
 from study.optuna_study import OptunaStudy
-from study.resume import AskSampler, Continue, Start, next_step
+from study.resume import AskSampler, Start, next_step
 from study.spec import StudySpec
-from study.stopping import goes_on
+from study.stopping import goes_on, rung_at
 from trainables.config import arm_id
 
 Params = Mapping[str, Any]
@@ -154,7 +154,7 @@ class Ours:
             if proposal is None:
                 return None
             step = Start("search", proposal.config, step.seed, proposal.params, proposal.labels)
-        if isinstance(step, Continue) or not isinstance(step, Start):
+        if not isinstance(step, Start):
             return None
         suggestion = Suggestion(
             number=len(self.suggestions),
@@ -173,14 +173,10 @@ class Ours:
 
     def goes_on(self, task: Task, reading: Reading) -> bool:
         self.optuna.report(task.name, reading.progress, reading.values)
-        return goes_on(
-            self.spec,
-            self.suggestions,
-            self.measured,
-            task.name,
-            reading.phase,
-            reading.progress,
-        )
+        at = (task.name, reading.phase, reading.progress)
+        rung = rung_at(self.spec, self.suggestions, self.measured, *at)
+        suggestion = self.suggestions[int(task.name)]
+        return goes_on(self.spec.stopping, rung, suggestion, first_seed=self.spec.seed)
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         self.running.discard(task.name)
@@ -190,6 +186,7 @@ class Ours:
 
     def incumbent(self) -> Params | None:
         found = best.of_study(self.spec, self.suggestions, self.results, self.measured)
-        arm = best.best([*found])
-        leader = arm.arm if arm else (found[0].arm if found else None)
-        return next((each.params for each in self.suggestions if each.arm == leader), None)
+        leader = best.best(found) or next(iter(found), None)
+        if leader is None:
+            return None
+        return next(each.params for each in self.suggestions if each.arm == leader.arm)

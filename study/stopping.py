@@ -1,9 +1,9 @@
 """Whether a trial goes on after a rung. Pure functions of measured values; no clocks, no memory.
 
 To add a rule, write a function of a `Rung` with keyword-only options that returns True to go on,
-and add it to STOPPERS. One with an option `metric` asks `by_what` for the metric that counts at
-this rung. Whoever did not measure it, or has no rivals, goes on; and so does whoever is better than
-one that goes on.
+and add it to STOPPERS. One with an option `metric` asks `best_foreteller` for the metric that
+counts at this rung. Whoever did not measure it, or has no rivals, goes on; and so does whoever is
+better than one that goes on.
 
 A metric that does not foretell the objective stops the wrong arms. So how well it does is measured
 while the study runs, on the trials that came to their ends, and where it is too little nobody is
@@ -28,10 +28,10 @@ from trainables.named import Choice
 
 # Tried in this order where nothing is said; the objective itself comes first in its own phase
 FORETELLERS = (PSNR, "pretrain/probe_ssim", "pretrain/dense_miou")
-AS_TRIALS = 6  # what is believed of a correlation before it is known counts like so many
-PROXY = 0.7  # that of another metric than the objective itself, beside the objective's
-LEAST = 0.4  # correlation with the objective from which on a metric may stop anybody
-FEWEST = 3  # trials of which a correlation is computed
+BELIEF_TRIALS = 6  # what is believed of a correlation before it is known counts like so many
+PROXY_BELIEF = 0.7  # that of another metric than the objective, beside the objective's
+LEAST_CORRELATION = 0.4  # with the objective, from which on a metric may stop anybody
+FEWEST_FINALS = 3  # trials of which a correlation is computed
 
 Reduction = Annotated[
     Annotated[int, Field(ge=2)] | None,
@@ -150,7 +150,7 @@ def patience(
     rung: Rung, *, metric: str | None = None, rungs: Annotated[int, Field(ge=1)] = 2
 ) -> bool:
     """A trial that has not become better for so many rungs of a phase is stopped."""
-    found = by_what(rung, metric)
+    found = best_foreteller(rung, metric)
     if found is None:
         return True
     turned = sign(metric_of(found.metric).goal)
@@ -161,7 +161,7 @@ def patience(
     return len(curve) <= rungs or max(curve[-rungs:]) > max(curve[:-rungs])
 
 
-def by_what(rung: Rung, metric: str | None = None) -> Foreteller | None:
+def best_foreteller(rung: Rung, metric: str | None = None) -> Foreteller | None:
     """The metric that counts at a rung, by default the best foreteller; None: none is good enough.
 
     Of another phase than the given metric's, the objective counts if it is measured there.
@@ -174,7 +174,7 @@ def by_what(rung: Rung, metric: str | None = None) -> Foreteller | None:
     known = dict.fromkeys(name for name in of_phase if name in rung.own.values)
     found = [Foreteller(name, _correlation(rung, name)) for name in known]
     best = max(found, key=lambda each: each.correlation, default=None)
-    return best if best is not None and best.correlation >= LEAST else None
+    return best if best is not None and best.correlation >= LEAST_CORRELATION else None
 
 
 class Staged(Protocol):
@@ -199,31 +199,24 @@ class Aim(Protocol):
 
 
 def goes_on(
-    study: Staged,
-    suggestions: Sequence[Suggestion],
-    measured: Measured,
-    trial: str,
-    phase: str,
-    progress: float,
+    stopping: Choice,
+    rung: Rung,
+    suggestion: Suggestion,
     *,
+    first_seed: int,
     is_labelled: bool = True,
     spared: Collection[str] = (),
 ) -> bool:
-    """Whether `trial`, whose values at this rung are in `measured`, goes on.
+    """Whether a trial that has come to a rung goes on, by a rule and its options.
 
     Only searched arms are ever stopped, but those that a person asked for (`spared`), and only by
-    their first seed: an arm is stopped or goes on as one. At a trial's end nobody is. They are
-    compared with searched and control trials of the same seed.
+    their first seed: an arm is stopped or goes on as one. At a trial's end nobody is.
     """
-    rung = rung_at(study, suggestions, measured, trial, phase, progress)
-    suggestion = next(each for each in suggestions if each.trial == trial)
-    is_first = suggestion.seed == min(
-        each.seed for each in suggestions if each.arm == suggestion.arm
-    )
-    is_over = rung.number == rung.count - 1 and (phase == PHASES[-1] or not is_labelled)
-    if suggestion.origin != "search" or suggestion.arm in spared or not is_first or is_over:
+    is_end = rung.number == rung.count - 1 and (rung.phase == PHASES[-1] or not is_labelled)
+    is_judged = suggestion.origin == "search" and suggestion.seed == first_seed
+    if is_end or not is_judged or suggestion.arm in spared:
         return True
-    return STOPPERS[study.stopping.name](rung, **study.stopping.options())
+    return STOPPERS[stopping.name](rung, **stopping.options())
 
 
 def rung_at(
@@ -234,7 +227,7 @@ def rung_at(
     phase: str,
     progress: float,
 ) -> Rung:
-    """A trial's arrival, and who was there before."""
+    """A trial's arrival, and which searched and control trials of its seed were there before."""
     number = rung_of(progress, study.rungs)
     objective = study.objectives[0].metric
     arms: dict[str, int] = {}
@@ -272,7 +265,7 @@ def rung_at(
 
 
 def _judged(rung: Rung, metric: str | None) -> _Judged | None:
-    found = by_what(rung, metric)
+    found = best_foreteller(rung, metric)
     if found is None:
         return None
     turned = sign(metric_of(found.metric).goal)
@@ -296,11 +289,11 @@ def _correlation(rung: Rung, metric: str) -> float:
         if other.final is not None and metric in other.values
     ]
     finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
-    believed = math.sqrt(rung.progress) * (1.0 if metric == rung.objective else PROXY)
-    if len(finite) < FEWEST:
+    believed = math.sqrt(rung.progress) * (1.0 if metric == rung.objective else PROXY_BELIEF)
+    if len(finite) < FEWEST_FINALS:
         return believed
     measured = rank_correlation(*zip(*finite, strict=True))
-    return (AS_TRIALS * believed + len(finite) * measured) / (AS_TRIALS + len(finite))
+    return (BELIEF_TRIALS * believed + len(finite) * measured) / (BELIEF_TRIALS + len(finite))
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

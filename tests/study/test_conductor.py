@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from study import requests
+from study.commands.run import conclude
 from study.conductor import Conductor, DataView
 from study.environment import DEFAULTS
 from study.folder import StudyFolder
@@ -244,6 +245,7 @@ def test_a_study_whose_first_trials_all_fail_alike_ends_and_can_go_on(
     conductor.done(running, Ending.COMPLETE, None)
     assert isinstance(conductor.next(), Finished)
     assert conductor.gave_up == "out-of-memory"
+    assert conclude(conductor, conductor.ledger.folder, None) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "gives up: the first 5 trials have all failed alike, out-of-memory" in said
     resumed = Conductor(spec, conductor.ledger, DATA)

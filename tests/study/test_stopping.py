@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from study import stopping
 from study.ledger import Suggestion
 from study.loading import parse_spec
 from study.measured import collect, final_value, rung_of, value_at_rung
@@ -19,8 +20,7 @@ from study.stopping import (
     Arrival,
     Foreteller,
     Rung,
-    by_what,
-    goes_on,
+    best_foreteller,
     halving,
     hyperband,
     median,
@@ -195,29 +195,29 @@ def foretold(pairs, metric=PSNR, **more):
 
 def test_a_metric_that_proves_to_foretell_nothing_stops_nobody():
     turned = [(float(number), -float(number)) for number in range(8)]
-    assert by_what(foretold(turned)) is None
+    assert best_foreteller(foretold(turned)) is None
     assert halving(foretold(turned))
     straight = [(value, -final) for value, final in turned]
     # what is believed counts like six, and eight agree
-    believed = 0.7 * math.sqrt(0.5)
-    assert by_what(foretold(straight)) == Foreteller(PSNR, pytest.approx((6 * believed + 8) / 14))
+    likely = (6 * 0.7 * math.sqrt(0.5) + 8) / 14
+    assert best_foreteller(foretold(straight)) == Foreteller(PSNR, pytest.approx(likely))
     assert not halving(foretold(straight))
 
 
 def test_until_it_is_known_a_metric_is_believed_the_more_the_further_trials_have_come():
     for pairs in ([], [(1.0, -1.0), (2.0, -2.0)], [(1.0, None)] * 9, [(1.0, math.nan)] * 9):
-        found = by_what(foretold(pairs, progress=0.64))
+        found = best_foreteller(foretold(pairs, progress=0.64))
         assert found == Foreteller(PSNR, pytest.approx(0.7 * 0.8))
-        assert by_what(foretold(pairs, progress=0.25)) is None  # .35
+        assert best_foreteller(foretold(pairs, progress=0.25)) is None  # .35
     own = Arrival(0, {MIOU: 0.5})
     early, late = (Rung(own, [], MIOU, "segment", progress=at) for at in (0.125, 0.25))
-    assert by_what(early) is None and by_what(late) == Foreteller(MIOU, 0.5)
+    assert best_foreteller(early) is None and best_foreteller(late) == Foreteller(MIOU, 0.5)
 
 
 def test_an_early_rung_that_proves_to_foretell_counts():
     straight = [(float(number), float(number)) for number in range(8)]
-    assert by_what(foretold([], progress=1 / 16)) is None
-    assert by_what(foretold(straight, progress=1 / 16)).metric == PSNR
+    assert best_foreteller(foretold([], progress=1 / 16)) is None
+    assert best_foreteller(foretold(straight, progress=1 / 16)).metric == PSNR
 
 
 def test_the_metric_that_foretells_best_counts():
@@ -228,17 +228,17 @@ def test_the_metric_that_foretells_best_counts():
         for number in range(9)
     ]
     own = Arrival(9, {PSNR: 0.0, dense: 0.0})
-    assert by_what(Rung(own, others, MIOU)).metric == dense
-    assert by_what(Rung(own, others[:2], MIOU)).metric == PSNR
+    assert best_foreteller(Rung(own, others, MIOU)).metric == dense
+    assert best_foreteller(Rung(own, others[:2], MIOU)).metric == PSNR
 
 
 def test_of_another_phase_than_the_given_metrics_the_objective_counts():
     both = {PSNR: 1.0, MIOU: 0.5}
     own = Arrival(0, both)
-    assert by_what(Rung(own, [], MIOU, "segment"), PSNR).metric == MIOU
-    assert by_what(Rung(own, [], MIOU, "pretrain"), PSNR).metric == PSNR
-    assert by_what(Rung(own, [], PSNR, "segment"), PSNR) is None
-    assert by_what(Rung(own, [], PSNR, "pretrain")).metric == PSNR
+    assert best_foreteller(Rung(own, [], MIOU, "segment"), PSNR).metric == MIOU
+    assert best_foreteller(Rung(own, [], MIOU, "pretrain"), PSNR).metric == PSNR
+    assert best_foreteller(Rung(own, [], PSNR, "segment"), PSNR) is None
+    assert best_foreteller(Rung(own, [], PSNR, "pretrain")).metric == PSNR
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -270,6 +270,12 @@ stopping: {stopping}
 
 def suggestion(trial, seed=0, origin="search", arm=None):
     return Suggestion(0, trial, arm or f"arm-{trial}", seed, origin, {}, {}, {})
+
+
+def goes_on(spec, suggestions, measured, trial, phase, progress, **more):
+    rung = rung_at(spec, suggestions, measured, trial, phase, progress)
+    own = next(each for each in suggestions if each.trial == trial)
+    return stopping.goes_on(spec.stopping, rung, own, first_seed=spec.seed, **more)
 
 
 def row(trial, value, progress=0.25, phase="pretrain", metric="probe_psnr"):
