@@ -9,26 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from study import landscapes, tables
-from study.replay import Landscape, Ours, Point, Searcher, play, regret_at
+from study.replay import Landscape, Ours, Searcher, play, regret_at
 from study.rivals import RIVALS
 from study.samplers import SAMPLERS
 from study.spec import Sampler, Stopper
 from study.stopping import STOPPERS
 from trainables.errors import UserError
 from trainables.late import Late
+from trainables.metrics import MIOU, PSNR
 
 stats = Late("scipy.stats")
 
 LOOKS = (5.0, 10.0, 20.0, 40.0)  # at the compute of so many average full trials
 REFERENCE = "ray"
-OBJECTIVES = ("segment/miou", "pretrain/probe_psnr")  # of a recorded table
+OBJECTIVES = (MIOU, PSNR)  # of a recorded table
 EVERY = 0.25  # full trials, of the curves
 
 
@@ -74,7 +74,7 @@ def contest(
                     known[number] = landscape(name, number)
                 searcher = begin(known[number], number)
                 points = play(searcher, known[number], runs=runs, workers=workers, noise=number)
-                regrets.append(_on_grid(points, grid))
+                regrets.append([regret_at(points, spent) for spent in grid])
             yield Curve(name, contender, grid, np.array(regrets))
 
 
@@ -83,7 +83,7 @@ def landscape(name: str, number: int) -> Landscape:
     if name in landscapes.TRAPS:
         return landscapes.TRAPS[name](number)
     table, _, metric = name.partition(":")
-    return landscapes.recorded(table, metric or "segment/miou")
+    return landscapes.recorded(table, metric)
 
 
 def all_landscapes() -> list[str]:
@@ -117,7 +117,3 @@ def difference(curve: Curve, other: Curve, runs: float) -> tuple[float, float, f
         return mean, float("nan"), float("nan")
     half = stats.t.ppf(0.975, count - 1) * paired.std(ddof=1) / count**0.5
     return mean, mean - half, mean + half
-
-
-def _on_grid(points: Sequence[Point], grid: Sequence[float]) -> list[float]:
-    return list(map(partial(regret_at, points), grid))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -17,48 +17,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from study import space, tables
 from study.ledger import Outcome
 from study.loading import load_spec, parse_spec
 from study.replay import Landscape, Params, Reading
+from study.samplers import value_at
 from study.spec import StudySpec
-from trainables.metrics import PHASES
+from trainables.metrics import MIOU, PHASES, PSNR
 
 Floats = npt.NDArray[np.float64]
+Curve = Callable[[float, float, random.Random], float]  # of (quality, progress, luck)
 RANDOM_ARMS = 400  # by which a random arm is judged
 
 
-class _Drawn:
-    """Draws parameters by chance, as Optuna's random sampler does."""
+class _Chance:
+    """Draws parameters by chance; Optuna's own random sampler takes a study for that."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self.chance.choice(choices)
+        return value_at(CategoricalDistribution(choices), self.chance.random())
 
-    def suggest_int(
-        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
-    ) -> int:
-        return self.chance.randrange(low, high + 1, step)
+    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
+        return int(value_at(IntDistribution(low, high, **options), self.chance.random()))
 
-    def suggest_float(
-        self,
-        name: str,
-        low: float,
-        high: float,
-        *,
-        step: float | None = None,
-        log: bool = False,
-    ) -> float:
-        if log:
-            return math.exp(self.chance.uniform(math.log(low), math.log(high)))
-        return self.chance.uniform(low, high)
+    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
+        return float(value_at(FloatDistribution(low, high, **options), self.chance.random()))
 
 
 def random_arms(spec: StudySpec, number: int, seed: int = 0) -> list[Params]:
-    ask = _Drawn(seed)
+    ask = _Chance(seed)
     return [space.draw(spec.search, ask).params for _ in range(number)]
 
 
@@ -90,8 +81,8 @@ def of_table(rows: pd.DataFrame, whole: StudySpec, objective: str, name: str) ->
 def _landscape(
     name: str,
     spec: StudySpec,
-    readings: Any,
-    truth: Any,
+    readings: Callable[[Params, int], list[Reading]],
+    truth: Callable[[Params], float],
     arms: Sequence[Params],
 ) -> Landscape:
     chance = random_arms(spec, RANDOM_ARMS)
@@ -115,7 +106,7 @@ class _Records:
         names = self.names = list(known)
         self.is_log = {name: parameter.item.log for name, parameter in known.items()}
         self.seeds = sorted(rows.seed.unique().tolist())
-        self.metrics = [m for m in tables.METRICS if m in rows and m not in ("device_seconds",)]
+        self.metrics = [m for m in tables.METRICS if m in rows and m != "device_seconds"]
         self.levels = {
             name: sorted(rows[name].dropna().unique().tolist())
             for name in names
@@ -209,7 +200,7 @@ def crossing(instance: int) -> Landscape:
         half = 0.1 + 0.25 / (1 + math.exp(-2 * quality))  # of the gain is made by then
         return (quality + 4) * progress / (progress + half) * (1 + half)
 
-    return _made("crossing", instance, "pretrain/probe_psnr", curve)
+    return _made("crossing", instance, PSNR, curve)
 
 
 def misleading(instance: int) -> Landscape:
@@ -218,7 +209,7 @@ def misleading(instance: int) -> Landscape:
     def curve(quality: float, progress: float, chance: random.Random) -> float:
         return chance.gauss(0, 1) + 4 * progress / (progress + 0.2)
 
-    return _made("misleading", instance, "segment/miou", curve)
+    return _made("misleading", instance, MIOU, curve)
 
 
 def dead(instance: int) -> Landscape:
@@ -227,14 +218,14 @@ def dead(instance: int) -> Landscape:
     def curve(quality: float, progress: float, _: random.Random) -> float:
         return (quality + 4) * progress / (progress + 0.2) * 1.2
 
-    return _made("dead", instance, "pretrain/probe_psnr", curve, dead_patch=4)
+    return _made("dead", instance, PSNR, curve, dead_patch=4)
 
 
 TRAPS = {"crossing": crossing, "misleading": misleading, "dead": dead}
 
 
 def _made(
-    name: str, instance: int, objective: str, curve: Any, dead_patch: int | None = None
+    name: str, instance: int, objective: str, curve: Curve, dead_patch: int | None = None
 ) -> Landscape:
     spec = parse_spec(
         SPACE.format(name=name, objective=objective), Path(), where=f"landscape {name}"
@@ -271,7 +262,7 @@ def _made(
                     value += (whole + 4) * rung / (rung + 0.2) * 1.2
                 else:
                     value += curve(whole, rung, random.Random(luck + 1))
-                metric = "segment/miou" if phase == "segment" else "pretrain/probe_psnr"
+                metric = MIOU if phase == "segment" else PSNR
                 cost = (rung - before) * COST[patch]
                 found.append(Reading(phase, rung, cost, {metric: value}))
                 before = rung

@@ -113,7 +113,7 @@ class _Sobol(BaseSampler):  # type: ignore[misc]
     ) -> Any:
         names, number, seed = (study.user_attrs[key] for key in (NAMES, NUMBER, SEED))
         share = _sobol_point(len(names), number, seed)[names.index(param_name)]
-        return _at(param_distribution, share)
+        return value_at(param_distribution, share)
 
 
 @lru_cache(maxsize=8)
@@ -124,7 +124,7 @@ def _sobol_point(dimensions: int, number: int, seed: int) -> tuple[float, ...]:
         return tuple(points.random(number + 1)[-1].tolist())
 
 
-def _at(distribution: BaseDistribution, share: float) -> Any:
+def value_at(distribution: BaseDistribution, share: float) -> Any:
     """The value below which that share of a distribution lies."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[

@@ -25,7 +25,7 @@ from study.rivals import RIVALS
 from trainables import durable
 from trainables.errors import UserError
 
-CONTENDERS = (*RIVALS, "random+none", "tpe+none", "tpe+halving", "tpe+median", "gp+none")
+CONTENDERS = (*RIVALS, "random+none", "tpe+none", "tpe+halving", "tpe+hyperband")
 
 
 def bench_search(
