@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from analysis.tables import (
     by_size,
     trivial_scores,
 )
+from study.best import Stage
 from study.gain import best_gain, in_words, warning
 from trainables.metrics import MIOU, on_test
 
@@ -125,14 +127,24 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
         return (
             f"One seed: no interval. The difference ({gap}) may be chance, and the best of many "
             f"single runs looks better than it is. To know, run the study with "
-            f"`confirm: {{arms: 3, seeds: 5}}` or with `seeds: 3` and more."
+            f"`confirm: {{arms: 3, seeds: 2, verdict: 10}}` or with `seeds: 3` and more."
         )
     interval = f"{gap}, 95 % interval {goal.show(verdict['low'], signed=True)} to "
     interval += goal.show(verdict["high"], signed=True)
     how = f"{verdict['n']} {'seeds, paired' if verdict['paired'] else 'seeds or more, unpaired'}"
+    if math.isnan(verdict["p_holm"]):
+        return (
+            f"The difference is {interval} ({how}). Nothing is claimed of it yet: the study's "
+            f"claims rest on fresh seeds, and this arm has not got all of them."
+        )
     fresh = ""
-    if (tables.suggestions["origin"] == "confirm").any():
+    if tables.last_stage is Stage.VERDICT:
+        fresh = " on fresh seeds, by which nothing was chosen"
+    elif tables.last_stage is Stage.CONFIRM:
         fresh = " on fresh seeds, without the trial that made the arm stand out"
+        found = [one for one in tables.standings(goal) if one.group == "search"]
+        if sum(one.stage is Stage.CONFIRM for one in found) > 1:
+            fresh += "; it is the best of several on these seeds, so expect somewhat less on others"
     elif len(tables.arms) > 2:
         fresh = "; the same seeds chose the arm among many, so expect somewhat less on new ones"
     if is_beyond_chance(verdict):

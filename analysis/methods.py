@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.statistics import FEWEST_SEEDS
+from analysis.statistics import FEWEST_POOLED, FEWEST_SEEDS, POOL_MARGIN
 from analysis.tables import StudyTables, parts_of
 from analysis.theme import plain
 from trainables.metrics import PSNR, known
@@ -70,10 +70,13 @@ def methods(tables: StudyTables) -> list[str]:
         *(of_trivial if any(metric.is_trivial for metric in metrics) else []),
         *(of_volumes if has_volumes else []),
         "Intervals are 95 % Student t intervals over seeds; differences are paired by seed where "
-        "two or more seeds are common, else Welch's. p values are Holm-adjusted over all arms "
-        f"compared with the control. A difference is called shown with {FEWEST_SEEDS} or more "
-        "seeds, an interval that leaves out zero, and an adjusted p below 0.05. Once an arm is "
-        "confirmed with fresh seeds, the trials that made it stand out no longer count for it.",
+        f"two or more seeds are common, else Welch's. Where {FEWEST_POOLED} or more arms share "
+        "their seeds with the control, what a seed does to all of them alike is taken out, and an "
+        f"arm's variance is {POOL_MARGIN:g} times the mean of all arms', or its own where that is "
+        "larger. p values are Holm-adjusted over all arms that are tested against the control. A "
+        f"difference is called shown with {FEWEST_SEEDS} or more seeds, an interval that leaves "
+        "out zero, and an adjusted p below 0.05. Once an arm has fresh seeds, the trials that made "
+        "it stand out no longer count for it, and arms that have none are not tested.",
         "Stopped trials are compared with others at their rung only. They have no final score, "
         "are never ranked, and are never on a Pareto front. Planned FLOPs are those of the whole "
         "budget.",

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.theme import plain
-from study.best import Final, Standing, group_of, of_file
+from study.best import STAGES, Final, Stage, Standing, group_of, of_file
 from study.folder import StudyFolder
 from study.gain import OF_GAIN, gains
 from study.ledger import (
@@ -161,6 +161,14 @@ class StudyTables:
         """Trial -> how much better its encoder fills in hidden pixels than trivial fillings."""
         return gains(measure(self.rows[self.rows["metric"].isin(OF_GAIN)]))
 
+    @property
+    def last_stage(self) -> Stage:
+        """Of the study file: what is said of an arm rests on the seeds that it gets there."""
+        confirm = _child(self.spec, "confirm")
+        if confirm.get("verdict"):
+            return Stage.VERDICT
+        return Stage.CONFIRM if confirm else Stage.SEARCH
+
     def standings(self, measure: Measure) -> list[Standing]:
         """The arms by a metric, best first."""
         found = final(self)
@@ -267,19 +275,18 @@ def final(tables: StudyTables) -> pd.DataFrame:
 def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None) -> pd.DataFrame:
     """arm, seed, trial, value of one metric: the values that may speak for an arm.
 
-    Once an arm was confirmed with fresh seeds, the trials that made it stand out are left out: they
-    were picked for being high. The controls were not picked, so all their seeds count.
+    Those of its last stage (study/best.py): the trials that made an arm stand out are left out once
+    it has fresh seeds. The controls were not picked, so all their seeds count.
     """
     finals = final(tables) if finals is None else finals
     if key not in finals:
-        return pd.DataFrame(columns=["arm", "seed", "trial", "value", "fresh"])
+        return pd.DataFrame(columns=["arm", "seed", "trial", "value"])
     found = finals[["arm", "seed", "origin", key]].dropna(subset=[key]).reset_index()
     found = found.rename(columns={key: "value"})
-    found["fresh"] = found["origin"] == "confirm"
-    confirmed = set(found.loc[found["fresh"], "arm"])
-    groups = found["arm"].map(tables.arms["group"])
-    picked = found["arm"].isin(confirmed) & ~found["fresh"] & (groups == "search")
-    return found.loc[~picked, ["arm", "seed", "trial", "value", "fresh"]].reset_index(drop=True)
+    stages = found["origin"].map(lambda origin: STAGES.get(origin, Stage.SEARCH))
+    is_last = stages == stages.groupby(found["arm"]).transform("max")
+    is_control = found["arm"].map(tables.arms["group"]) != "search"
+    return found.loc[is_last | is_control, ["arm", "seed", "trial", "value"]].reset_index(drop=True)
 
 
 def trivial_scores(tables: StudyTables) -> list[tuple[Measure, float]]:

@@ -3,8 +3,10 @@ for what is confirmed.
 
 An arm is judged by the first objective at the end of its complete trials, the mean over its seeds.
 Arms that were confirmed with fresh seeds stand first, and on those seeds alone: the trials that
-made them stand out were picked for being high. Arms that lack a seed come after those that have
-all. The best arm is a searched one; a control that is ahead of it is said beside it.
+made them stand out were picked for being high. First of all stands the one that was picked among
+the confirmed, on the seeds of its verdict alone, for the same reason. Arms that lack a seed come
+after those that have all. The best arm is a searched one; a control that is ahead of it is said
+beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
     from study.spec import Objective, StudySpec
 
 Group = Literal["search", "control", "random-init", "frozen"]
-CONFIRM = "confirm"  # the origin of trials with fresh seeds
+CONFIRM, VERDICT = "confirm", "verdict"  # the origins of trials with fresh seeds
+FRESH = (CONFIRM, VERDICT)
 
 IN_WORDS: dict[Group, str] = {
     "search": "searched",
@@ -31,6 +35,17 @@ IN_WORDS: dict[Group, str] = {
     "random-init": "random weights",
     "frozen": "the frozen encoder",
 }
+
+
+class Stage(IntEnum):
+    """How far an arm has come; the values of the last stage it reached speak for it."""
+
+    SEARCH = 0
+    CONFIRM = 1
+    VERDICT = 2
+
+
+STAGES = {CONFIRM: Stage.CONFIRM, VERDICT: Stage.VERDICT}  # of trials of other origins: SEARCH
 
 
 class Final(NamedTuple):
@@ -49,12 +64,17 @@ class Standing:
     arm: str
     group: Group
     values: dict[int, float]  # seed -> value, those that speak for the arm
-    is_confirmed: bool  # with fresh seeds
-    is_whole: bool  # it has all of them: the study's, or those that confirm
+    stage: Stage
+    is_whole: bool  # it has all seeds of its stage
 
     @property
     def mean(self) -> float:
         return fmean(self.values.values())
+
+    @property
+    def is_confirmed(self) -> bool:
+        """With fresh seeds."""
+        return self.stage > Stage.SEARCH
 
 
 @dataclass(frozen=True)
@@ -93,26 +113,36 @@ def finals(
 
 
 def standings(
-    trials: Iterable[Final], goal: str, *, seeds: int, confirm_seeds: int
+    trials: Iterable[Final], goal: str, *, seeds: int, confirm_seeds: int, verdict_seeds: int = 0
 ) -> list[Standing]:
-    """Every arm that has a value, best first; of equals the older one."""
+    """Every arm that has a value, best first; of equals the older one.
+
+    The seeds are those that an arm gets in each stage.
+    """
+    planned = {
+        Stage.SEARCH: seeds,
+        Stage.CONFIRM: confirm_seeds,
+        Stage.VERDICT: verdict_seeds,
+    }
     origins: dict[str, str] = {}
-    searched: dict[str, dict[int, float]] = {}
-    fresh: dict[str, dict[int, float]] = {}
+    values: dict[str, dict[Stage, dict[int, float]]] = {}
     for arm, origin, seed, value in trials:
         origins.setdefault(arm, origin)
         if value is not None:
-            (fresh if origin == CONFIRM else searched).setdefault(arm, {})[seed] = value
+            of_stage = values.setdefault(arm, {})
+            of_stage.setdefault(STAGES.get(origin, Stage.SEARCH), {})[seed] = value
     found = []
-    for arm, origin in origins.items():
-        group, own = group_of(origin), fresh.get(arm, {})
-        # the controls were not picked, so all their seeds count
-        values = own if own and group == "search" else searched.get(arm, {}) | own
-        if values:
-            is_whole = len(own) >= confirm_seeds if own else len(values) >= seeds
-            found.append(Standing(arm, group, values, bool(own), is_whole))
+    for arm, of_stage in values.items():
+        group, stage = group_of(origins[arm]), max(of_stage)
+        own = of_stage[stage]
+        is_whole = len(own) >= planned[stage]
+        if group != "search":  # the controls were not picked, so all their seeds count
+            own = {seed: value for part in of_stage.values() for seed, value in part.items()}
+        found.append(Standing(arm, group, own, stage, is_whole))
+    places = {arm: place for place, arm in enumerate(origins)}
     return sorted(
-        found, key=lambda one: (not one.is_confirmed, not one.is_whole, -sign(goal) * one.mean)
+        found,
+        key=lambda one: (-one.stage, not one.is_whole, -sign(goal) * one.mean, places[one.arm]),
     )
 
 
@@ -126,16 +156,25 @@ def of_study(
     """The standings by an objective, by default the first."""
     objective = objective or spec.objectives[0]
     trials = finals(suggestions, results, measured, objective.metric)
-    confirm_seeds = spec.confirm.seeds if spec.confirm else 0
-    return standings(trials, objective.goal, seeds=spec.seeds, confirm_seeds=confirm_seeds)
+    confirm = spec.confirm
+    return standings(
+        trials,
+        objective.goal,
+        seeds=spec.seeds,
+        confirm_seeds=confirm.seeds if confirm else 0,
+        verdict_seeds=(confirm and confirm.verdict) or 0,
+    )
 
 
 def of_file(trials: Iterable[Final], goal: str, settings: Mapping[str, Any]) -> list[Standing]:
     """The standings in a study whose file, as it was read, may be anybody's."""
     confirm = settings.get("confirm")
-    asked = [settings.get("seeds"), confirm.get("seeds") if isinstance(confirm, dict) else None]
-    seeds, confirm_seeds = (each if type(each) is int else 1 for each in asked)
-    return standings(trials, goal, seeds=seeds, confirm_seeds=confirm_seeds)
+    confirm = confirm if isinstance(confirm, dict) else {}
+    asked = [settings.get("seeds"), confirm.get("seeds"), confirm.get("verdict")]
+    seeds, confirm_seeds, verdict_seeds = (each if type(each) is int else 1 for each in asked)
+    return standings(
+        trials, goal, seeds=seeds, confirm_seeds=confirm_seeds, verdict_seeds=verdict_seeds
+    )
 
 
 def best(found: Iterable[Standing]) -> Standing | None:
@@ -173,9 +212,34 @@ def to_confirm(
     measured: Measured,
 ) -> list[str]:
     """Searched arms that measured the first objective in every seed, the best mean first."""
-    picking = [each for each in suggestions if each.origin != CONFIRM]
+    picking = [each for each in suggestions if each.origin not in FRESH]
     found = of_study(spec, picking, results, measured)
     return [one.arm for one in found if one.group == "search" and one.is_whole]
+
+
+def to_judge(
+    spec: StudySpec,
+    suggestions: Iterable[Suggestion],
+    results: Mapping[str, Result],
+    measured: Measured,
+) -> str | None:
+    """The best of the arms that have all seeds of their confirmation, by all values so far.
+
+    Those that made it stand out count here, for among arms that were picked alike the mean of all
+    ranks best; whatever is said of it rests on the seeds of its verdict. None: there is none.
+    """
+    suggestions, objective = list(suggestions), spec.objectives[0]
+    assert spec.confirm is not None
+    candidates = to_confirm(spec, suggestions, results, measured)[: spec.confirm.arms]
+    values: dict[str, list[float]] = {arm: [] for arm in candidates}
+    num_fresh = dict.fromkeys(candidates, 0)
+    for arm, origin, _, value in finals(suggestions, results, measured, objective.metric):
+        if arm in values and origin != VERDICT and value is not None:
+            values[arm].append(value)
+            num_fresh[arm] += origin == CONFIRM
+    whole = [arm for arm in candidates if num_fresh[arm] == spec.confirm.seeds]
+    turned = sign(objective.goal)
+    return max(whole, key=lambda arm: turned * fmean(values[arm]), default=None)
 
 
 def best_encoder(

@@ -27,7 +27,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from study import space
-from study.best import CONFIRM
+from study.best import FRESH
 from study.breaker import BAD
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value, value_at_rung
@@ -136,7 +136,7 @@ class OptunaStudy:
         )
         arms: dict[str, list[Suggestion]] = {}
         for suggestion in self._suggestions:
-            if suggestion.params and suggestion.origin != CONFIRM:
+            if suggestion.params and suggestion.origin not in FRESH:
                 arms.setdefault(suggestion.arm, []).append(suggestion)
         found = [frozen for trials in arms.values() if (frozen := self._frozen(trials))]
         if self.spec.sampler.name in VALUES_ALONE:

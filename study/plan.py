@@ -17,7 +17,7 @@ import torch
 from cluster.placement import Room, WorkerGroup, num_groups, worker_group
 from study import space
 from study.fit import DataSize, data_size
-from study.resume import num_pretrainings
+from study.resume import num_fresh, num_pretrainings
 from trainables import cost
 from trainables.config import TrialConfig, arm_id, num_steps
 from trainables.edges import Edges, grid_of, in_words
@@ -125,8 +125,8 @@ def plan(
     grid_arms = _count_grid(spec) if spec.sampler.name == "grid" and spec.search else None
     searched_trials = room if grid_arms is None else min(room, grid_arms * spec.seeds)
     num_searched = math.ceil(searched_trials / spec.seeds)
-    num_best = min(spec.confirm.arms, num_searched) + 1 if spec.confirm else 0
-    confirmations = num_best * spec.confirm.seeds if spec.confirm else 0
+    num_best = min(spec.confirm.arms, num_searched) if spec.confirm else 0
+    confirmations = num_fresh(spec, num_best, is_labelled=bool(data.classes))
 
     control = arm_cost(spec.trial, data, spec.resources)
     arms = _some_arms(spec) or [spec.trial]
@@ -142,9 +142,10 @@ def plan(
         segmenting += fmean(one.segment for one in of_others) * others
         if shared is not None:
             return Phases(of_control.pretrain * shared, segmenting)
-        random_weights = spec.seeds * (bool(data.classes) and "random-init" in spec.controls)
-        pretraining = of_control.pretrain * (num_controls - random_weights)
-        pretraining += fmean(one.pretrain for one in of_others) * others
+        has_random = bool(data.classes) and "random-init" in spec.controls
+        verdict = (spec.confirm and spec.confirm.verdict) or 0
+        pretraining = of_control.pretrain * (num_controls - spec.seeds * has_random)
+        pretraining += fmean(one.pretrain for one in of_others) * (others - verdict * has_random)
         return Phases(pretraining, segmenting)
 
     concurrent = _concurrent(spec, cpus, gpus)

@@ -2,8 +2,9 @@
 
 The order: trials that were begun; the control arm and its twins; arms that a person asked for;
 searched arms, all seeds of one before the next, until `budget.trials` trials exist; then the best
-arms and the control once more with fresh seeds. An arm of which one seed ended badly or was stopped
-gets no further seeds; where arms may be stopped, the first seed runs alone before the others.
+arms with fresh seeds, and the control or, at last, the best of them and the controls. An arm of
+which one seed ended badly or was stopped gets no further seeds; where arms may be stopped, the
+first seed runs alone before the others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from study.best import CONFIRM, to_confirm
+from study.best import CONFIRM, FRESH, VERDICT, to_confirm, to_judge
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured
 from study.space import params_of
@@ -94,17 +95,23 @@ def next_step(
             return Continue(suggestion)
     for start in _controls(spec, suggestions, is_labelled):
         return start
-    num_trials = sum(suggestion.origin != CONFIRM for suggestion in suggestions)
+    num_trials = sum(suggestion.origin not in FRESH for suggestion in suggestions)
     if num_trials < spec.budget.trials:
         for start in _missing_seeds(spec, suggestions, results, enqueued):
             return start
         if spec.search and not is_exhausted and _has_room(spec, suggestions, results):
             return AskSampler(len(suggestions), spec.seed)
     if any(
-        suggestion.trial in running and suggestion.origin != CONFIRM for suggestion in suggestions
+        suggestion.trial in running and suggestion.origin not in FRESH for suggestion in suggestions
     ):
         return Wait()
     for start in _confirmations(spec, suggestions, results, measured):
+        return start
+    if any(
+        suggestion.trial in running and suggestion.origin == CONFIRM for suggestion in suggestions
+    ):
+        return Wait()
+    for start in _verdict(spec, suggestions, results, measured, is_labelled):
         return start
     return Wait() if running else Finished()
 
@@ -126,8 +133,18 @@ def infrastructure_error(failures: int, reason: str) -> str:
 
 def num_planned(spec: StudySpec) -> int:
     """Trials of the whole study, if its space has that many arms."""
+    return spec.budget.trials + (num_fresh(spec, spec.confirm.arms) if spec.confirm else 0)
+
+
+def num_fresh(spec: StudySpec, num_arms: int, *, is_labelled: bool = True) -> int:
+    """Trials with fresh seeds where so many arms are confirmed."""
     confirm = spec.confirm
-    return spec.budget.trials + ((confirm.arms + 1) * confirm.seeds if confirm else 0)
+    if confirm is None:
+        return 0
+    if confirm.verdict is None:
+        return (num_arms + 1) * confirm.seeds
+    num_controls = 1 + (len(spec.controls) if is_labelled else 0)
+    return num_arms * confirm.seeds + (min(num_arms, 1) + num_controls) * confirm.verdict
 
 
 def num_pretrainings(spec: StudySpec) -> int | None:
@@ -137,7 +154,8 @@ def num_pretrainings(spec: StudySpec) -> int | None:
     """
     if not all(path.startswith("segment.") for path in spec.search):
         return None
-    return spec.seeds + (spec.confirm.seeds if spec.confirm else 0)
+    confirm = spec.confirm
+    return spec.seeds + (confirm.seeds + (confirm.verdict or 0) if confirm else 0)
 
 
 def twin(spec: StudySpec, control: str) -> TrialConfig:
@@ -149,21 +167,25 @@ def twin(spec: StudySpec, control: str) -> TrialConfig:
 def _controls(
     spec: StudySpec, suggestions: Sequence[Suggestion], is_labelled: bool
 ) -> Iterator[Start]:
-    wanted = {"control": spec.trial}
-    if is_labelled:
-        wanted |= {f"control:{name}": twin(spec, name) for name in spec.controls}
-    seen: set[str] = set()
-    for origin, config in wanted.items():
+    for origin, config in _control_arms(spec, is_labelled).items():
         arm = arm_id(config)
-        if arm in seen:
-            continue
-        seen.add(arm)
         begun = {suggestion.seed for suggestion in suggestions if suggestion.arm == arm}
         for index in range(spec.seeds):
             if spec.seed + index not in begun:
                 params = params_of(spec, config) or {}
                 labels = {path: params[path] for path in spec.search} if params else {}
                 yield Start(origin, config, spec.seed + index, params, labels)
+
+
+def _control_arms(spec: StudySpec, is_labelled: bool) -> dict[str, TrialConfig]:
+    """Origin -> arm of the control and of its twins, each arm once."""
+    wanted = {"control": spec.trial}
+    if is_labelled:
+        wanted |= {f"control:{name}": twin(spec, name) for name in spec.controls}
+    arms: dict[str, str] = {}
+    for origin, config in wanted.items():
+        arms.setdefault(arm_id(config), origin)
+    return {origin: wanted[origin] for origin in arms.values()}
 
 
 def _missing_seeds(
@@ -202,7 +224,7 @@ def _has_room(
     if spec.stopping.name == "none":
         return True
     begun = _searched(suggestions)
-    taken = sum(each.origin not in (CONFIRM, "search") for each in suggestions)
+    taken = sum(each.origin not in (*FRESH, "search") for each in suggestions)
     for trials in begun.values():
         ends = [results.get(trial.trial) for trial in trials]
         is_over = any(end is not None and end.outcome is not Outcome.COMPLETE for end in ends)
@@ -218,19 +240,43 @@ def _confirmations(
 ) -> Iterator[Start]:
     if spec.confirm is None:
         return
-    control = arm_id(spec.trial)
-    best = to_confirm(spec, suggestions, results, measured)
+    arms = to_confirm(spec, suggestions, results, measured)[: spec.confirm.arms]
+    if spec.confirm.verdict is None:
+        arms.append(arm_id(spec.trial))
+    first = spec.seed + spec.seeds
+    yield from _once_more(arms, CONFIRM, range(first, first + spec.confirm.seeds), suggestions)
+
+
+def _verdict(
+    spec: StudySpec,
+    suggestions: Sequence[Suggestion],
+    results: Mapping[str, Result],
+    measured: Measured,
+    is_labelled: bool,
+) -> Iterator[Start]:
+    """The winner, the control and its twins, on seeds that nothing was chosen by."""
+    if spec.confirm is None or spec.confirm.verdict is None:
+        return
+    controls = [arm_id(config) for config in _control_arms(spec, is_labelled).values()]
+    winner = to_judge(spec, suggestions, results, measured)
+    arms = controls if winner is None else [winner, *controls]
+    first = spec.seed + spec.seeds + spec.confirm.seeds
+    yield from _once_more(arms, VERDICT, range(first, first + spec.confirm.verdict), suggestions)
+
+
+def _once_more(
+    arms: Sequence[str], origin: str, seeds: range, suggestions: Sequence[Suggestion]
+) -> Iterator[Start]:
+    """Arms that were begun, with further seeds."""
     firsts: dict[str, Suggestion] = {}
     for suggestion in suggestions:
         firsts.setdefault(suggestion.arm, suggestion)
     begun = {(suggestion.arm, suggestion.seed) for suggestion in suggestions}
-    for arm in [*best[: spec.confirm.arms], control]:
+    for arm in arms:
         first = firsts[arm]
-        for index in range(spec.confirm.seeds):
-            seed = spec.seed + spec.seeds + index
+        for seed in seeds:
             if (arm, seed) not in begun:
-                config = _config_of(first)
-                yield Start(CONFIRM, config, seed, first.params, first.labels)
+                yield Start(origin, _config_of(first), seed, first.params, first.labels)
 
 
 def _config_of(arm: Suggestion | Enqueued) -> TrialConfig:

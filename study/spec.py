@@ -108,10 +108,18 @@ class Objective(Strict):
 
 
 class Confirm(Strict):
-    """Afterwards: the best arms and the control again, with fresh seeds."""
+    """Afterwards: the best arms again with fresh seeds, then the best of them once more."""
 
     arms: Positive
     seeds: Positive
+    verdict: Annotated[
+        Positive | None,
+        Field(
+            description="fresh seeds of the best of those arms, of the control and of its twins: "
+            "what is said of it rests on these alone. null: there is no such stage, and the "
+            "control runs beside the arms"
+        ),
+    ] = None
 
 
 class Budget(Strict):

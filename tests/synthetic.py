@@ -220,10 +220,10 @@ def _described(environment: dict[str, Any], classes: tuple[str, ...]) -> dict[st
     return environment | {"data": environment["data"] | {"classes": list(classes)}}
 
 
-def hand_made(*trials: dict[str, Any]) -> StudyTables:
+def hand_made(*trials: dict[str, Any], **spec: Any) -> StudyTables:
     """Tables of trials given as {arm, seed, patch, ratio, miou, psnr, gain, flops, origin, ...}.
 
-    Any other metric by its name, as "segment/threshold_miou".
+    Any other metric by its name, as "segment/threshold_miou". `spec`: what else the file says.
     """
     suggestions, results, rows = [], {}, []
     for number, given in enumerate(trials):
@@ -254,7 +254,7 @@ def hand_made(*trials: dict[str, Any]) -> StudyTables:
                 rows.append([*about, value, known.goal, known.unit, 1.0, "a"])
     return assemble(
         StudyFolder(Path("study")),
-        {"study": "study", "objectives": [{"metric": MIOU, "goal": "maximize"}]},
+        {"study": "study", "objectives": [{"metric": MIOU, "goal": "maximize"}]} | spec,
         SPEC,
         {},
         suggestions,

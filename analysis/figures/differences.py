@@ -7,18 +7,20 @@ from collections.abc import Hashable
 import numpy as np
 import pandas as pd
 
-from analysis.figures.drawn import Drawn
+from analysis.figures.drawn import Drawn, counted
 from analysis.figures.ranking import ranking_numbers
 from analysis.figures.rows import MOST_ARMS, row_figure, rows_of_points
-from analysis.statistics import difference, holm
+from analysis.statistics import against_control, holm
 from analysis.tables import StudyTables, arm_scores, lines_of
 from analysis.theme import colour, text
+from study.best import Stage
 
 
 def differences_numbers(tables: StudyTables) -> pd.DataFrame:
     """Every arm minus the control: mean, interval, p, Holm-adjusted p, n, sd, paired.
 
-    Arms with fewer than two seeds have a mean difference only.
+    Arms with fewer than two seeds have a mean difference only. p is adjusted, and there at all, for
+    `claimable_arms` alone.
     """
     columns = ["arm", "label", "group", "n", "mean", "low", "high", "p", "p_holm", "sd", "paired"]
     ranks = ranking_numbers(tables)
@@ -27,9 +29,10 @@ def differences_numbers(tables: StudyTables) -> pd.DataFrame:
     by_seed = values_by_seed(tables, tables.objectives[0].key)
     control = by_seed[ranks.loc[ranks["group"] == "control", "arm"].iloc[0]]
     lines = []
-    for line in lines_of(ranks[ranks["group"] != "control"]):
-        values = by_seed[line.arm]
-        found = difference(values, control)
+    compared = ranks[ranks["group"] != "control"]
+    against = against_control({arm: by_seed[arm] for arm in compared["arm"]}, control)
+    for line in lines_of(compared):
+        values, found = by_seed[line.arm], against[line.arm]
         about = [line.arm, line.label, line.group]
         if found is None:
             gap = float(np.mean(list(values.values())) - np.mean(list(control.values())))
@@ -41,9 +44,24 @@ def differences_numbers(tables: StudyTables) -> pd.DataFrame:
     numbers = pd.DataFrame(lines, columns=columns)
     for column in ("low", "high", "p", "p_holm", "sd"):
         numbers[column] = numbers[column].astype(float)
+    numbers["p"] = numbers["p"].where(numbers["arm"].isin(claimable_arms(tables)))
     tested = numbers["p"].notna()
     numbers.loc[tested, "p_holm"] = holm(list(numbers.loc[tested, "p"]))
     return numbers
+
+
+def claimable_arms(tables: StudyTables) -> set[str]:
+    """Arms of which something is to be claimed, once each.
+
+    A searched arm when it has come to the study's last stage, so that nothing is claimed on the
+    seeds that it was chosen by; of a verdict nobody is told before it is whole. The control's twins
+    were chosen by nobody.
+    """
+    last = tables.last_stage
+    found = tables.standings(tables.objectives[0])
+    if last is Stage.VERDICT:
+        return {one.arm for one in found if one.stage is last and one.is_whole}
+    return {one.arm for one in found if one.stage is last or one.group != "search"}
 
 
 def values_by_seed(tables: StudyTables, metric: str) -> dict[str, dict[Hashable, float]]:
@@ -60,7 +78,7 @@ def differences(tables: StudyTables) -> Drawn:
     if numbers.empty:
         return Drawn(numbers, None, title, "There are not yet two complete arms, one the control.")
     goal = tables.objectives[0]
-    shown = numbers[numbers["p"].notna()][:MOST_ARMS]
+    shown = numbers[numbers["low"].notna()][:MOST_ARMS]
     if shown.empty:
         return Drawn(
             numbers,
@@ -72,7 +90,7 @@ def differences(tables: StudyTables) -> Drawn:
     heads = [
         f"{text(line.label)}  ·  <b>{goal.show(line.mean, signed=True)}</b> "
         f"[{goal.show(line.low, signed=True)}, {goal.show(line.high, signed=True)}]"
-        f"  ·  n = {line.n}, {p_words(line.p_holm)}"
+        f"  ·  n = {line.n}, {p_words(line.p_holm) if line.p_holm == line.p_holm else 'not tested'}"
         for line in lines_of(shown)
     ]
     shown = shown.assign(values=pd.Series([[]] * len(shown), shown.index))
@@ -84,14 +102,17 @@ def differences(tables: StudyTables) -> Drawn:
     )
     drawn.add_vline(x=0, line_color=colour("ink"), line_width=1, line_dash="dot", layer="below")
     pairing = "paired by seed" if shown["paired"].all() else "paired by seed where possible"
-    return Drawn(
-        numbers,
-        drawn,
-        title,
+    says = (
         f"Difference of the means with 95 % t intervals, {pairing}; p is Holm-adjusted for "
-        f"{len(numbers[numbers['p'].notna()])} comparisons. An interval across the dotted line is "
-        f"no difference shown.",
+        f"{counted(int(numbers['p'].notna().sum()), 'comparison')}. An interval across the dotted "
+        f"line is no difference shown."
     )
+    if shown["p"].isna().any():
+        says += (
+            " What is not tested was chosen by these very seeds, or has not got all of them; the "
+            "study makes its claims on fresh ones."
+        )
+    return Drawn(numbers, drawn, title, says)
 
 
 def p_words(p: float) -> str:

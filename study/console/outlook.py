@@ -87,4 +87,9 @@ def _total_of_file(spec: dict[str, Any]) -> int:
 
     confirm = spec.get("confirm")
     confirmed = (number(confirm, "arms") + 1) * number(confirm, "seeds")
+    if verdict := number(confirm, "verdict"):
+        twins = spec.get("controls", ["random-init"])
+        num_controls = 1 + (len(twins) if isinstance(twins, list) else 0)
+        confirmed = number(confirm, "arms") * number(confirm, "seeds")
+        confirmed += (1 + num_controls) * verdict
     return number(spec.get("budget"), "trials") + (confirmed if confirm else 0)

@@ -22,7 +22,17 @@ from analysis.grids import error_text
 from analysis.page import plain_figure
 from analysis.tables import OUTCOMES, StudyTables, measure_of
 from analysis.theme import GROUPS, colour, figure, plain, text
-from study.best import CONFIRM, IN_WORDS, Final, Standing, ahead, best, group_of, of_file
+from study.best import (
+    CONFIRM,
+    IN_WORDS,
+    VERDICT,
+    Final,
+    Standing,
+    ahead,
+    best,
+    group_of,
+    of_file,
+)
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
 from study.gain import best_gain, decibels, rival, warning
 from study.ledger import Outcome, Suggestion, read_rows
@@ -39,6 +49,7 @@ MOST_CURVES = 200  # of the newest trials
 MOST_RUNNING = 32  # trials listed as running
 ALIVE = ("PENDING", "RUNNING")  # states of a job
 UNFINISHED = "unfinished"
+FRESH_MARKS = {CONFIRM: ("blue", "circle-open"), VERDICT: ("blue", "star-open")}
 
 
 def state_of(
@@ -286,8 +297,8 @@ def best_so_far(found: Snapshot) -> Drawn:
         return Drawn(frame, None, title, "No trial is complete.")
     traces: list[Any] = []
     searched = frame[frame["origin"] == "search"]
-    who = [CONFIRM if origin == CONFIRM else group_of(origin) for origin in frame["origin"]]
-    for name, (hue, symbol) in {**GROUPS, CONFIRM: ("blue", "circle-open")}.items():
+    who = [origin if origin in FRESH_MARKS else group_of(origin) for origin in frame["origin"]]
+    for name, (hue, symbol) in {**GROUPS, **FRESH_MARKS}.items():
         part = frame[[each == name for each in who]]
         if len(part):
             traces.append(

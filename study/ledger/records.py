@@ -48,7 +48,7 @@ class Suggestion:
     trial: str
     arm: str
     seed: int
-    origin: str  # control | control:random-init | control:frozen | search | confirm
+    origin: str  # control | control:random-init | control:frozen | search | confirm | verdict
     config: dict[str, Any]  # the whole TrialConfig
     params: dict[str, Any]  # Optuna parameter -> value
     labels: dict[str, Any]  # searched path -> what figures call its value

@@ -19,13 +19,14 @@ from analysis.figures import FIGURES, Figure
 from analysis.figures.classes import classes_numbers
 from analysis.figures.cost import cost_numbers, scaled
 from analysis.figures.curves import curves
-from analysis.figures.differences import differences_numbers
+from analysis.figures.differences import claimable_arms, differences_numbers
 from analysis.figures.labels import labels, labels_numbers
 from analysis.figures.pareto import pareto_front, pareto_numbers
 from analysis.figures.probes import probes, probes_numbers
 from analysis.figures.ranking import best_arm, ranking_numbers
 from analysis.figures.ratio_patch import ratio_patch_numbers
 from analysis.figures.schedules import schedules_numbers
+from analysis.statistics import holm
 from analysis.tables import StudyTables, complete_trials, final, measure_of
 from study.ledger import Outcome
 from tests.synthetic import hand_made, study_tables
@@ -182,6 +183,52 @@ def test_differences_by_hand() -> None:
     assert numbers.at["a", "paired"] and numbers.at["a", "n"] == 3
     assert numbers.at["b", "mean"] == pytest.approx(0.05)
     assert np.isnan(numbers.at["b", "low"]) and np.isnan(numbers.at["b", "p_holm"])
+
+
+def of_arm(arm: str, values: dict[int, float], **about: object) -> list[dict[str, object]]:
+    return [{"arm": arm, "seed": seed, "miou": value} | about for seed, value in values.items()]
+
+
+FRESH_SEEDS = {1: 0.60, 2: 0.63, 3: 0.61}
+CONTROL = {0: 0.50, 1: 0.51, 2: 0.53, 3: 0.50}
+TWIN = {0: 0.40, 1: 0.42, 2: 0.43, 3: 0.40}
+SEARCHED = [
+    *of_arm("c", CONTROL, origin="control"),
+    *of_arm("r", TWIN, origin="control:random-init"),
+    *of_arm("a", {0: 0.70}),
+    *of_arm("b", {0: 0.72}),
+]
+
+
+def test_only_what_was_confirmed_is_tested() -> None:
+    """The seeds that an arm was chosen by show nothing, and cost the others nothing either."""
+    trials = [*SEARCHED, *of_arm("b", {1: 0.7, 2: 0.73})]
+    trials += of_arm("a", FRESH_SEEDS, origin="confirm")
+    numbers = differences_numbers(hand_made(*trials, confirm={"arms": 1, "seeds": 3}))
+    numbers = numbers.set_index("arm")
+    assert list(numbers.index) == ["a", "b", "r"]
+    assert numbers["p_holm"].isna().to_dict() == {"a": False, "b": True, "r": False}
+    assert numbers.at["b", "n"] == 3 and numbers.at["b", "low"] < 0.2 < numbers.at["b", "high"]
+    both = [numbers.at["a", "p"], numbers.at["r", "p"]]
+    assert [numbers.at[arm, "p_holm"] for arm in "ar"] == pytest.approx(holm(both))
+
+
+def test_before_its_last_seed_is_there_no_verdict_is_told() -> None:
+    rule = {"arms": 1, "seeds": 1, "verdict": 2}
+    chosen = [*SEARCHED, *of_arm("a", {1: FRESH_SEEDS[1]}, origin="confirm")]
+    one, two = ({2: FRESH_SEEDS[2]}, {2: FRESH_SEEDS[2], 3: FRESH_SEEDS[3]})
+    for values, expected in ((one, set()), (two, {"a"})):
+        trials = [*chosen, *of_arm("a", values, origin="verdict")]
+        assert claimable_arms(hand_made(*trials, confirm=rule)) == expected
+        assert "not tested" in str(FIGURES["differences"].draw(hand_made(*trials, confirm=rule)))
+    fresh = [{**one, "origin": "verdict"} for one in SEARCHED if one["seed"] in (2, 3)]
+    rest = [one for one in SEARCHED if one["seed"] not in (2, 3)]
+    tables = hand_made(*rest, *trials[len(SEARCHED) :], *fresh, confirm=rule)
+    assert claimable_arms(tables) == {"a", "c", "r"}
+    numbers = ranking_numbers(tables).set_index("arm")
+    assert list(numbers.index) == ["a", "c", "r", "b"]
+    assert numbers.at["a", "mean"] == pytest.approx(0.62)  # of its verdict alone
+    assert numbers.at["c", "n"] == 4  # nobody chose it
 
 
 def test_one_seed_per_arm_has_no_interval() -> None:

@@ -20,7 +20,7 @@ from markupsafe import escape
 from PIL import Image, PngImagePlugin
 
 from analysis import gallery, theme
-from analysis.answer import answer
+from analysis.answer import Answer, answer
 from analysis.figures import FIGURES, Figure
 from analysis.figures.ranking import ranking
 from analysis.gallery import data_uri
@@ -217,7 +217,7 @@ def test_one_seed_is_no_proof() -> None:
     assert not found.is_shown
     assert found.headline.startswith("Ahead, on one seed: patch 4, ")
     assert found.sentences[0].startswith("One seed: no interval.")
-    assert "confirm: {arms: 3, seeds: 5}" in found.sentences[0]
+    assert "confirm: {arms: 3, seeds: 2, verdict: 10}" in found.sentences[0]
 
 
 def test_a_clear_difference_on_fresh_seeds_is_called_so() -> None:
@@ -227,6 +227,39 @@ def test_a_clear_difference_on_fresh_seeds_is_called_so() -> None:
     assert "(5 seeds, paired; p < 0.001 after Holm's adjustment) on fresh" in found.sentences[0]
     assert any(sentence.startswith("Pretraining helps") for sentence in found.sentences)
     assert any(sentence.startswith("On the test images") for sentence in found.sentences)
+
+
+def judged(verdict: dict[int, float]) -> Answer:
+    """A control, and an arm that was chosen among two and confirmed once."""
+    drawn: list[tuple[str, str, dict[int, float]]] = [
+        ("c", "control", {0: 0.50}),
+        ("a", "search", {0: 0.70}),
+        ("b", "search", {0: 0.60}),
+        ("a", "confirm", {1: 0.72}),
+        ("b", "confirm", {1: 0.60}),
+        ("a", "verdict", verdict),
+        ("c", "verdict", {2: 0.50, 3: 0.51, 4: 0.50}),
+    ]
+    trials = [
+        {"arm": arm, "origin": origin, "seed": seed, "miou": miou}
+        for arm, origin, values in drawn
+        for seed, miou in values.items()
+    ]
+    return answer(hand_made(*trials, confirm={"arms": 2, "seeds": 1, "verdict": 3}))
+
+
+def test_a_verdict_rests_on_its_own_seeds_alone() -> None:
+    found = judged({2: 0.600, 3: 0.613, 4: 0.605})
+    assert found.is_shown and found.headline.startswith("Best arm: ")
+    assert "mIoU 0.606 against 0.502 of the control" in found.headline
+    assert "(3 seeds, paired; p < 0.001 after" in found.sentences[0]
+    assert found.sentences[0].endswith("on fresh seeds, by which nothing was chosen.")
+
+
+def test_before_the_verdict_nothing_is_claimed_however_clear_it_looks() -> None:
+    found = judged({2: 0.600, 3: 0.613})
+    assert not found.is_shown and found.headline.startswith("Ahead, but not shown to be better: ")
+    assert "Nothing is claimed of it yet" in found.sentences[0]
 
 
 def test_an_interval_across_zero_is_no_difference() -> None:

@@ -8,6 +8,9 @@ from scipy import stats
 
 from analysis.statistics import (
     FEWEST_ARMS,
+    FEWEST_POOLED,
+    against_control,
+    block_errors,
     detectable_difference,
     difference,
     holm,
@@ -74,9 +77,63 @@ def test_without_common_seeds_welch_is_used() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
 
 
+BLOCK = np.array([[1.0, 3, 2], [0, 2, 1], [2, 4, 3], [1, 3, 8], [0.5, 1, 0]])  # control last
+
+
+def test_what_a_seed_does_to_all_arms_is_taken_out_by_hand() -> None:
+    """Less the arms' means at the seeds, 1, 3, 3.5, the first arm is 0, 0, -1.5, and so on."""
+    errors, freedoms = block_errors(BLOCK)
+    # the rest of arms 1 to 3 has the variance .75, that of arm 4 6.75; each had 3 of 4 shares
+    own, of_arm_4 = 0.75 * 4 / 3, 6.75 * 4 / 3
+    pooled = 1.25 * (3 * own + of_arm_4) / 4
+    rest = np.array([-0.5, -2.0, -3.5])  # of the control
+    control = rest.var(ddof=1)
+    assert own < pooled < of_arm_4
+    expected = [pooled] * 3 + [of_arm_4]
+    assert errors == pytest.approx([((one + control) / 3) ** 0.5 for one in expected])
+    parts = [(one, 8) for one in expected[:3]] + [(of_arm_4, 2)]
+    assert freedoms == pytest.approx(
+        [(one + control) ** 2 / (one**2 / free + control**2 / 2) for one, free in parts]
+    )
+
+
+def test_arms_of_the_same_seeds_learn_their_noise_together() -> None:
+    values = {f"a{place}": dict(enumerate(line)) for place, line in enumerate(BLOCK[:-1].tolist())}
+    control = dict(enumerate(BLOCK[-1].tolist()))
+    found = against_control(values | {"late": {0: 1.0, 1: 2.5}}, control)
+    errors, freedoms = block_errors(BLOCK)
+    for arm, error, freedom in zip(values, errors, freedoms, strict=True):
+        one, alone = found[arm], difference(values[arm], control)
+        assert one is not None and alone is not None
+        assert one.mean == pytest.approx(alone.mean) and (one.n, one.paired) == (3, True)
+        half = stats.t.ppf(0.975, freedom) * error
+        assert (one.low, one.high) == pytest.approx((one.mean - half, one.mean + half))
+        assert one.p == pytest.approx(2 * stats.t.sf(abs(one.mean) / error, freedom))
+    assert found["late"] == difference({0: 1.0, 1: 2.5}, control)
+    few = dict(list(values.items())[: FEWEST_POOLED - 1])
+    assert against_control(few, control) == {
+        arm: difference(own, control) for arm, own in few.items()
+    }
+
+
+@pytest.mark.parametrize("scales", [[1] * 13, [1] * 12 + [3], [3] + [1] * 12, [3, 1] * 6 + [1]])
+def test_of_arms_that_are_all_alike_at_most_one_study_in_twenty_claims_one(
+    scales: list[float],
+) -> None:
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(3000, 13, 3)) * np.array(scales)[:, None] + rng.normal(size=(1, 3))
+    errors, freedoms = block_errors(drawn)
+    gaps = drawn[:, :-1].mean(2) - drawn[:, -1:].mean(2)
+    smallest = 2 * stats.t.sf(abs(gaps) / errors, freedoms).min(1)
+    assert 0.01 < np.mean(smallest * 12 < 0.05) < 0.05
+
+
 def test_equal_values_show_nothing() -> None:
     """Copies of one run are no replicates: sure of everything, they must claim nothing."""
-    found = difference({0: 0.6, 1: 0.6, 2: 0.6}, {0: 0.5, 1: 0.5, 2: 0.5})
+    same = {0: 0.6, 1: 0.6, 2: 0.6}
+    blocks = against_control(dict.fromkeys("abcd", same), {0: 0.5, 1: 0.5, 2: 0.5})
+    assert [one and one.p for one in blocks.values()] == [1.0] * 4
+    found = difference(same, {0: 0.5, 1: 0.5, 2: 0.5})
     assert found is not None
     assert found.p == 1.0
 

@@ -10,6 +10,7 @@ import pytest
 from study.best import (
     Final,
     NoEncoder,
+    Stage,
     ahead,
     best,
     best_encoder,
@@ -154,6 +155,19 @@ def test_a_confirmed_arm_is_judged_by_fresh_seeds_alone_and_stands_first() -> No
         ("c", 0.59),  # nobody picked the control: all its seeds count
     ]
     assert ranked(*drawn, ("good", "confirm", 1, 0.55)) == ["good", "lucky", "c"]
+
+
+def test_first_of_all_stands_the_arm_that_has_a_verdict_on_its_seeds_alone() -> None:
+    drawn = [("a", "search", 0, 0.9), ("b", "search", 0, 0.8), ("c", "control", 0, 0.5)]
+    fresh = [("a", "confirm", 1, 0.7), ("b", "confirm", 1, 0.6)]
+    last = [("b", "verdict", 2, 0.5), ("b", "verdict", 3, 0.54), ("c", "verdict", 2, 0.4)]
+    trials = [Final(*each) for each in drawn + fresh + last]
+    found = standings(trials, "maximize", seeds=1, confirm_seeds=1, verdict_seeds=2)
+    assert [(one.arm, round(one.mean, 2), one.stage, one.is_whole) for one in found] == [
+        ("b", 0.52, Stage.VERDICT, True),
+        ("c", 0.45, Stage.VERDICT, False),
+        ("a", 0.7, Stage.CONFIRM, True),
+    ]
 
 
 def test_the_best_arm_is_a_searched_one_and_controls_that_are_ahead_are_named() -> None:

@@ -135,6 +135,9 @@ def test_pretraining_that_all_arms_share_is_paid_once_a_seed():
 
 
 def test_confirmations_come_on_top():
+    found = made(study("confirm: {arms: 5, seeds: 2, verdict: 4}\n"))
+    # two searched arms, of which the best gets four more, and the control; nothing is labelled
+    assert (found.trials, found.confirmations) == (3, 2 * 2 + 2 * 4)
     found = made(study("confirm: {arms: 5, seeds: 2}\n"))
     assert (found.trials, found.confirmations) == (3, 6)  # two searched arms and the control
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from study.best import to_confirm
+from study.best import to_confirm, to_judge
 from study.ledger import Outcome, Result, Suggestion
 from study.loading import parse_spec
 from study.measured import collect
@@ -16,6 +16,7 @@ from study.resume import (
     Start,
     Wait,
     next_step,
+    num_planned,
 )
 from trainables.config import TrialConfig, arm_id, trial_id
 
@@ -251,9 +252,58 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_ended():
     assert [origin for origin, _ in after].count("confirm") == 10  # two new best arms, 2 seeds
 
 
+VERDICT = "confirm: {arms: 2, seeds: 2, verdict: 3}\n"
+
+
+def test_the_best_of_the_confirmed_and_the_controls_get_the_seeds_of_the_verdict():
+    books = Books(study(VERDICT, trials=6, controls="[random-init, frozen]"))
+    # 34 is chosen by one lucky seed; of the mean of all three, .7 and .8, 33 is the best
+    scores = {32: [0.6], 33: [0.8, 0.8, 0.8], 34: [0.9, 0.6, 0.6], 35: [0.7]}
+
+    def score(one):
+        values = scores.get(one.config["segment"]["epochs"], [0.1])
+        return values[min(one.seed, len(values) - 1)]
+
+    order = books.run(score)
+    assert order[6:10] == [("confirm", 1), ("confirm", 2)] * 2
+    assert order[10:] == [("verdict", 3), ("verdict", 4), ("verdict", 5)] * 4
+    epochs = [one.config["segment"]["epochs"] for one in books.suggestions[6:]]
+    assert epochs == [34, 34, 33, 33, 33, 33, 33] + [20] * 9
+    encoders = [one.config["segment"]["encoder"] for one in books.suggestions[13::3]]
+    assert encoders == ["finetune", "random-init", "frozen"]
+    assert num_planned(books.spec) == len(order)
+
+
+def test_a_verdict_waits_for_all_that_is_confirmed_and_does_not_change_its_winner():
+    books = Books(study(VERDICT, trials=4))
+    for _ in range(4):
+        books.end(books.begin(books.next()))
+    ones = [books.begin(books.next()) for _ in range(4)]
+    assert books.next() == Wait()
+    for one, value in zip(ones, (0.5, 0.6, 0.7, 0.1), strict=True):
+        books.end(one, value)
+    judged = [books.spec, books.suggestions, books.results]
+    assert to_judge(*judged, collect(books.rows)) == ones[0].arm
+    books.run(lambda one: -1.0)  # however its verdict turns out
+    assert to_judge(*judged, collect(books.rows)) == ones[0].arm
+    assert {one.arm for one in books.suggestions if one.origin == "verdict"} == {
+        ones[0].arm, books.suggestions[0].arm, books.suggestions[1].arm,
+    }  # fmt: skip
+
+
+def test_where_nothing_could_be_confirmed_the_controls_are_judged_alone():
+    books = Books(study(VERDICT, trials=3))
+    while not isinstance(step := books.next(), Finished):
+        one = books.begin(step)
+        is_searched = one.origin in ("search", "confirm")
+        books.end(one, outcome=Outcome.DIVERGED if is_searched else Outcome.COMPLETE)
+    assert [one.origin for one in books.suggestions[3:]] == ["verdict"] * 6
+
+
+@pytest.mark.parametrize("rule", [CONFIRM, VERDICT])
 @pytest.mark.parametrize("kill_at", range(1, 14))
-def test_a_study_killed_at_any_trial_runs_the_same_trials(kill_at):
-    whole = Books(study("seeds: 2\n" + CONFIRM, trials=8))
+def test_a_study_killed_at_any_trial_runs_the_same_trials(kill_at, rule):
+    whole = Books(study("seeds: 2\n" + rule, trials=8))
     expected = whole.run()
     books = Books(whole.spec)
     for _ in range(kill_at):
