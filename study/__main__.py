@@ -278,12 +278,22 @@ def enqueue(
     file: Annotated[
         Path | None, typer.Option(help="read the settings from a YAML file of `path: value` lines")
     ] = None,
+    other: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STUDY", help="the best arms of another study instead"),
+    ] = None,
+    best: Annotated[int, typer.Option(min=1, help="how many of them")] = 3,
     storage: Storage = None,
 ) -> None:
-    """Have a study try one arm next, with all seeds, while it is running or later."""
-    from study.commands.ask import ask_for_arm
+    """Have a study try an arm next, with all seeds, while it is running or later."""
+    from study.commands.ask import ask_for_arm, ask_for_best_of
 
-    ask_for_arm(name, settings or [], file, storage)
+    if other is None:
+        ask_for_arm(name, settings or [], file, storage)
+    elif settings or file:
+        raise UserError("given --from and settings as well; expected one of them")
+    else:
+        ask_for_best_of(name, other, best, storage)
 
 
 @app.command()

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from study import requests
+from study import requests, space
+from study.best import of_study
 from study.commands.finding import find_study
 from study.commands.terminal import say
-from study.ledger import is_held
+from study.ledger import is_held, read_results, read_rows, read_suggestions
+from study.loading import spec_of
+from study.measured import measure
+from study.mistakes import listed
 from study.reader import read_yaml
+from trainables.config import completed
 from trainables.errors import UserError
 
 
@@ -34,6 +39,34 @@ def ask_for_arm(name: str, given: list[str], file: Path | None, storage: str | N
         raise UserError(f"given both --file and {given[0]!r}; expected one of them")
     settings, document = requests.settings_of(file)
     say(requests.enqueue(folder, settings, where=str(file), document=document))
+
+
+def ask_for_best_of(name: str, other: str, num_arms: int, storage: str | None) -> None:
+    """Ask for the best arms of another study, judged by this one's first objective."""
+    folder, source = find_study(name, storage), find_study(other, storage)
+    spec, objective = spec_of(folder), spec_of(folder).objectives[0]
+    suggestions = read_suggestions(source)
+    configs = {suggestion.arm: completed(suggestion.config) for suggestion in suggestions}
+    measured = measure(read_rows(source))
+    found = of_study(spec_of(source), suggestions, read_results(source), measured, objective)
+    best = [one.arm for one in found if one.group == "search"][:num_arms]
+    if not best:
+        known = listed(sorted({name for metrics in measured.values() for name in metrics}))
+        raise UserError(
+            f"{source.root.name}: no searched arm is complete and measured {objective.metric}, by "
+            f"which {folder.root.name} judges first; it measured {known or 'nothing yet'}"
+        )
+    refused = []
+    for arm in best:
+        try:
+            settings = {path: space.get_at(configs[arm], path.split(".")) for path in spec.search}
+            say(requests.enqueue(folder, settings))
+        except KeyError as error:
+            refused.append(f"arm {arm} of {source.root.name}: it has no setting {error}")
+        except UserError as error:
+            refused.append(f"arm {arm} of {source.root.name}: {error}")
+    if refused:
+        raise UserError("\n".join(refused))
 
 
 def _settings(given: list[str]) -> dict[str, Any]:

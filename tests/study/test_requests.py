@@ -211,6 +211,27 @@ def test_a_setting_that_is_given_twice_is_refused(
     assert not folder.requests.exists()
 
 
+def test_the_best_arms_of_another_study_come_next(
+    folder: StudyFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are judged by this study's first objective; what it has already is told apart."""
+    other = begin(tmp_path / "other", TINY_STUDY.replace("trials: 4", "trials: 6"))
+    assert call("enqueue", folder.root, "--from", other.root) == 2
+    assert "no searched arm is complete and measured" in capsys.readouterr().err
+    scores = [0.5, 0.5, 0.2, 0.8, 0.3, 0.9]  # of the controls, then of four arms
+    with Ledger.open(other, {}) as ledger:
+        text = parse_spec(read_spec(other) or "", Path(), where="study.yaml")
+        conductor = Conductor(text, ledger, DATA)
+        arms = [play(conductor, score) for score in scores]
+    assert call("enqueue", folder.root, "--from", other.root, "--best", 2) == 0
+    assert [one.arm for one in drive(folder)[2:4]] == [arms[5].arm, arms[3].arm]
+    capsys.readouterr()
+    assert call("enqueue", folder.root, "--from", other.root, "--best", 3) == 2
+    # the third one the sampler has proposed by itself, as it did there
+    assert capsys.readouterr().err.count("is in the study already") == 3
+    assert call("enqueue", folder.root, "model.patch=4", "--from", other.root) == 2
+
+
 def test_an_arm_is_enqueued_once(folder: StudyFolder) -> None:
     requests.enqueue(folder, ARM)
     with pytest.raises(UserError, match="asked for already"):
