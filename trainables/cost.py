@@ -1,7 +1,7 @@
 """What a trial will cost, before it is started: floating-point operations and memory.
 
-Formulas where the model is ours (equal to `torch.utils.flop_counter`'s count, a multiplication and
-an addition being two), that counter on the meta device where most of the model is not.
+Formulas, equal to `torch.utils.flop_counter`'s count (a multiplication and an addition being two),
+which ask for no torch: the driver plans by them too.
 """
 
 from __future__ import annotations
@@ -9,20 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config import SIZES, DecoderConfig, TrialConfig, num_held, num_steps
-from trainables.cross_decoder import cross_block_flops, layer_mix_flops
 from trainables.edges import grid_of
+from trainables.levels import levels_of
 from trainables.masking import MASKING, plan_hidden
 from trainables.masking.strategy import PartCost
 from trainables.schedules import value_at
-from trainables.unetr import build_unetr
 
 # Bytes that backward needs per token and channel of one block: half precision, float32
 _BLOCK_BYTES = {"bf16": 34, "fast": 34, "auto": 34, "fp32": 68}
@@ -153,10 +149,36 @@ def segment_flops(
     for of_steps, stage in ((slice(1, held + 1), frozen), (slice(held + 1, None), settings)):
         if len(flops[of_steps]):
             trial = config.model_copy(update={"segment": stage})
-            relevant = trial.model_dump_json(include={"model", "segment"})
-            flops[of_steps] = _count_segment_flops(relevant, size, channels, num_classes)
+            flops[of_steps] = unetr_flops(trial, size, channels, num_classes)
     done: list[float] = (flops.cumsum() * settings.batch).tolist()
     return done
+
+
+def unetr_flops(
+    config: TrialConfig, image_size: Sequence[int], channels: int, num_classes: int
+) -> int:
+    """Operations for one image: forward, and backward to whatever learns.
+
+    Backward costs twice the forward pass, but nobody asks for the gradient of an image, nor for any
+    of a frozen encoder.
+    """
+    sizes, patch = sizes_of(config, image_size, channels), config.patch_edges(len(image_size))
+    levels = levels_of(image_size, patch, config.segment.features)
+    pixels, widths, kernel = [*map(math.prod, levels.sizes)], levels.widths, 3 ** len(image_size)
+    embedding = 2 * sizes.patches * sizes.values * sizes.width
+    encoding = sizes.encoder(sizes.patches)
+    if config.segment.encoder != "frozen":
+        encoding = 3 * encoding - embedding
+    skipping = sum(
+        2 * sizes.patches * sizes.width * math.prod(levels.edges(patch, level)) * widths[level]
+        for level in range(1, len(widths))
+    )
+    image = 2 * pixels[0] * kernel * channels * widths[0] if config.segment.image_skip else 0
+    decoding = 2 * pixels[0] * widths[0] * num_classes
+    for level, width in enumerate(widths[:-1]):
+        decoding += 2 * pixels[level + 1] * widths[level + 1] * width
+        decoding += 2 * (2 * pixels[level] * kernel * width**2)
+    return encoding + 3 * (skipping + decoding) + 2 * image
 
 
 def activation_bytes(
@@ -192,6 +214,19 @@ def activation_bytes(
     return config.pretrain.batch * (blocks + pixels + pairs)
 
 
+def cross_block_flops(queries: int, keys: int, encoder_width: int, width: int) -> int:
+    """Question, projection and the two layers of the MLP; key and value; scores and their use.
+
+    `keys` are all tokens of the encoder, the class token among them.
+    """
+    return 20 * queries * width**2 + 4 * keys * encoder_width * width + 4 * queries * keys * width
+
+
+def layer_mix_flops(keys: int, encoder_width: int, encoder_depth: int, depth: int) -> int:
+    """The mixtures of all `depth` blocks of a decoder with cross-attention: one matrix product."""
+    return 2 * depth * (1 + encoder_depth) * keys * encoder_width
+
+
 def block_flops(tokens: int, width: int) -> int:
     """Query, key, value, projection and the two layers of the MLP; scores and their use."""
     return 24 * tokens * width**2 + 4 * tokens**2 * width
@@ -209,17 +244,3 @@ def _part_cost(
 
 def _plan(config: TrialConfig, units: int, steps: int, seed: int) -> list[int]:
     return plan_hidden(partial(value_at, config.masking.ratio), units, steps, seed)
-
-
-@lru_cache(maxsize=256)
-def _count_segment_flops(
-    config_json: str, image_size: tuple[int, ...], channels: int, num_classes: int
-) -> float:
-    config = TrialConfig.model_validate_json(config_json)
-    with torch.device("meta"):
-        model = build_unetr(config, image_size, channels, num_classes)
-        image = torch.empty(1, channels, *image_size)
-    # Fused attention on the CPU is not in the counter's table
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image).sum().backward()
-    return float(counter.get_total_flops())

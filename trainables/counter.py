@@ -7,7 +7,10 @@ same bits: a worker that holds the second half of a batch names those samples an
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainables.late import Late
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 else:
     torch = Late("torch")
+
+Bits = TypeVar("Bits", "Tensor", NDArray[np.int64])  # 64 of them each
 
 # Constants of SplitMix64 (Steele, Lea & Flood 2014), as int64 sees their bits
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -35,6 +40,13 @@ def uniform(seed: int, stream: str, step: int, samples_B: Tensor, count: int) ->
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
+def chances(seed: int, stream: str, step: int, count: int) -> list[float]:
+    """The first number of `uniform` for each of the samples 0 to `count` - 1, without torch."""
+    keys = _mix(_key(seed, stream, step) + np.arange(1, count + 1, dtype=np.int64) * _GOLDEN)
+    numbers: list[float] = (_shift(_mix(keys + _GOLDEN), 40) * 2.0**-24).tolist()
+    return numbers
+
+
 def permutation(seed: int, stream: str, epoch: int, count: int) -> Tensor:
     """int64 (count,): the order of `count` things in this epoch."""
     places = torch.arange(count, dtype=torch.int64)
@@ -47,12 +59,12 @@ def _key(seed: int, stream: str, step: int) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
 
 
-def _mix(bits: Tensor) -> Tensor:
+def _mix(bits: Bits) -> Bits:
     bits = (bits ^ _shift(bits, 30)) * _MIX_1
     bits = (bits ^ _shift(bits, 27)) * _MIX_2
     return bits ^ _shift(bits, 31)
 
 
-def _shift(bits: Tensor, places: int) -> Tensor:
+def _shift(bits: Bits, places: int) -> Bits:
     """Shift right and fill with zeros; int64's own shift repeats the sign."""
     return (bits >> places) & ((1 << (64 - places)) - 1)

@@ -92,19 +92,6 @@ class CrossDecoder(nn.Module):
         return predictions_BXQ
 
 
-def cross_block_flops(queries: int, keys: int, encoder_width: int, width: int) -> int:
-    """Question, projection and the two layers of the MLP; key and value; scores and their use.
-
-    `keys` are all tokens of the encoder, the class token among them.
-    """
-    return 20 * queries * width**2 + 4 * keys * encoder_width * width + 4 * queries * keys * width
-
-
-def layer_mix_flops(keys: int, encoder_width: int, encoder_depth: int, depth: int) -> int:
-    """The mixtures of all `depth` decoder blocks: one matrix product."""
-    return 2 * depth * (1 + encoder_depth) * keys * encoder_width
-
-
 def _heads(tokens: Tensor) -> Tensor:
     """(B, N, E) -> (B, H, N, 64)."""
     batch, count, width = tokens.shape

@@ -32,10 +32,9 @@ from torch.nn import functional
 from trainables import padding
 from trainables.blocks import CONVOLUTION, ResidualBlock, laid_out, nested
 from trainables.config import TrialConfig
+from trainables.levels import levels_of
 from trainables.mae import Encoder, initialise, patchify, unpatchify
 
-FEWEST_LEVELS = 3  # under the image's own
-WIDEST = 8  # channels double with the level up to this many times the finest level's
 # By number of axes
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 POOLING: dict[int, Callable[..., Tensor]] = {
@@ -61,12 +60,11 @@ class UNETR(nn.Module):
         super().__init__()
         self.trains_encoder = trains_encoder
         self.encoder = encoder.requires_grad_(trains_encoder)
-        num_levels = max(FEWEST_LEVELS, round(math.log2(max(encoder.patch))))
+        self.sizes, widths = found = levels_of(image_size, encoder.patch, features)
+        num_levels = len(widths) - 1
         levels = range(1, num_levels + 1)
         # Blocks (from 1) whose tokens levels 1, 2, ... take in; the deepest takes the last block's
         self.after = [max(1, round(encoder.depth * level / num_levels)) for level in levels]
-        self.sizes = [tuple(-(-edge // 2**level) for edge in image_size) for level in (0, *levels)]
-        widths = [features * min(2**level, WIDEST) for level in (0, *levels)]
 
         axes = len(image_size)
         convolution = CONVOLUTION[axes]
@@ -74,7 +72,8 @@ class UNETR(nn.Module):
         if image_skip:
             self.image_skip = convolution(encoder.channels, widths[0], kernel_size=3, padding=1)
         self.token_skips = nn.ModuleList(
-            TokenSkip(encoder, level, widths[level], self.sizes[level]) for level in levels
+            TokenSkip(encoder, found.edges(encoder.patch, level), widths[level], self.sizes[level])
+            for level in levels
         )
         self.narrow = nn.ModuleList(
             convolution(deeper, width, kernel_size=1) for width, deeper in pairwise(widths)
@@ -114,11 +113,12 @@ class UNETR(nn.Module):
 class TokenSkip(nn.Module):
     """Tokens (B, P, D) -> features (B, width, *size) of a level, each token in its own place."""
 
-    def __init__(self, encoder: Encoder, level: int, width: int, size: tuple[int, ...]) -> None:
+    def __init__(
+        self, encoder: Encoder, edges: tuple[int, ...], width: int, size: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.grid, self.width, self.size = encoder.grid, width, size
-        # Edges of a patch at this level
-        self.edges = tuple(max(1, round(edge / 2**level)) for edge in encoder.patch)
+        self.edges = edges  # of a patch at this level
         # Tokens grow from block to block, and in training; without this they drown the image's skip
         self.norm = nn.LayerNorm(encoder.width)
         self.map = nn.Linear(encoder.width, math.prod(self.edges) * width)

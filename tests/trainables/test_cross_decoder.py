@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config import TrialConfig
-from trainables.cross_decoder import CrossDecoder, cross_block_flops, layer_mix_flops
+from trainables.cost import cross_block_flops, layer_mix_flops
+from trainables.cross_decoder import CrossDecoder
 from trainables.mae import build_mae
 
 # grid, patch, channels, encoder's width and depth, width, depth

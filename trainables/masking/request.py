@@ -117,10 +117,9 @@ def plan_hidden(
     More are snapped to evenly spaced levels between the smallest and the largest. A random schedule
     draws a number for each step from `seed`.
     """
-    chances = counter.uniform(seed, "ratio", 0, torch.arange(steps), 1)[:, 0].tolist()
     exact = [
         hidden_units(schedule(step / steps, chance), num_units)
-        for step, chance in enumerate(chances)
+        for step, chance in enumerate(counter.chances(seed, "ratio", 0, steps))
     ]
     distinct = sorted(set(exact))
     if len(distinct) <= max_distinct:
