@@ -236,7 +236,7 @@ def check_together(
                 batch = getattr(config, phase).batch
                 if batch % resources.workers:
                     problems.add(
-                        _source(search, phase, "batch"),
+                        source_of(search, phase, "batch"),
                         f"given {batch}; expected a multiple of resources.workers: "
                         f"{resources.workers}",
                     )
@@ -265,7 +265,7 @@ def _largest_patch(
         return max(patch for patch in patches if isinstance(patch, int))
     if len(counts) > 1:
         problems.add(
-            _source(search, "model", "patch"),
+            source_of(search, "model", "patch"),
             f"given lists of {' and '.join(map(str, sorted(counts)))} edges; expected as many in "
             f"each as the images have axes",
         )
@@ -280,7 +280,7 @@ def _check_conflicts(trial: TrialConfig, search: Search, problems: Problems) -> 
     paths = ("model.decoder.attention", "model.decoder.predicted", "pretrain.visible_weight")
     for config, _ in variants_of(trial, search, paths):
         for name, problem in conflicts(config).items():
-            problems.add(_source(search, *name.split(".")), f"given {problem}")
+            problems.add(source_of(search, *name.split(".")), f"given {problem}")
 
 
 def image_size(data: Choice | None) -> tuple[int, ...] | None:
@@ -357,14 +357,14 @@ def _check_geometry(
                 f"of every patch, such as {such_as}",
                 "image": f"take {divisors}",
             }[misfit.to]
-            problems.add(_source(search, *path.split(".")), f"{misfit.text}; {way_out}")
+            problems.add(source_of(search, *path.split(".")), f"{misfit.text}; {way_out}")
         if not fits(config.unit, axes):
             continue
         units = math.prod(grid_of(size, config.unit_edges(axes)))
         if units < 2:
             section, key = ("masking", "unit") if config.masking.unit else ("model", "patch")
             problems.add(
-                _source(search, section, key),
+                source_of(search, section, key),
                 f"{in_words(config.unit)} makes {units} mask units of an image of {shape}; "
                 f"expected at least 2, so that one can be hidden; take a smaller one or a larger "
                 f"data.size",
@@ -387,7 +387,7 @@ def _divisors(size: tuple[int, ...]) -> str:
     return ", or ".join(ways) or "1"
 
 
-def _source(search: Search, *keys: str) -> Where:
+def source_of(search: Search, *keys: str) -> Where:
     """Where the study file decides a setting: under `search` if it is searched."""
     for length in range(len(keys), 0, -1):
         path = ".".join(keys[:length])

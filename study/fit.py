@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from study.checks import geometry_problems, variants_of
-from study.reader import in_one_line
-from trainables.config import num_steps
+from study.checks import MOST_COMBINATIONS, geometry_problems, source_of, variants_of
+from study.mistakes import Problems
+from study.reader import in_one_line, read_document
+from trainables.config import unit_of_length
+from trainables.cost import pretrain_flops, segment_flops, segment_steps
 from trainables.data.labels import axes_without_side, two_sides
 from trainables.edges import even, in_words, simplest
 from trainables.labelled import classes_missing
@@ -67,6 +70,7 @@ def data_problems(spec: StudySpec, data: DataSize) -> list[str]:
     problems = [*geometry_problems(spec, data.size), *_probe_problems(spec, data)]
     problems += _label_problems(spec, data)
     problems += _flip_problems(spec, data)
+    problems += _length_problems(spec, data) if not problems else []
     for objective in spec.objectives:
         name, metric = parse(objective.metric), metric_of(objective.metric)
         if name.phase == "segment" and not data.classes:
@@ -140,7 +144,8 @@ def weaknesses(spec: StudySpec, dataset: Dataset) -> list[str]:
     )
     of_patch = f" ({in_mm} mm)" if spacing is not None else ""
     train = dataset.rows("train")
-    seen = num_steps(spec.trial.segment, len(train)) * spec.trial.segment.batch
+    sizes = (dataset.size, dataset.channels, len(dataset.classes))
+    seen = segment_steps(spec.trial, *sizes, len(train)) * spec.trial.segment.batch
     for place, name in enumerate(dataset.classes[1:], start=1):
         about, share = objects.get(name), dataset.about["pixel_share"].get(name, 0.0)
         if about is None or not about["train"]:
@@ -161,7 +166,7 @@ def weaknesses(spec: StudySpec, dataset: Dataset) -> list[str]:
         if dataset.volumes is None and seen * shown < FEW_SIGHTS:
             lines.append(
                 f"{name}: {shown:.1%} of the training tiles show it, so that segmentation sees it "
-                f"{seen * shown:.0f} times; raise segment.epochs"
+                f"{seen * shown:.0f} times; raise segment.{unit_of_length(spec.trial.segment)}"
             )
         if share < RARE:
             lines.append(
@@ -236,6 +241,30 @@ def _flip_problems(spec: StudySpec, data: DataSize) -> list[str]:
                     f"other; expected `augment: {in_one_line(given)}`"
                 )
     return problems
+
+
+def _length_problems(spec: StudySpec, data: DataSize) -> list[str]:
+    """Of operations that buy less than a step."""
+    problems = Problems(spec.where, read_document(spec.text))
+    for config, _ in islice(
+        variants_of(spec.trial, spec.search, [*spec.search]), MOST_COMBINATIONS
+    ):
+        trained = {"pretrain": config.pretrain.flops, "segment": config.segment.flops}
+        for phase, flops in trained.items():
+            if flops is None or (phase == "segment" and not data.classes):
+                continue
+            if phase == "pretrain":
+                one = pretrain_flops(config, data.size, data.channels, 1)
+            else:
+                about = (data.size, data.channels, len(data.classes))
+                one = segment_flops(config, *about, 1)[-1]
+            if flops < one:
+                problems.add(
+                    source_of(spec.search, phase, "flops"),
+                    f"given {flops:g}, but a step of patch {in_words(config.model.patch)} takes "
+                    f"{one:.3g} operations; expected as many at least, or a smaller {phase}.batch",
+                )
+    return problems.lines()
 
 
 def _label_counts(spec: StudySpec) -> list[tuple[str, int | float | None]]:

@@ -58,7 +58,7 @@ def warning(best: Gain | None) -> str | None:
     return (
         f"No encoder of this study fills in hidden pixels better than {rival(best)} does (best: "
         f"{decibels(best.decibels)}): pretraining has not learnt the images yet. What its encoders "
-        f"are worth all the same, only random weights beside them tell. Raise pretrain.epochs or "
+        f"are worth all the same, only random weights beside them tell. Pretrain for longer, raise "
         f"pretrain.optimizer.base_lr, or take a larger model; `maskstudy check STUDY.yaml "
         f"--forecast 60` estimates the steps it takes."
     )

@@ -83,7 +83,7 @@ def parse_spec(text: str, folder: Path, *, where: str, defaults: str = DEFAULTS)
         spec = _check(document.data, problems)
     if problems.found or spec is None:
         raise UserError("\n".join(problems.lines()))
-    spec._folder, spec._text = folder, text
+    spec._folder, spec._text, spec._where = folder, text, where
     return spec
 
 

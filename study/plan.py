@@ -19,7 +19,7 @@ from study import space
 from study.fit import DataSize, data_size
 from study.resume import num_fresh, num_pretrainings
 from trainables import cost
-from trainables.config import TrialConfig, arm_id, num_steps
+from trainables.config import TrialConfig, arm_id
 from trainables.edges import Edges, grid_of, in_words
 from trainables.hiding import has_teacher
 from trainables.mae import MAE
@@ -181,14 +181,13 @@ def arm_cost(config: TrialConfig, data: DataSize, resources: Resources) -> ArmCo
     tokens = math.prod(grid_of(data.size, config.patch_edges(len(data.size))))
     segment_steps, segment_flops = 0, 0.0
     if data.classes:
-        segment_steps = num_steps(config.segment, data.train_images)
-        segment_flops = cost.segment_flops(
-            config, data.size, data.channels, len(data.classes), segment_steps
-        )[-1]
+        about = (data.size, data.channels, len(data.classes))
+        segment_steps = cost.segment_steps(config, *about, data.train_images)
+        segment_flops = cost.segment_flops(config, *about, segment_steps)[-1]
     pretrain_steps, pretrain_flops = 0, 0.0
     if config.segment.encoder != "random-init":
-        pretrain_steps = num_steps(config.pretrain, data.pretrain_images)
-        pretrain_flops = cost.planned_flops(config, data.size, data.channels, data.pretrain_images)
+        pretrain_steps = cost.pretrain_steps(config, data.size, data.channels, data.pretrain_images)
+        pretrain_flops = cost.pretrain_flops(config, data.size, data.channels, pretrain_steps)
     num_parameters = count_parameters(config, data.size, data.channels)
     activations = cost.activation_bytes(
         config, data.size, data.channels, recomputes=resources.activation_checkpointing
@@ -247,7 +246,8 @@ def _hours_in_words(hours: Phases | None) -> str:
 def _one_line(cost: ArmCost) -> str:
     return (
         f"patch {in_words(cost.patch)}: {cost.tokens} tokens, {cost.visible_tokens:.0f} visible; "
-        f"{cost.parameters / 1e6:.1f} M parameters; {cost.flops:.2e} FLOP; "
+        f"{cost.parameters / 1e6:.1f} M parameters; {cost.pretrain_steps:,} steps of pretraining, "
+        f"{cost.segment_steps:,} of segmentation; {cost.flops:.2e} FLOP; "
         f"about {cost.memory_bytes / 2**30:.2f} GiB per worker"
     )
 

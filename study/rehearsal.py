@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainables.config import TrialConfig, num_steps
+from trainables.config import TrialConfig, in_epochs
 from trainables.context import Context
+from trainables.cost import pretrain_steps
 from trainables.data.batches import to_device
 from trainables.errors import UserError
 from trainables.phase import batches
@@ -72,10 +73,10 @@ def shortened(config: TrialConfig, planned: int, steps: int) -> TrialConfig:
     one of `steps`, so that at every progress it has forgotten as much as it will have in the study.
     """
     warmup = config.pretrain.warmup_images
-    changes: dict[str, Any] = {"epochs": 1, "compile": False}
+    changes: dict[str, Any] = {"compile": False}
     if warmup is not None:
         changes["warmup_images"] = round(warmup * steps / planned)
-    update: dict[str, Any] = {"pretrain": config.pretrain.model_copy(update=changes)}
+    update: dict[str, Any] = {"pretrain": in_epochs(config.pretrain, 1).model_copy(update=changes)}
     momentum = getattr(config.masking.strategy, "momentum", None)
     if momentum is not None:
         kept = [value_at(momentum, knot / (KNOTS - 1)) for knot in range(KNOTS)]
@@ -88,4 +89,5 @@ def shortened(config: TrialConfig, planned: int, steps: int) -> TrialConfig:
 
 def planned_steps(config: TrialConfig, dataset: Dataset) -> int:
     """Steps of the trial's pretraining as the study plans it."""
-    return num_steps(config.pretrain, len(dataset.rows("pretrain")))
+    num_images = len(dataset.rows("pretrain"))
+    return pretrain_steps(config, dataset.size, dataset.channels, num_images)

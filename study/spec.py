@@ -216,6 +216,7 @@ class StudySpec(Strict):
 
     _folder: Path = PrivateAttr(Path())
     _text: str = PrivateAttr("")
+    _where: str = PrivateAttr("")
 
     @property
     def folder_of_yaml(self) -> Path:
@@ -225,6 +226,11 @@ class StudySpec(Strict):
     def text(self) -> str:
         """The file as it was written."""
         return self._text
+
+    @property
+    def where(self) -> str:
+        """What messages call the file."""
+        return self._where or self.study
 
     @property
     def digest(self) -> str:

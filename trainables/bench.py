@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainables.allocator import keep_freed_memory
-from trainables.config import TrialConfig
+from trainables.config import TrialConfig, in_epochs
 from trainables.cost import mae_flops
 from trainables.data import Dataset
 from trainables.data.batches import Resident, to_device
@@ -213,10 +213,10 @@ def _hidden(config: TrialConfig, dataset: Dataset) -> int:
 
 def _under(config: TrialConfig, strategy: str) -> TrialConfig:
     """The trial with that strategy, planned as two steps."""
+    config = config.model_copy(update={"pretrain": in_epochs(config.pretrain, 2)})
     settings = config.model_dump(mode="json")
     if strategy != config.masking.strategy.name:
         settings["masking"]["strategy"] = {"name": strategy}
-    settings["pretrain"]["epochs"] = 2
     return TrialConfig.model_validate(settings)
 
 

@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from trainables.augment import AUGMENTATIONS
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
@@ -72,6 +82,8 @@ Precision = Annotated[
         "faster in it, GPUs from Ampere on and CPUs with AMX; auto, of release 0.1: on GPUs alone"
     ),
 ]
+
+LENGTHS = ("epochs", "images", "flops")  # units of how long a phase trains
 
 # Settings that release 0.1 did not have: dotted path -> what it always did
 BEFORE_0_2: dict[str, Any] = {
@@ -159,8 +171,49 @@ class MaskingConfig(Strict):
         return ratio
 
 
-class PretrainConfig(Strict):
-    epochs: Positive = 40
+class LengthConfig(Strict):
+    """How long a phase trains, in one of its units.
+
+    Not in seconds: the same seed would not give the same result on another machine, or twice here.
+    """
+
+    epochs: Positive | None
+    images: Annotated[
+        Positive | None, Field(description="in place of epochs: images to see, again and again")
+    ] = None
+    flops: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Field(
+            description="in place of epochs: operations of all steps, to the nearest step, so that "
+            "patches and ratios are compared at equal compute"
+        ),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_unit(cls, given: Any) -> Any:
+        """Whoever names another unit need not take the default back."""
+        if not isinstance(given, dict):
+            return given
+        named = [unit for unit in LENGTHS if given.get(unit) is not None]
+        if len(named) > 1 or (not named and "epochs" in given):
+            what = " and ".join(named) or "epochs: null"
+            raise ValueError(f"given {what}; expected one of {', '.join(LENGTHS)}")
+        return {"epochs": None} | given if named else given
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Units that are not used were none for long: settings look as they did."""
+        content: dict[str, Any] = dump(self)
+        return {
+            key: value
+            for key, value in content.items()
+            if value is not None or key not in LENGTHS[1:]
+        }
+
+
+class PretrainConfig(LengthConfig):
+    epochs: Positive | None = 40
     batch: Annotated[Positive, Field(description="images per step over all workers")] = 64
     optimizer: Optimizer = Field(default={"name": "adamw"}, validate_default=True)
     warmup_images: Annotated[
@@ -182,9 +235,10 @@ class PretrainConfig(Strict):
     compile: bool = False
 
 
-class SegmentConfig(Strict):
+class SegmentConfig(LengthConfig):
     epochs: Annotated[
-        Positive, Field(description="passes over as many images as are labelled in the whole split")
+        Positive | None,
+        Field(description="passes over as many images as are labelled in the whole split"),
     ] = 20
     batch: Positive = 16
     labels: Annotated[
@@ -275,6 +329,9 @@ class ProbeConfig(Strict):
         return per_axis(self.unit, axes, "probe.unit")
 
 
+Phase = TypeVar("Phase", PretrainConfig, SegmentConfig)
+
+
 def arm_id(config: TrialConfig) -> str:
     """Identity of a configuration without its seed."""
     return digest(content_of(config))[:8]
@@ -286,9 +343,14 @@ def trial_id(config: TrialConfig, seed: int, data_fingerprint: str) -> str:
     return digest(content)[:12]
 
 
-def num_steps(settings: PretrainConfig | SegmentConfig, num_images: int) -> int:
-    """Steps of a phase that sees `num_images` an epoch."""
-    return max(1, round(settings.epochs * num_images / settings.batch))
+def unit_of_length(settings: LengthConfig) -> str:
+    """The one of LENGTHS that says how long a phase trains."""
+    return next(unit for unit in LENGTHS if getattr(settings, unit) is not None)
+
+
+def in_epochs(settings: Phase, epochs: int) -> Phase:
+    """The same phase for so many epochs, in whatever unit it was given."""
+    return settings.model_copy(update={"epochs": epochs, "images": None, "flops": None})
 
 
 def warmup_images(settings: PretrainConfig | SegmentConfig, steps: int) -> int:

@@ -7,19 +7,28 @@ which ask for no torch: the driver plans by them too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
-from trainables.config import SIZES, DecoderConfig, TrialConfig, num_held, num_steps
+from trainables.config import (
+    SIZES,
+    DecoderConfig,
+    PretrainConfig,
+    SegmentConfig,
+    TrialConfig,
+    num_held,
+)
 from trainables.edges import grid_of
 from trainables.levels import levels_of
 from trainables.masking import MASKING, plan_hidden
 from trainables.masking.strategy import PartCost
 from trainables.schedules import value_at
 
+TYPICAL_STEPS = 1000  # whose mean operations say about how many steps operations buy
+MOST_LOOKS = 8  # for the number of steps whose operations are nearest to those asked for
 # Bytes that backward needs per token and channel of one block: half precision, float32
 _BLOCK_BYTES = {"bf16": 34, "fast": 34, "auto": 34, "fp32": 68}
 # The same of a block that keeps its input alone, which is float32 in any precision
@@ -127,8 +136,43 @@ def planned_flops(
     config: TrialConfig, image_size: Sequence[int], channels: int, num_images: int, seed: int = 0
 ) -> float:
     """Operations of the whole planned pretraining on `num_images`, its schedule included."""
+    steps = pretrain_steps(config, image_size, channels, num_images)
+    return pretrain_flops(config, image_size, channels, steps, seed)
+
+
+def pretrain_steps(
+    config: TrialConfig, image_size: Sequence[int], channels: int, num_images: int
+) -> int:
+    """Steps of pretraining on `num_images`: the same for every seed and machine."""
+    if config.pretrain.flops is None:
+        return _steps_of(config.pretrain, num_images)
+    relevant = config.model_dump_json(exclude={"segment"})
+    return _pretrain_steps_of_flops(relevant, tuple(image_size), channels)
+
+
+def segment_steps(
+    config: TrialConfig,
+    image_size: Sequence[int],
+    channels: int,
+    num_classes: int,
+    num_images: int,
+) -> int:
+    """Steps of segmentation, where `num_images` are labelled in the whole split."""
+    settings = config.segment
+    if settings.flops is None:
+        return _steps_of(settings, num_images)
+
+    def flops_of(steps: int) -> float:
+        return segment_flops(config, image_size, channels, num_classes, steps)[-1]
+
+    return _nearest_steps(settings.flops, flops_of)
+
+
+def pretrain_flops(
+    config: TrialConfig, image_size: Sequence[int], channels: int, steps: int, seed: int = 0
+) -> float:
+    """Operations of a pretraining of so many steps, whatever the config says of its length."""
     batch = config.pretrain.batch
-    steps = num_steps(config.pretrain, num_images)
     sizes = sizes_of(config, image_size, channels)
     plan = _plan(config, sizes.units, steps, seed)
     per_image = {
@@ -230,6 +274,38 @@ def layer_mix_flops(keys: int, encoder_width: int, encoder_depth: int, depth: in
 def block_flops(tokens: int, width: int) -> int:
     """Query, key, value, projection and the two layers of the MLP; scores and their use."""
     return 24 * tokens * width**2 + 4 * tokens**2 * width
+
+
+def _steps_of(settings: PretrainConfig | SegmentConfig, num_images: int) -> int:
+    if settings.images is not None:
+        images: float = settings.images
+    else:
+        assert settings.epochs is not None, "LengthConfig has one unit"
+        images = settings.epochs * num_images
+    return max(1, round(images / settings.batch))
+
+
+@lru_cache(maxsize=1024)
+def _pretrain_steps_of_flops(config_json: str, image_size: tuple[int, ...], channels: int) -> int:
+    config = TrialConfig.model_validate_json(config_json)
+    assert config.pretrain.flops is not None
+    return _nearest_steps(
+        config.pretrain.flops, partial(pretrain_flops, config, image_size, channels)
+    )
+
+
+def _nearest_steps(flops: float, flops_of: Callable[[int], float]) -> int:
+    """How many steps take that many operations, to half a step of the mean one; at least one.
+
+    A schedule is drawn out over the steps, so their mean hardly depends on how many they are.
+    """
+    steps = max(1, round(flops * TYPICAL_STEPS / flops_of(TYPICAL_STEPS)))
+    off: dict[int, float] = {}  # steps -> how far their operations are from those asked for
+    while len(off) < MOST_LOOKS and steps not in off:
+        found = flops_of(steps)
+        off[steps] = abs(found - flops)
+        steps = max(1, round(steps * flops / found))
+    return min(off, key=lambda number: (off[number], number))
 
 
 def _part_cost(

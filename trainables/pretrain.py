@@ -20,9 +20,9 @@ from trainables import probe as probing
 from trainables.augment import AUGMENTATIONS
 from trainables.blocks import Block, recompute
 from trainables.checkpoint import Saved
-from trainables.config import ProbeConfig, TrialConfig, num_steps, warmup_images
+from trainables.config import ProbeConfig, TrialConfig, warmup_images
 from trainables.context import Context
-from trainables.cost import mae_flops
+from trainables.cost import mae_flops, pretrain_steps
 from trainables.cross_decoder import CrossBlock
 from trainables.data import Dataset
 from trainables.data.batches import to_device
@@ -127,9 +127,9 @@ def make_plan(
     rungs: Sequence[float],
     seed: int,
 ) -> MaskPlan:
-    """Turn epochs into steps, and the ratio's schedule into whole units at each step."""
+    """Turn the length into steps, and the ratio's schedule into whole units at each step."""
     batch, ratio = config.pretrain.batch, config.masking.ratio
-    steps = num_steps(config.pretrain, num_images)
+    steps = pretrain_steps(config, size, channels, num_images)
     unit_grid = grid_of(size, config.unit_edges(len(size)))
     hidden = plan_hidden(partial(value_at, ratio), math.prod(unit_grid), steps, seed)
     patches_per_unit = math.prod(config.patches_per_unit(len(size)))

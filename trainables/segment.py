@@ -36,11 +36,10 @@ from trainables.config import (
     SegmentConfig,
     TrialConfig,
     num_held,
-    num_steps,
     warmup_images,
 )
 from trainables.context import Context
-from trainables.cost import segment_flops
+from trainables.cost import segment_flops, segment_steps
 from trainables.data import Dataset
 from trainables.data.batches import free_memory, to_device, whole_volume
 from trainables.data.source import tile_within
@@ -196,7 +195,7 @@ def make_learner(
 
 
 def make_plan(config: TrialConfig, dataset: Dataset, context: Context, num_images: int) -> Plan:
-    """Turn epochs into steps, as many with few labels as with all; `num_images` are learnt from.
+    """Turn the length into steps, as many with few labels as with all, to learn from `num_images`.
 
     An empty split is the user's to mend.
     """
@@ -208,14 +207,15 @@ def make_plan(config: TrialConfig, dataset: Dataset, context: Context, num_image
                 f"needs some to learn from and some (val) to be judged on"
             )
     settings = config.segment
-    steps = num_steps(settings, len(dataset.rows("train")))
+    about = (dataset.size, dataset.channels, len(dataset.classes))
+    steps = segment_steps(config, *about, len(dataset.rows("train")))
     return Plan(
         phase="segment",
         num_images=num_images,
         batch=settings.batch,
         steps=steps,
         warmup_images=warmup_images(settings, steps),
-        flops=segment_flops(config, dataset.size, dataset.channels, len(dataset.classes), steps),
+        flops=segment_flops(config, *about, steps),
         rungs=rung_steps(context.rungs, steps),
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainables import distributed, pretrain, segment
 from trainables.allocator import keep_freed_memory
-from trainables.config import TrialConfig
+from trainables.config import LENGTHS, TrialConfig, in_epochs
 from trainables.context import Context
 from trainables.data import Dataset
 from trainables.phase import update
@@ -46,7 +46,7 @@ def measurer(
     context = replace(idle_context(device), recomputes=recomputes)
 
     def measure(config: TrialConfig) -> Speeds:
-        length = {"pretrain": {"epochs"}, "segment": {"epochs"}}
+        length = {"pretrain": set(LENGTHS), "segment": set(LENGTHS)}
         key = config.model_dump_json(exclude=length)
         for most in IMAGES if key not in known else ():
             with threads_of(threads), contextlib.suppress(torch.OutOfMemoryError):
@@ -87,7 +87,7 @@ def _pretrain_step(
     config: TrialConfig, dataset: Dataset, context: Context
 ) -> tuple[Callable[[], Tensor], float]:
     """(the second of two steps, half-way in every schedule; its operations)."""
-    settings = config.pretrain.model_copy(update={"epochs": 2})
+    settings = in_epochs(config.pretrain, 2)
     config = config.model_copy(update={"pretrain": settings})
     batch, size, channels, device = settings.batch, dataset.size, dataset.channels, context.device
     plan = pretrain.make_plan(config, size, channels, batch, (1.0,), seed=0)

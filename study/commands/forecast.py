@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from study.commands.terminal import console, say
 from study.forecast import CONFIDENCE, ESCAPED, Forecast, Point, Verdict, forecast, rehearsals
 from study.rehearsal import planned_steps, rehearse
+from trainables.config import unit_of_length
 from trainables.context import Context
 from trainables.errors import UserError
 from trainables.probe import Judge
@@ -84,8 +86,10 @@ def in_words(found: Forecast, planned: int, trial: TrialConfig) -> list[str]:
     if verdict is Verdict.TOO_FEW:
         lines = [f"warning: {line}: too few to learn more than trivial fillings know"]
         if found.steps is not None:
-            epochs = -(-trial.pretrain.epochs * found.steps // planned)
-            lines.append(f"set pretrain.epochs to {epochs} or more (now {trial.pretrain.epochs})")
+            unit = unit_of_length(trial.pretrain)
+            now = getattr(trial.pretrain, unit)
+            more = math.ceil(now * found.steps / planned)
+            lines.append(f"set pretrain.{unit} to {more:.15g} or more (now {now:.15g})")
         return lines
     return [
         f"how many steps it takes cannot be told from {longest.steps:,} ({plan}): "

@@ -12,7 +12,7 @@ import torch
 from study.commands.data import dataset_of
 from study.commands.terminal import say
 from study.loading import load_spec
-from trainables.config import TrialConfig
+from trainables.config import TrialConfig, in_epochs
 from trainables.context import Context, Row
 from trainables.data.source import Array
 from trainables.trial import run_trial
@@ -43,8 +43,8 @@ def try_trial(path: Path, num_images: int) -> None:
 def _of_one_epoch(config: TrialConfig) -> TrialConfig:
     return config.model_copy(
         update={
-            "pretrain": config.pretrain.model_copy(update={"epochs": 1}),
-            "segment": config.segment.model_copy(update={"epochs": 1}),
+            "pretrain": in_epochs(config.pretrain, 1),
+            "segment": in_epochs(config.segment, 1),
         }
     )
 

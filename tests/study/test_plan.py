@@ -234,6 +234,20 @@ def test_what_only_the_data_can_tell_is_told():
     assert any("does not divide the image size 60x60" in one for one in data_problems(study(), odd))
 
 
+def test_operations_that_buy_less_than_a_step_are_told_by_line():
+    trial = "patch: 8, decoder: {depth: 1, width: 64}}"
+    text = study().text.replace(trial, f"{trial}, pretrain: {{flops: 4e9}}, segment: {{flops: 10}}")
+    spec = parse_spec(text, Path(), where="s.yaml")
+    (small,) = data_problems(spec, DATA)  # of patch 8 and 16 it buys a step
+    assert small.startswith("s.yaml:3: trial.pretrain.flops: given 4e+09, but a step of patch 4")
+    assert small.endswith("operations; expected as many at least, or a smaller pretrain.batch")
+    found = data_problems(spec, LABELLED)
+    assert sum("trial.segment.flops: given 10" in problem for problem in found) == 3
+    searched = text.replace("search: {", "search: {pretrain.flops: {choices: [5e8, 1e12]}, ")
+    spec = parse_spec(searched, Path(), where="s.yaml")
+    assert data_problems(spec, DATA)[0].startswith("s.yaml:4: search.pretrain.flops: given 5e+08")
+
+
 @pytest.mark.parametrize("setting", ["objectives", "stopping"])
 def test_the_dense_probe_needs_labels_of_two_groups(setting):
     dense = "metric: pretrain/dense_miou"
@@ -259,4 +273,5 @@ def test_a_prepared_data_set_and_this_machine_are_enough(tmp_path):
     found = plan(spec, dataset)
     assert (found.control.tokens, found.concurrent >= 1) == (16, True)
     assert data_problems(spec, data_size(dataset)) == []
-    assert "16 tokens, 4 visible" in found.describe()["control arm"]
+    one_line = found.describe()["control arm"]
+    assert "16 tokens, 4 visible" in one_line and "steps of pretraining, " in one_line

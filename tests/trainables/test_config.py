@@ -19,7 +19,9 @@ from trainables.config import (
     conflicts,
     content_of,
     geometry_misfits,
+    in_epochs,
     trial_id,
+    unit_of_length,
 )
 from trainables.errors import UserError
 from trainables.settings import canonical_json, digest
@@ -45,6 +47,30 @@ def test_equal_settings_are_the_same_trial():
     )
     assert arm_id(spelled_out) == arm_id(TrialConfig())
     assert trial_id(spelled_out, 3, "data") == trial_id(TrialConfig(), 3, "data")
+
+
+def test_a_phase_is_as_long_as_one_unit_says():
+    config = trial(pretrain={"images": 640}, segment={"flops": 1e12})
+    assert (config.pretrain.epochs, config.pretrain.images) == (None, 640)
+    assert unit_of_length(config.pretrain) == "images"
+    assert unit_of_length(config.segment) == "flops"
+    assert in_epochs(config.segment, 3) == trial(segment={"epochs": 3}).segment
+    assert TrialConfig.model_validate(config.model_dump(mode="json")) == config
+    for given, what in [
+        ({"epochs": 2, "images": 640}, "given epochs and images; expected one of epochs, images"),
+        ({"images": 640, "flops": 1e12}, "given images and flops"),
+        ({"epochs": None}, "given epochs: null; expected one of"),
+        ({"flops": 0}, "greater than 0"),
+    ]:
+        with pytest.raises(ValidationError, match=what):
+            trial(pretrain=given)
+
+
+def test_a_unit_that_is_not_used_is_not_written():
+    written = TrialConfig().model_dump(mode="json")
+    assert list(written["pretrain"])[:2] == ["epochs", "batch"]
+    assert not {"images", "flops"} & (written["pretrain"].keys() | written["segment"].keys())
+    assert trial(pretrain={"epochs": 40}) == TrialConfig()
 
 
 def test_a_number_for_all_axes_stays_a_number():

@@ -10,7 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config import TrialConfig
-from trainables.cost import activation_bytes, mae_flops, planned_flops, segment_flops
+from trainables.cost import (
+    activation_bytes,
+    mae_flops,
+    planned_flops,
+    pretrain_steps,
+    segment_flops,
+    segment_steps,
+)
 from trainables.mae import MAE
 from trainables.masking import MASKING, MaskRequest
 from trainables.pretrain import choose_patches
@@ -132,6 +139,42 @@ def test_less_than_a_batch_is_still_one_step():
     config = trial({"size": "pico", "patch": 8})
     one = mae_flops(config, (16, 16), 1, hidden_patches=3)["step"]
     assert planned_flops(config, (16, 16), 1, num_images=1) == 4 * one
+
+
+def equal(patch, flops, **ratio):
+    settings = {
+        "model": {"size": "pico", "patch": patch, "decoder": {"depth": 1, "width": 64}},
+        "masking": {"ratio": ratio or {"name": "linear", "start": 0.2, "end": 0.8}},
+        "pretrain": {"flops": flops, "batch": 4},
+        "segment": {"flops": flops, "batch": 2},
+    }
+    return TrialConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize("ratio", [{}, {"name": "uniform", "low": 0.1, "high": 0.9}, ALWAYS])
+def test_equal_operations_are_as_many_steps_as_they_buy(ratio):
+    steps = []
+    for patch in (4, 16):
+        config = equal(patch, 2e11, **ratio)
+        found = pretrain_steps(config, (64, 64), 1, num_images=10)
+        assert found == pretrain_steps(config, (64, 64), 1, num_images=99)
+        one = 2e11 / found
+        assert abs(planned_flops(config, (64, 64), 1, 10) - 2e11) < 0.75 * one
+        steps.append(found)
+        learnt = segment_steps(config, (64, 64), 1, 2, num_images=10)
+        assert abs(segment_flops(config, (64, 64), 1, 2, learnt)[-1] - 2e11) < 0.75 * 2e11 / learnt
+    assert steps[1] > 5 * steps[0] > 100
+
+
+def test_steps_by_hand():
+    one = 4 * mae_flops(equal(16, 1, **ALWAYS), (64, 64), 1, 8)["step"]
+    for asked, expected in [(0.1, 1), (1, 1), (6.4, 6), (6.6, 7)]:
+        config = equal(16, asked * one, **ALWAYS)
+        assert pretrain_steps(config, (64, 64), 1, num_images=10) == expected
+    images = TrialConfig.model_validate({"pretrain": {"images": 250, "batch": 64}})
+    assert pretrain_steps(images, (64, 64), 1, num_images=10) == 4
+    images = TrialConfig.model_validate({"segment": {"images": 40, "batch": 16}})
+    assert segment_steps(images, (64, 64), 1, 2, num_images=10) == 2
 
 
 @pytest.mark.parametrize("encoder", ["finetune", "frozen"])

@@ -19,7 +19,8 @@ from torch import nn
 from tests import toy
 from trainables import checkpoint, distributed, phase, pretrain
 from trainables.blocks import Block
-from trainables.config import ProbeConfig
+from trainables.config import ProbeConfig, TrialConfig
+from trainables.cost import planned_flops
 from trainables.data.batches import to_device
 from trainables.distributed import batch_slice
 from trainables.errors import UserError
@@ -69,6 +70,23 @@ def test_every_image_is_seen_equally_often(num_images, batch):
     for end in range(1, len(seen)):
         counts = seen[:end].bincount(minlength=num_images)
         assert counts.max() - counts.min() <= 1
+
+
+def test_arms_of_equal_operations_report_equal_operations(tmp_path):
+    """Of 16 and of 4 patches."""
+    rows, steps = [], []
+    for patch in (4, 8):
+        settings = toy.trial(pretrain__epochs=None, pretrain__flops=2e9).model_dump(mode="json")
+        settings["model"]["patch"] = patch
+        config, diary = TrialConfig.model_validate(settings), toy.Diary()
+        run(tmp_path / str(patch), diary, config)
+        last = max(step for _, step, _ in diary.values)
+        steps.append(last)
+        rows.append(diary.values["pretrain", last, "flops"]["value"])
+        assert rows[-1] == diary.values["pretrain", last, "planned_flops"]["value"]
+        assert planned_flops(config, (16, 16), 1, 18) == pytest.approx(rows[-1], rel=0.02)
+        assert abs(rows[-1] - 2e9) < 2e9 / last
+    assert steps[1] > 2 * steps[0] > 10
 
 
 def test_epochs_have_orders_of_their_own_and_a_resumed_run_meets_the_same():
