@@ -2,11 +2,13 @@
 
 An arm is one Optuna trial, however many seeds it has. The sampler is seeded with the question's
 number. So a proposal depends on history and number alone, and a resumed study proposes what an
-uninterrupted one would.
+uninterrupted one would. Trials of arms that have ended are kept between questions until there is
+news of them.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import random as random_module
@@ -24,6 +26,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import RandomSampler
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from study import space
@@ -32,7 +36,7 @@ from study.breaker import BAD
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value, value_at_rung
 from study.resume import is_infrastructure
-from study.samplers import NAMES, NUMBER, SAMPLERS, SEED, VALUES_ALONE, quasi_random, random
+from study.samplers import ENDED, NAMES, NUMBER, SAMPLERS, SEED, VALUES_ALONE, quasi_random, random
 from study.stopping import FEWEST_FINALS, FORETELLERS
 from trainables.config import TrialConfig, arm_id
 from trainables.metrics import PHASES, metric_of, parse, sign
@@ -78,23 +82,37 @@ class OptunaStudy:
         values: Measured,
     ) -> None:
         """Forget everything, then know what the ledger holds; `values` is kept and added to."""
-        self._suggestions = list(suggestions)
+        self._suggestions: list[Suggestion] = []
+        self._shown: dict[str, list[Suggestion]] = {}  # arm -> its trials, if Optuna is to see it
+        self._arm_of: dict[str, str] = {}
+        self._kept: dict[str, FrozenTrial | None] = {}  # arm that has ended -> as Optuna sees it
+        for suggestion in suggestions:
+            self.add(suggestion)
         self._results = dict(results)
         self._measured = values
 
     def add(self, suggestion: Suggestion) -> None:
         """A trial was suggested (by this study or not): it is running from now on."""
         self._suggestions.append(suggestion)
+        self._arm_of[suggestion.trial] = suggestion.arm
+        if suggestion.params and suggestion.origin not in FRESH:
+            self._shown.setdefault(suggestion.arm, []).append(suggestion)
+        self._has_news(suggestion.trial)
 
     def report(self, trial: str, progress: float, values: Mapping[str, float]) -> None:
         """What a trial measured at a rung: "phase/metric" -> value."""
+        self._has_news(trial)
         metrics = self._measured.setdefault(trial, {})
         for name, value in values.items():
             metrics.setdefault(name, {}).setdefault(progress, value)
 
     def tell(self, result: Result) -> None:
         """How a trial ended; its values were reported before."""
+        self._has_news(result.trial)
         self._results[result.trial] = result
+
+    def _has_news(self, trial: str) -> None:
+        self._kept.pop(self._arm_of.get(trial, ""), None)
 
     def ask(self, number: int) -> Proposal | None:
         """An untried arm, which depends on the history and `number` only; None if none is left."""
@@ -106,8 +124,7 @@ class OptunaStudy:
         chance = random_module.Random(_sub_seed(self.spec.seed, number, RETRIES))
         is_wary = "startup" in self._options and chance.random() > TRIED_ALL_THE_SAME
         sampler, options = self._sampler, self._options
-        has_ended = (TrialState.COMPLETE, TrialState.PRUNED)
-        if len(study.get_trials(deepcopy=False, states=has_ended)) < options.get("startup", 0):
+        if len(study.get_trials(deepcopy=False, states=ENDED)) < options.get("startup", 0):
             sampler, options = quasi_random, {}
         for attempt in range(RETRIES):
             proposal = self._propose(study, sampler, number, attempt, options)
@@ -130,18 +147,14 @@ class OptunaStudy:
 
     def study(self) -> optuna.Study:
         """All arms that lie in the space, as Optuna sees them."""
+        found = [frozen for arm in self._shown if (frozen := self._trial_of(arm)) is not None]
+        if self.spec.sampler.name in VALUES_ALONE:
+            found = _with_values(found, [objective.goal for objective in self.spec.objectives])
         study = optuna.create_study(
+            storage=_Shown(found),
             directions=[objective.goal for objective in self.spec.objectives],
             sampler=RandomSampler(seed=0),
         )
-        arms: dict[str, list[Suggestion]] = {}
-        for suggestion in self._suggestions:
-            if suggestion.params and suggestion.origin not in FRESH:
-                arms.setdefault(suggestion.arm, []).append(suggestion)
-        found = [frozen for trials in arms.values() if (frozen := self._frozen(trials))]
-        if self.spec.sampler.name in VALUES_ALONE:
-            _give_values(found, [objective.goal for objective in self.spec.objectives])
-        study.add_trials(found)
         study.set_user_attr(NAMES, list(self._distributions))
         study.set_user_attr(SEED, self.spec.seed)
         return study
@@ -186,6 +199,14 @@ class OptunaStudy:
             if arm not in known:
                 left.setdefault(arm, proposal)
         return list(left.values())
+
+    def _trial_of(self, arm: str) -> FrozenTrial | None:
+        if arm in self._kept:
+            return self._kept[arm]
+        frozen = self._frozen(self._shown[arm])
+        if frozen is None or frozen.state != TrialState.RUNNING:
+            self._kept[arm] = frozen
+        return frozen
 
     def _frozen(self, trials: list[Suggestion]) -> FrozenTrial | None:
         """An arm as an Optuna trial; None if the sampler is not to see it.
@@ -269,34 +290,73 @@ class OptunaStudy:
         return curve
 
 
-def _give_values(trials: Sequence[FrozenTrial], goals: Sequence[str]) -> None:
-    """Give those that failed the worst values of all, and those that were stopped likely ones.
+class _Shown(InMemoryStorage):  # type: ignore[misc]
+    """Holds trials as they are; Optuna copies deeply each one that is added, as long as it samples.
+
+    They are numbered in their order.
+    """
+
+    def __init__(self, trials: Sequence[FrozenTrial]) -> None:
+        super().__init__()
+        self._given = trials
+
+    def create_new_study(
+        self, directions: Sequence[StudyDirection], study_name: str | None = None
+    ) -> int:
+        study: int = super().create_new_study(directions, study_name)
+        for number, trial in enumerate(self._given):
+            trial.number = trial._trial_id = number
+            self._trial_id_to_study_id_and_number[number] = (study, number)
+        self._studies[study].trials = list(self._given)
+        self._max_trial_id = len(self._given) - 1
+        return study
+
+
+def _with_values(trials: Sequence[FrozenTrial], goals: Sequence[str]) -> list[FrozenTrial]:
+    """Those that failed with the worst values of all, those that were stopped with likely ones.
 
     Of one objective: what a line through the complete trials foretells of the value at the rung
     where it was stopped, at best their median, since it was stopped for being worse.
     """
     complete = [each for each in trials if each.state == TrialState.COMPLETE]
     if not complete:
-        return
+        return list(trials)
     values = np.array([each.values for each in complete])
     turned = np.array([sign(goal) for goal in goals])
     worst = (turned * (turned * values).min(axis=0)).tolist()
+    lines: dict[int | None, tuple[float, float, float, float] | None] = {}
+    found = []
     for each in trials:
-        if each.state != TrialState.PRUNED:
-            continue
-        each.state, each.values = TrialState.COMPLETE, worst
-        rung = max(each.intermediate_values, default=None)
-        pairs = [
-            (other.intermediate_values[rung], other.values[0])
-            for other in complete
-            if rung in other.intermediate_values
-        ]
-        if each.user_attrs[FAILED] or len({early for early, _ in pairs}) < FEWEST_FINALS:
-            continue
-        early, final = np.array(pairs).T
-        slope, level = np.polyfit(early, final, 1)
-        likely = level + slope * each.intermediate_values[rung] if slope > 0 else final.mean()
-        each.values = [float(turned[0] * min(turned[0] * likely, turned[0] * np.median(final)))]
+        if each.state == TrialState.PRUNED:
+            rung = max(each.intermediate_values, default=None)
+            if rung not in lines:
+                lines[rung] = _line(rung, complete)
+            line = lines[rung]
+            likely = worst
+            if line is not None and not each.user_attrs[FAILED]:
+                slope, level, mean, middle = line
+                foretold = level + slope * each.intermediate_values[rung] if slope > 0 else mean
+                likely = [float(turned[0] * min(turned[0] * foretold, turned[0] * middle))]
+            each = copy.copy(each)
+            each.state, each.values = TrialState.COMPLETE, likely
+        found.append(each)
+    return found
+
+
+def _line(
+    rung: int | None, complete: Sequence[FrozenTrial]
+) -> tuple[float, float, float, float] | None:
+    """(slope, level, mean, median) of final values over those at a rung; None: too few trials."""
+    pairs = [
+        (other.intermediate_values[rung], other.values[0])
+        for other in complete
+        if rung in other.intermediate_values
+    ]
+    if len({early for early, _ in pairs}) < FEWEST_FINALS:
+        return None
+    early, final = np.array(pairs).T
+    slope, level = np.polyfit(early, final, 1)
+    return float(slope), float(level), float(final.mean()), float(np.median(final))
 
 
 def is_doomed(
@@ -308,26 +368,32 @@ def is_doomed(
 
     Those with the same choice somewhere, those at its end of a range, or its neighbours.
     """
-    if sum(failed for _, failed in ended) < NEIGHBOURS:
+    bad = [number for number, (_, failed) in enumerate(ended) if failed]
+    fine = [number for number, (_, failed) in enumerate(ended) if not failed]
+    if len(bad) < NEIGHBOURS:
         return False
     for name, value in params.items():
-        others = [(arm[name], failed) for arm, failed in ended if name in arm]
+        # of thousands of arms one that is fine is mostly found soon, so these are looked at lazily
+        others = (ended[number][0][name] for number in fine if name in ended[number][0])
+        failed = [ended[number][0][name] for number in bad if name in ended[number][0]]
         if isinstance(distributions[name], CategoricalDistribution):
-            alike = [failed for other, failed in others if other == value]
-            if len(alike) >= NEIGHBOURS and all(alike):
+            if failed.count(value) >= NEIGHBOURS and value not in others:
                 return True
             continue
-        fine = [other for other, failed in others if not failed]
+        known = list(others)
         for turned in (1, -1):
-            beyond = [
-                turned * other
-                for other, failed in others
-                if failed and all(turned * other > turned * each for each in fine)
-            ]
+            if any(turned * other >= turned * value for other in known):
+                continue
+            limit = max((turned * other for other in known), default=-math.inf)
+            beyond = [turned * other for other in failed if turned * other > limit]
             if len(beyond) >= NEIGHBOURS and turned * value >= min(beyond):
                 return True
-    ordered = sorted(ended, key=lambda arm: _distance(params, arm[0], distributions))
-    return all(failed for _, failed in ordered[:NEIGHBOURS])
+
+    def nearness(number: int) -> tuple[float, int]:
+        return _distance(params, ended[number][0], distributions), number
+
+    last = sorted(map(nearness, bad))[NEIGHBOURS - 1]
+    return not any(nearness(number) < last for number in fine)
 
 
 def _distance(

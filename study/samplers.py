@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Container
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -19,12 +20,14 @@ from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from pydantic import Field
 
 from trainables.late import Late
 
 qmc = Late("scipy.stats.qmc")
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 # What a study tells samplers beside its trials
 NAMES, NUMBER, SEED = "parameters", "number", "seed"
@@ -36,12 +39,31 @@ def tpe(
     """Tree-structured Parzen estimator as in Optuna 5; chance decides the first `startup` arms."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of two options, before Optuna 5
-        return TPESampler(
+        return _TPE(
             seed=seed,
             n_startup_trials=startup,
             multivariate=num_objectives == 1,
             constant_liar=True,
         )
+
+
+class _TPE(TPESampler):  # type: ignore[misc]
+    """Knows that a parameter has one distribution: Optuna compares those of all trials."""
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {} if len(study.directions) > 1 else _shared(study, ENDED)
+
+
+def _shared(study: Study, states: Container[TrialState]) -> dict[str, BaseDistribution]:
+    """The parameters that all trials in these states have, and that can take several values."""
+    trials = study.get_trials(deepcopy=False, states=states)
+    if not trials:
+        return {}
+    names = set(trials[0].params).intersection(*(trial.params for trial in trials))
+    known = trials[0].distributions
+    return {name: known[name] for name in sorted(names) if not known[name].single()}
 
 
 def gp(seed: int, num_objectives: int, *, startup: Annotated[int, Field(ge=1)] = 10) -> BaseSampler:
@@ -65,6 +87,11 @@ class _UntriedGP(GPSampler):  # type: ignore[misc]
 
     However it is seeded, it would propose the same again.
     """
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return _shared(study, [TrialState.COMPLETE])
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

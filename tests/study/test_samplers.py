@@ -175,6 +175,69 @@ def test_it_does_so_wherever_it_was_interrupted(restarts, stop_below):
     assert run(spec, 10, restart_at=restarts, stop_below=stop_below)[0] == expected
 
 
+def shown(optuna_study):
+    """What a sampler can know of the trials."""
+    return [
+        (each.number, each.state, each.values, each.params, each.intermediate_values)
+        for each in optuna_study.study().get_trials(deepcopy=False)
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(["tpe", "gp"]), st.sampled_from([1, 2]), st.randoms(use_true_random=False))
+def test_what_is_kept_between_questions_is_what_the_ledger_says(sampler, seeds, chance):
+    """Trials end, fail, are lost and come back, in any order."""
+    spec = study(sampler=sampler, rest=f"seeds: {seeds}\n")
+    kept = OptunaStudy(spec)
+    suggestions, results, rows = [], {}, []
+    for number in range(16):
+        what = (
+            chance.choice(["begins", "begins", "reports", "ends", "ends"])
+            if suggestions
+            else "begins"
+        )
+        if what == "begins":
+            seconds = [one for one in suggestions if one.seed == 0 and chance.random() < 0.3]
+            first = seconds[0] if seconds else None
+            if first and sum(one.arm == first.arm for one in suggestions) < seeds:
+                config = spec.trial.model_validate(first.config)
+                new = suggestion(number, config, seed=1, params=first.params)
+            else:
+                proposal = kept.ask(number)
+                new = suggestion(number, proposal.config, params=proposal.params)
+            suggestions.append(new)
+            kept.add(new)
+        one = chance.choice(suggestions)
+        if what != "begins":
+            progress = 1.0 if what == "ends" else chance.choice([0.25, 0.5])
+            value = chance.uniform(10, 20)
+            rows.append(row(one, value, progress))
+            kept.report(one.trial, progress, {PSNR: value})
+        if what == "ends":
+            lost = chance.random() < 0.2
+            outcome = Outcome.FAILED if lost else chance.choice([*Outcome, *[Outcome.COMPLETE] * 5])
+            results[one.trial] = result(one, outcome, failures=int(lost))
+            kept.tell(results[one.trial])
+        rebuilt = OptunaStudy(spec)
+        rebuilt.replay(suggestions, results, collect(rows))
+        assert shown(kept) == shown(rebuilt)
+        assert [each[0] for each in shown(kept)] == list(range(len(shown(kept))))
+
+
+def test_an_arm_that_has_ended_is_not_built_again_before_there_is_news_of_it():
+    optuna_study, (one, _) = asked(study(), 2)
+    optuna_study.report(one.trial, 1.0, {PSNR: 20.0})
+    optuna_study.tell(result(one))
+
+    def trials():
+        return optuna_study.study().get_trials(deepcopy=False)
+
+    (ended, runs), (ended_again, runs_again) = trials(), trials()
+    assert ended_again is ended and runs_again is not runs
+    optuna_study.add(suggestion(2, study().trial.model_validate(one.config), 1, params=one.params))
+    assert trials()[0] is not ended
+
+
 @pytest.mark.parametrize("name", LEARNING)
 def test_the_search_learns(name):
     scores = []
@@ -454,11 +517,13 @@ def test_samplers_that_see_values_alone_are_told_likely_ones_of_what_was_stopped
 
 def test_samplers_that_see_values_alone_are_told_the_worst_of_what_failed():
     optuna_study, (one, two, bad) = asked(study(sampler="gp"), 3)
+    optuna_study.tell(result(bad, Outcome.OUT_OF_MEMORY))
+    told = []
     for suggestion, value in ((one, 17.0), (two, 12.0)):
         optuna_study.report(suggestion.trial, 1.0, {"pretrain/probe_psnr": value})
         optuna_study.tell(result(suggestion))
-    optuna_study.tell(result(bad, Outcome.OUT_OF_MEMORY))
-    assert [trial.values for trial in optuna_study.study().trials] == [[17.0], [12.0], [12.0]]
+        told.append([trial.values for trial in optuna_study.study().trials])
+    assert told == [[[17.0], None, [17.0]], [[17.0], [12.0], [12.0]]]
 
 
 # --- points that are spread out evenly ---
