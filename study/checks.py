@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from study import space
 from study.mistakes import Problems, explain, listed, message, near
 from study.reader import Document, Where
+from study.samplers import OF_NUMBERS, ONE_OBJECTIVE, SAMPLERS
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
@@ -96,6 +97,31 @@ def _metric_problem(name: str, probe: ProbeConfig | None) -> str | None:
     if known_parts and part[1:] not in known_parts:
         return f"given {name!r}; expected one of its {metric.parts}s: {listed(known_parts)}"
     return None
+
+
+def check_sampler(
+    sampler: Choice | None,
+    objectives: Sequence[Objective] | None,
+    search: Search | None,
+    problems: Problems,
+) -> None:
+    """A sampler of one objective gets one, and one of numbers has numbers."""
+    if sampler is None:
+        return
+    several = [name for name in SAMPLERS if name not in ONE_OBJECTIVE]
+    if sampler.name in ONE_OBJECTIVE and objectives is not None and len(objectives) > 1:
+        problems.add(
+            ("sampler",),
+            f"given {sampler.name} with {len(objectives)} objectives; expected one objective, or "
+            f"one of {', '.join(several)}",
+        )
+    is_number = [item.choices is None for item in (search or {}).values()]
+    if sampler.name in OF_NUMBERS and is_number and not any(is_number):
+        problems.add(
+            ("sampler",),
+            f"given {sampler.name} where no range is searched but under labels; expected a range "
+            f"that all arms have, or sampler tpe",
+        )
 
 
 def check_search(

@@ -170,6 +170,7 @@ def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
         if "trial" in wrong:
             spec = spec.model_copy(update={"trial": _sound_trial(data.get("trial"))})
     checks.check_metrics(spec.objectives, spec.stopping, spec.probe, problems)
+    checks.check_sampler(spec.sampler, spec.objectives, spec.search, problems)
     trial, search, probe = spec.trial, spec.search, spec.probe
     if trial is not None and search is not None:
         before = len(problems.found)

@@ -11,18 +11,29 @@ How it is asked, and what it is shown, is in optuna_study.py.
 from __future__ import annotations
 
 import math
+import random as random_module
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from functools import lru_cache
 from typing import Annotated, Any
 
+import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    GPSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import Field
 
+from study import evolution
 from trainables.late import Late
 
 qmc = Late("scipy.stats.qmc")
@@ -105,6 +116,178 @@ class _UntriedGP(GPSampler):  # type: ignore[misc]
         return params
 
 
+def cma_es(
+    seed: int, num_objectives: int, *, startup: Annotated[int, Field(ge=1)] = 10
+) -> BaseSampler:
+    """CMA-ES after `startup` arms, for one objective; TPE decides labels and what is under them.
+
+    Learns from many cheap arms, of numbers that work together. Hansen 2016, arXiv 1604.00772; that
+    the first arms say where it begins, and arms from anywhere fill its generations, is ours.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return _CMA(seed, startup)
+
+
+class _CMA(BaseSampler):  # type: ignore[misc]
+    """Draws numbers that all arms have; Optuna's keeps its state in trials, which are made anew."""
+
+    def __init__(self, seed: int, startup: int) -> None:
+        self._chance = np.random.default_rng(seed)
+        self._startup = startup
+        self._others = TPESampler(seed=seed, n_startup_trials=startup)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        found = _shared(study, [TrialState.COMPLETE])
+        return {
+            name: distribution
+            for name, distribution in found.items()
+            if not isinstance(distribution, CategoricalDistribution)
+        }
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        told = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        turned = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+        points = np.array(
+            [
+                [share_of(each, one.params[name]) for name, each in search_space.items()]
+                for one in told
+            ]
+        )
+        normal = evolution.told(points, [turned * one.value for one in told], self._startup)
+        shares = evolution.drawn(normal, self._chance).tolist()
+        return {
+            name: value_at(distribution, share)
+            for (name, distribution), share in zip(search_space.items(), shares, strict=True)
+        }
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        return self._others.sample_independent(study, trial, param_name, param_distribution)
+
+
+def nsga_ii(
+    seed: int,
+    num_objectives: int,
+    *,
+    startup: Annotated[int, Field(ge=1)] = 10,
+    population: Annotated[int, Field(ge=2)] = 20,
+) -> BaseSampler:
+    """A child of two of the best arms so far, after `startup` arms, for several objectives.
+
+    Deb et al. 2002, IEEE TEC 6 (2): fronts, and crowding within the last; crossover and mutation of
+    numbers as there. Ours: generations of one arm (any that have ended may be parents, so nobody
+    waits for a generation), choices from either parent, and what neither has by chance.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return _Child(_BestTwo(seed=seed, population_size=population), seed)
+
+
+def nsga_iii(
+    seed: int,
+    num_objectives: int,
+    *,
+    startup: Annotated[int, Field(ge=1)] = 10,
+    population: Annotated[int, Field(ge=2)] = 20,
+) -> BaseSampler:
+    """As nsga-ii, but parents are spread by reference points: for three objectives.
+
+    Deb and Jain 2014, IEEE TEC 18 (4).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return _Child(_BestThree(seed=seed, population_size=population), seed)
+
+
+class _OfAllTold:
+    """Everything that was told is the population that the next parents are picked from."""
+
+    def get_population(self, study: Study, generation: int) -> list[FrozenTrial]:
+        return list(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+
+    def get_parent_population(self, study: Study, generation: int) -> list[FrozenTrial]:
+        return []
+
+
+class _BestTwo(_OfAllTold, NSGAIISampler):  # type: ignore[misc]
+    pass
+
+
+class _BestThree(_OfAllTold, NSGAIIISampler):  # type: ignore[misc]
+    pass
+
+
+class _Child(BaseSampler):  # type: ignore[misc]
+    """Takes each parameter, those under labels too, from its parents where they have it."""
+
+    def __init__(self, best: BaseSampler, seed: int) -> None:
+        self._best = best
+        self._chance = random_module.Random(seed)
+        self._parents: list[dict[str, Any]] = []
+        self._is_crossed = False
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        best = self._best.select_parent(study, 1)
+        turned = [1 if each == StudyDirection.MAXIMIZE else -1 for each in study.directions]
+        parents: list[FrozenTrial] = []
+        while best and len(parents) < 2:
+            pair = self._chance.sample(best, min(2, len(best)))
+            winner = pair[-1] if _dominates(pair[-1], pair[0], turned) else pair[0]
+            parents.append(winner)
+            best.remove(winner)
+        self._parents = [each.params for each in parents]
+        self._is_crossed = self._chance.random() < evolution.CROSSED
+        return {}
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        chance = self._chance
+        values = [each[param_name] for each in self._parents if param_name in each]
+        if not values:
+            return value_at(param_distribution, chance.random())
+        mutates = chance.random() < 1 / len(self._parents[0])
+        is_crossed = self._is_crossed and chance.random() < evolution.CROSSED_EACH
+        if isinstance(param_distribution, CategoricalDistribution):
+            if mutates:
+                return chance.choice(param_distribution.choices)
+            return values[-1] if is_crossed else values[0]
+        shares = [share_of(param_distribution, value) for value in values]
+        share = evolution.crossed(shares[0], shares[-1], chance) if is_crossed else shares[0]
+        return value_at(param_distribution, evolution.mutated(share, chance) if mutates else share)
+
+
+def _dominates(one: FrozenTrial, other: FrozenTrial, turned: Sequence[int]) -> bool:
+    pairs = [
+        (sign * mine, sign * its)
+        for sign, mine, its in zip(turned, one.values, other.values, strict=True)
+    ]
+    return all(mine >= its for mine, its in pairs) and any(mine > its for mine, its in pairs)
+
+
 def random(seed: int, num_objectives: int) -> BaseSampler:
     """Every arm by chance."""
     return RandomSampler(seed=seed)
@@ -169,6 +352,18 @@ def value_at(distribution: BaseDistribution, share: float) -> Any:
     return round(value) if isinstance(distribution, IntDistribution) else value
 
 
+def share_of(distribution: BaseDistribution, value: float) -> float:
+    """A share of a distribution of numbers at which `value_at` gives this value."""
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if high == low:
+        return 0.5
+    if distribution.log:
+        return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+    if step is not None:
+        return (round((value - low) / step) + 0.5) / (round((high - low) / step) + 1)
+    return float((value - low) / (high - low))
+
+
 def grid(seed: int, num_objectives: int) -> None:
     """Every combination once, in the order of the study file."""
 
@@ -176,9 +371,14 @@ def grid(seed: int, num_objectives: int) -> None:
 SAMPLERS = {
     "tpe": tpe,
     "gp": gp,
+    "cma-es": cma_es,
+    "nsga-ii": nsga_ii,
+    "nsga-iii": nsga_iii,
     "random": random,
     "quasi-random": quasi_random,
     "grid": grid,
 }
 # They see nothing but values: what failed or was stopped is given some (optuna_study.py)
-VALUES_ALONE = {"gp"}
+VALUES_ALONE = {"gp", "cma-es", "nsga-ii", "nsga-iii"}
+ONE_OBJECTIVE = {"cma-es"}
+OF_NUMBERS = {"cma-es"}  # whose work is done where all arms have a number

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import optuna
 import pytest
@@ -25,7 +26,7 @@ from study.measured import collect
 from study.optuna_study import OptunaStudy, is_doomed
 from study.replay import Ours, play
 from study.resume import Start, next_step
-from study.samplers import SAMPLERS
+from study.samplers import ONE_OBJECTIVE, SAMPLERS
 from study.spec import Sampler
 from tests.drawn import drawn
 from trainables.config import arm_id, trial_id
@@ -51,6 +52,13 @@ SMALL = """\
 
 PROPOSING = [name for name in SAMPLERS if SAMPLERS[name](0, 1) is not None]  # not those that walk
 LEARNING = [name for name in SAMPLERS if "startup" in inspect.signature(SAMPLERS[name]).parameters]
+
+NAMES_AND_OBJECTIVES = [
+    pytest.param(name, objectives, id=f"{name}-{count}")
+    for name in SAMPLERS
+    for count, objectives in (("one", ONE), ("two", TWO))
+    if objectives is ONE or name not in ONE_OBJECTIVE
+]
 
 
 def soon(name, startup):
@@ -154,8 +162,7 @@ def test_whatever_its_options_a_sampler_proposes_arms_of_the_space(name):
         assert len({one.arm for one in suggestions}) == 6
 
 
-@pytest.mark.parametrize("objectives", [ONE, TWO])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("name", "objectives"), NAMES_AND_OBJECTIVES)
 def test_a_resumed_study_proposes_the_same_arms(name, objectives):
     search = WIDE if name in PROPOSING else SMALL
     spec = study(search, soon(name, 4), objectives)
@@ -329,9 +336,8 @@ def test_an_arm_that_ended_badly_repels_whatever_it_measured_before(outcome):
     assert trial.intermediate_values == {}
 
 
-@pytest.mark.parametrize("objectives", [ONE, TWO])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("name", "objectives"), NAMES_AND_OBJECTIVES)
 def test_a_value_that_is_not_finite_is_never_complete_and_the_search_goes_on(
     name, value, objectives
 ):
@@ -524,6 +530,77 @@ def test_samplers_that_see_values_alone_are_told_the_worst_of_what_failed():
         optuna_study.tell(result(suggestion))
         told.append([trial.values for trial in optuna_study.study().trials])
     assert told == [[[17.0], None, [17.0]], [[17.0], [12.0], [12.0]]]
+
+
+# --- evolution ---
+
+
+@pytest.mark.parametrize("name", ["nsga-ii", "nsga-iii"])
+def test_of_two_objectives_each_cost_gets_its_best_arms(name):
+    """Small patches score and cost more; of each, the ratio of .6 is the best."""
+
+    def far_off(sampler):
+        spec = study("  masking.ratio.value: {low: 0.1, high: 0.9}\n" + SMALL.split("\n")[0] + "\n",
+                     sampler, TWO)  # fmt: skip
+        late = run(spec, 60)[0][30:]
+        patches = {one.params["model.patch"] for one in late}
+        return patches, fmean(abs(one.params["masking.ratio.value"] - 0.6) for one in late)
+
+    patches, off = far_off(name)
+    assert patches == {4, 8, 16}
+    assert off < 0.5 * far_off("random")[1]
+
+
+def test_a_child_has_what_its_parents_have():
+    """Of two arms, one under each label: whichever it takes, what lies there is a parent's."""
+    spec = study(sampler="{name: nsga-ii, startup: 2}")
+    optuna_study, arms = asked(spec, 2)
+    for one in arms:
+        optuna_study.report(one.trial, 1.0, {PSNR: 20.0})
+        optuna_study.tell(result(one))
+    one, other = (each.params for each in arms)
+    assert {one["masking.ratio"], other["masking.ratio"]} == {"constant", "rising"}
+    proposals = [optuna_study.ask(number).params for number in range(2, 42)]
+    known = [
+        child[name] in {parent.get(name) for parent in (one, other)}
+        for child in proposals
+        for name in child
+        if "/" in name or name == "model.patch"
+    ]
+    assert fmean(known) > 0.6  # but for mutations
+    assert len({json.dumps(child) for child in proposals}) > 30
+
+
+def test_what_the_first_arms_say_is_where_cma_es_begins():
+    spec = study("  masking.ratio.value: {low: 0.1, high: 0.9}\n", "{name: cma-es, startup: 4}")
+    optuna_study, arms = asked(spec, 4)
+    best = max(arms, key=lambda each: each.params["masking.ratio.value"])
+    for one in arms:
+        optuna_study.report(one.trial, 1.0, {PSNR: one.params["masking.ratio.value"]})
+        optuna_study.tell(result(one))
+    found = [optuna_study.ask(number).params["masking.ratio.value"] for number in range(4, 44)]
+    second = sorted(each.params["masking.ratio.value"] for each in arms)[-2]
+    middle = 0.8042 * best.params["masking.ratio.value"] + 0.1958 * second
+    assert fmean(found) == pytest.approx(middle, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        FloatDistribution(1e-4, 1.0, log=True),
+        FloatDistribution(-1.0, 3.0),
+        FloatDistribution(0.25, 0.75, step=0.25),
+        IntDistribution(1, 4),
+        IntDistribution(2, 10, step=4),
+        IntDistribution(1, 64, log=True),
+    ],
+)
+def test_a_number_has_a_share_at_which_it_lies(distribution):
+    for share in (0.0, 0.1, 0.37, 0.5, 0.99, 1.0):
+        value = samplers.value_at(distribution, share)
+        back = samplers.share_of(distribution, value)
+        assert 0 <= back <= 1
+        assert samplers.value_at(distribution, back) == pytest.approx(value)
 
 
 # --- points that are spread out evenly ---

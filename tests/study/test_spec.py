@@ -62,6 +62,17 @@ def changed(old, new):
     return GOOD.replace(old, new)
 
 
+def test_a_sampler_of_one_objective_gets_one_and_one_of_numbers_a_range():
+    two = changed("sampler: {name: tpe}", "sampler: cma-es")
+    one = two.replace("  - {metric: pretrain/probe_psnr@0.25, goal: maximize}\n", "")
+    (line, *_) = [each for each in mistakes(two) if "sampler" in each]
+    assert "given cma-es with 2 objectives; expected one objective, or one of tpe, gp" in line
+    (line,) = [each for each in mistakes(one) if "sampler" in each]
+    assert "given cma-es where no range is searched but under labels; expected a range" in line
+    sound = one.replace("search:\n", "search:\n  pretrain.epochs: {low: 2, high: 4}\n")
+    assert parse(sound).sampler.name == "cma-es"
+
+
 def test_a_sound_file_is_read_with_its_defaults():
     spec = parse(GOOD)
     assert spec.study == "platelets"
