@@ -360,9 +360,25 @@ def export(
     arm: Annotated[
         str | None, typer.Option(help="id of the arm; default: the best searched arm")
     ] = None,
+    optuna: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORAGE",
+            help="copy the trials into a storage of Optuna's instead, for optuna-dashboard: a URL "
+            "such as sqlite:///optuna.db, or a file for a journal; again: what is new",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="with --optuna: go on until the study is over")
+    ] = False,
     storage: Storage = None,
 ) -> None:
     """Copy a pretrained encoder out of a study, as safetensors and JSON that timm can load."""
+    if optuna is not None:
+        from study.commands.optuna_copy import copy_trials
+
+        copy_trials(name, optuna, storage, follow=follow)
+        return
     from study.commands.export import copy_encoder
 
     copy_encoder(name, output, arm, storage)

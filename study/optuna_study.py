@@ -66,10 +66,7 @@ class OptunaStudy:
     def __init__(self, spec: StudySpec) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.spec = spec
-        self._distributions = {
-            name: _distribution(parameter.item)
-            for name, parameter in space.parameters(spec.search).items()
-        }
+        self._distributions = distributions(spec.search)
         self._sampler = SAMPLERS[spec.sampler.name]
         self._options = spec.sampler.options()
         self._walks = self._sampler(0, len(spec.objectives), **self._options) is None
@@ -419,6 +416,12 @@ def _distance(
 def _sub_seed(seed: int, number: int, attempt: int) -> int:
     digest = hashlib.sha256(f"{seed}:{number}:{attempt}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def distributions(search: Mapping[str, space.SearchItem]) -> dict[str, BaseDistribution]:
+    """Name of a parameter -> what Optuna takes it for."""
+    found = space.parameters(search).items()
+    return {name: _distribution(parameter.item) for name, parameter in found}
 
 
 def _distribution(item: space.SearchItem) -> BaseDistribution:
