@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from statistics import fmean
 
 import numpy as np
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter
 
 from study import landscapes, tables
 from study.replay import Landscape, Ours, Searcher, play, regret_at
-from study.rivals import RIVALS
+from study.rivals import PACKAGES, RIVALS
 from study.samplers import SAMPLERS
 from study.spec import Sampler, Stopper
 from study.stopping import STOPPERS
@@ -94,6 +95,9 @@ def all_landscapes() -> list[str]:
 def searcher_of(contender: str) -> Callable[[Landscape, int], Searcher]:
     """Of a landscape and a seed, by a rival's name or as `sampler+stopping`."""
     if contender in RIVALS:
+        package = PACKAGES.get(contender)
+        if package is not None and find_spec(package) is None:
+            raise UserError(f"--search: {contender} is not installed here; pip install {contender}")
         return RIVALS[contender]
     sampler, _, stopping = contender.partition("+")
     if sampler not in SAMPLERS or stopping not in STOPPERS:

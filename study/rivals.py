@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -156,8 +157,83 @@ class OptunaHyperband(_Rival):
         self.study.tell(self.trials[task.name], value, state=state)
 
 
+class SyneTuneCQR(_Rival):
+    """Syne Tune's ASHACQR: conformalised quantile regression beside ASHA, its successor of MOBSTER.
+
+    Salinas et al. 2023, arXiv 2305.03623. It knows no conditional parameters: all are drawn, and
+    those that an arm does not have are left out.
+    """
+
+    def set_up(self) -> None:
+        from syne_tune.optimizer.baselines import ASHACQR
+
+        found = space.parameters(self.place.spec.search)
+        self.scheduler = ASHACQR(
+            {name: _syne_tune_domain(parameter.item) for name, parameter in found.items()},
+            metric="score",
+            time_attr="time",
+            max_t=self.longest,
+            do_minimize=False,
+            random_seed=self.seed,
+            grace_period=1,
+            reduction_factor=4,
+        )
+        self.trials: dict[str, Any] = {}
+
+    def ask(self) -> Task | None:
+        from syne_tune.backend.trial_status import Trial
+
+        suggestion = self.scheduler.suggest()
+        if suggestion is None:
+            return None
+        name = f"{len(self.params)}"
+        self.trials[name] = Trial(int(name), suggestion.config, datetime.now(UTC))
+        self.params[name] = space.draw(self.place.spec.search, _Given(suggestion.config)).params
+        self.scheduler.on_trial_add(self.trials[name])
+        return Task(name, self.params[name], seed=0)
+
+    def goes_on(self, task: Task, reading: Reading) -> bool:
+        reported = self.score(task, reading)
+        if reported is None:
+            return True
+        result = dict(zip(("time", "score"), reported, strict=True))
+        decision = self.scheduler.on_trial_result(self.trials[task.name], result)
+        return bool(decision == "CONTINUE" or reported[0] >= self.longest)
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        if outcome is Outcome.COMPLETE:
+            self.complete.add(task.name)
+        elif outcome is Outcome.STOPPED:
+            self.scheduler.on_trial_remove(self.trials[task.name])
+        else:
+            self.scheduler.on_trial_error(self.trials[task.name])
+
+
+class _Given:
+    """Suggests what was decided elsewhere."""
+
+    def __init__(self, values: Params) -> None:
+        self.values = values
+
+    def __getattr__(self, suggest: str) -> Any:
+        return lambda name, *given, **options: self.values[name]
+
+
+def _syne_tune_domain(item: space.SearchItem) -> Any:
+    from syne_tune import config_space
+
+    if item.choices is not None:
+        return config_space.choice(list(item.choices))
+    if item.is_integer:
+        draw = config_space.lograndint if item.log else config_space.randint
+        return draw(item.low, item.high)
+    return (config_space.loguniform if item.log else config_space.uniform)(item.low, item.high)
+
+
 RIVALS: dict[str, Callable[[Landscape, int], Searcher]] = {
     "ray": RayASHA,
     "ray-probe": partial(RayASHA, early=PSNR),
     "optuna": OptunaHyperband,
+    "syne-tune": SyneTuneCQR,
 }
+PACKAGES = {"syne-tune": "syne_tune"}  # to be imported, and no dependency of ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -160,6 +161,24 @@ def test_rivals_search_with_their_own_classes(way, name):
     assert len(searcher.complete) >= 1
     assert searcher.incumbent() in searcher.params.values()
     assert len(searcher.params) > len(searcher.complete)  # somebody was stopped
+
+
+HAS_SYNE_TUNE = importlib.util.find_spec("syne_tune") is not None
+
+
+@pytest.mark.skipif(not HAS_SYNE_TUNE, reason="Syne Tune is not installed")
+def test_syne_tune_searches_with_its_own_classes():
+    trap = landscapes.TRAPS["crossing"](0)
+    searcher = searcher_of("syne-tune")(trap, 1)
+    points = play(searcher, trap, runs=3, workers=2)
+    assert 2 < points[-1].spent < 4
+    assert searcher.incumbent() in searcher.params.values()
+
+
+@pytest.mark.skipif(HAS_SYNE_TUNE, reason="Syne Tune is installed")
+def test_a_rival_that_is_not_installed_is_told():
+    with pytest.raises(UserError, match="pip install syne-tune"):
+        searcher_of("syne-tune")
 
 
 # --- landscapes ---
