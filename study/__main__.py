@@ -106,7 +106,8 @@ def check(
     if resolved:
         print_resolved(study)
     else:
-        check_study(study, forecast, partial(_build_sheet, output=sheet) if sheet else None)
+        write_sheet = partial(_build_sheet, output=sheet) if sheet else None
+        check_study(study, forecast, write_sheet, _detectable_difference)
 
 
 @app.command(name="try")
@@ -256,13 +257,23 @@ def stop(name: Name, address: Address = None, storage: Storage = None) -> None:
 @app.command()
 def extend(
     name: Name,
-    trials: Annotated[int, typer.Option(help="how many trials to add")],
+    trials: Annotated[int | None, typer.Option(help="how many trials to add")] = None,
+    device_hours: Annotated[
+        float | None, typer.Option(help="or hours of workers, of a budget in them")
+    ] = None,
+    wall_hours: Annotated[
+        float | None, typer.Option(help="or hours of wall time, of a budget in them")
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option(help="or operations of training, of a budget in them")
+    ] = None,
     storage: Storage = None,
 ) -> None:
-    """Add searched trials to a study, while it is running or later."""
-    from study.commands.ask import ask_for_trials
+    """Add to the budget of a study for more searched trials, while it is running or later."""
+    from study.commands.ask import ask_for_more
 
-    ask_for_trials(name, trials, storage)
+    asked = {"device_hours": device_hours, "wall_hours": wall_hours, "flops": flops}
+    ask_for_more(name, {"trials": trials, **asked}, storage)
 
 
 @app.command()
@@ -436,6 +447,12 @@ def _build_sheet(dataset: Dataset, study: str, output: Path) -> Path:
     from analysis.sheet import build_sheet
 
     return build_sheet(dataset, study, output)
+
+
+def _detectable_difference(seeds: int) -> float:
+    from analysis.statistics import detectable_difference
+
+    return detectable_difference(1.0, seeds)
 
 
 def _build_report(folder: Path) -> Path:

@@ -428,7 +428,7 @@ def check_budget(
     if budget is None or controls is None or seeds is None:
         return
     least = (1 + len(controls)) * seeds
-    if budget.trials < least:
+    if budget.trials is not None and budget.trials < least:
         problems.add(
             ("budget", "trials"),
             f"given {budget.trials}; expected at least {least}: the control arm and "

@@ -5,7 +5,9 @@ Every event is written to the ledger before anybody is told of it. Thread-free: 
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +15,20 @@ from typing import Any
 
 from study import breaker, requests
 from study.best import in_short, of_study
+from study.costs import Costs
+from study.fit import DataSize
 from study.gain import best_gain, gains
 from study.ledger import (
     Answer,
     Ledger,
     Outcome,
     Result,
+    Stint,
     Suggestion,
     read_answers,
     read_results,
     read_rows,
+    read_stints,
     read_suggestions,
 )
 from study.measured import Measured, measure
@@ -35,19 +41,25 @@ from study.resume import (
     Start,
     Step,
     Wait,
+    account_of,
     infrastructure_error,
     is_unfinished,
     next_step,
+    num_counted,
     num_planned,
     num_pretrainings,
+    shares_pretraining,
 )
 from study.spec import StudySpec
+from study.spending import Means, in_words
 from study.stopping import FEWEST_FINALS, Rung, best_foreteller, goes_on, rung_at
 from trainables.config import TrialConfig, arm_id, completed, trial_id
 from trainables.endings import Ending
 from trainables.fillings import Gain
 from trainables.job import make_job
 from trainables.metrics import STOPPED_HERE, metric_of
+
+POLL_SECONDS = 1.0  # between two looks at the clock of who only asks what is next
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,25 @@ class DataView:
     root: Path  # the folder that relative paths count from
     fingerprint: str
     is_labelled: bool
+    size: DataSize | None = None  # None: budgets are in trials
 
 
 class Conductor:
     """The study's state in memory, rebuilt from the ledger at the start."""
 
-    def __init__(self, spec: StudySpec, ledger: Ledger, data: DataView) -> None:
+    def __init__(
+        self,
+        spec: StudySpec,
+        ledger: Ledger,
+        data: DataView,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.asked = spec  # the study file
+        self._clock, self._began = clock, clock()
+        self._costs = Costs(data.size)
+        self._stints = read_stints(ledger.folder)
+        self._held: dict[str, float] = {}  # trial -> seconds that this driver has held it before
+        self._keeping = threading.Lock()  # who shows where things stand keeps the time too
         self.answers: list[Answer] = read_answers(ledger.folder)
         self.spec = requests.grown(spec, self.answers)
         self.ledger, self.data = ledger, data
@@ -71,6 +95,7 @@ class Conductor:
         self.results: dict[str, Result] = read_results(ledger.folder)
         self.running: dict[str, float] = {}  # trial -> when it was handed out
         self.is_exhausted = False
+        self.is_full = False  # the budget has room for no untried arm, as far as is known now
         self.ended: list[tuple[str, Result]] = []  # by this driver: an arm, and how a trial ended
         self.open_rungs: set[tuple[str, int]] = set()  # at which nothing foretells the objective
         self.gave_up: str | None = None  # how all of its first trials failed
@@ -89,13 +114,18 @@ class Conductor:
         self.progress.best = self._best()
         self._finish_stopped()
         self.heed_requests()
+        self._tell_spent()
 
     def next(self) -> Suggestion | Wait | Finished:
         """The next trial to run, written down and handed out; or why there is none now."""
         self.heed_requests()
+        self.keep_time(POLL_SECONDS)
         step = self.next_step()
         if isinstance(step, AskSampler):
-            proposal = self.optuna.ask(step.number)
+            proposal = self.optuna.ask(step.number, step.fits)
+            if proposal is None and step.fits is not None:
+                self.is_full = True
+                return self.next()
             if proposal is None:
                 self.is_exhausted = True
                 self.progress.say("every arm of the search space has been tried")
@@ -105,7 +135,7 @@ class Conductor:
         if isinstance(step, Start):
             return self._begin(step)
         if isinstance(step, Continue):
-            self.running[step.suggestion.trial] = time.monotonic()
+            self.running[step.suggestion.trial] = self._clock()
             self.progress.suggested(step.suggestion, resumed=True)
             return step.suggestion
         return step
@@ -122,8 +152,28 @@ class Conductor:
             self.measured,
             enqueued=requests.queue(self.answers),
             is_labelled=self.data.is_labelled,
-            is_exhausted=self.is_exhausted,
+            is_exhausted=self.is_exhausted or self.is_full,
+            means=self._means,
         )
+
+    def keep_time(self, seconds: float = 0.0) -> None:
+        """Keep how long this driver has run the study; only then does it count as spent.
+
+        Unless less than `seconds` have passed since it was last kept.
+        """
+        if not self.spec.budget.counts_time:
+            return
+        with self._keeping:
+            now = self._clock()
+            held = Counter(self._held)
+            held.update({trial: now - since for trial, since in list(self.running.items())})
+            epoch, workers = self.ledger.epoch, self.spec.resources.workers
+            stint = Stint(epoch, now - self._began, workers, dict(held))
+            before = next((each for each in self._stints if each.epoch == epoch), None)
+            if before is not None and stint.seconds < before.seconds + seconds:
+                return
+            self.ledger.keep_time(stint)
+            self._stints = [each for each in self._stints if each.epoch != epoch] + [stint]
 
     def heed_requests(self) -> None:
         """Answer what people have asked since the last look."""
@@ -156,9 +206,12 @@ class Conductor:
     @property
     def _shares_pretraining(self) -> bool:
         """Whether trials may differ in segmentation alone; a mirror is one node's own."""
-        is_alike = any(path.startswith("segment.") for path in self.spec.search)
-        is_alike = is_alike or "frozen" in self.spec.controls
-        return is_alike and not self.ledger.folder.remote
+        return shares_pretraining(self.spec) and not self.ledger.folder.remote
+
+    @property
+    def _means(self) -> Means:
+        workers = self.spec.resources.workers
+        return Means(self._stints, self._costs, workers, self._shares_pretraining)
 
     def rows(self, suggestion: Suggestion, rows: list[dict[str, Any]], attempt: str) -> bool:
         """Keep a rung's rows; True when the trial is to stop there."""
@@ -172,6 +225,7 @@ class Conductor:
             decision = {"metric": STOPPED_HERE, "goal": kind.goal, "unit": kind.unit, "value": 1.0}
             rows = [*rows, {**rows[-1], **decision}]
         self.ledger.commit(suggestion, rows, attempt)
+        self.keep_time()
         self.on_durable(suggestion, None)
         shown = {o.metric: values[o.metric] for o in self.spec.objectives if o.metric in values}
         self.progress.rung(suggestion, phase, progress, shown)
@@ -193,7 +247,7 @@ class Conductor:
         if ending is Ending.LOST:
             failures = 1 + (before.infrastructure_failures if before else 0)
             error = infrastructure_error(failures, error or "no reason given")
-        began = self.running.pop(trial, None)
+        seconds = self._let_go(trial)
         reached: dict[str, float] = {}
         for metric, curve in self.measured.get(trial, {}).items():
             phase = metric.partition("/")[0]
@@ -201,17 +255,20 @@ class Conductor:
         result = Result(
             trial=trial,
             outcome=Outcome.FAILED if failures else Outcome(ending),
-            seconds=0.0 if began is None else time.monotonic() - began,
+            seconds=seconds,
             error=error,
             progress=reached,
             infrastructure_failures=failures,
         )
+        self.keep_time()
         self.ledger.finish(result)
+        self.is_full = False
         self.on_durable(suggestion, result)
         self.results[trial] = result
         self.ended.append((suggestion.arm, result))
         self.optuna.tell(result)
         self.progress.best = self._best()
+        self._tell_spent()
         gain = gains({trial: self.measured.get(trial, {})}).get(trial)
         self.progress.finished(suggestion, result.outcome, error, gain)
         if self.gave_up is None:
@@ -225,7 +282,7 @@ class Conductor:
 
     def hand_back(self, suggestion: Suggestion) -> None:
         """Its slot has lost its workers: the trial is to be given out again; nothing is counted."""
-        del self.running[suggestion.trial]
+        self._let_go(suggestion.trial)
         self.progress.handed_back(suggestion)
 
     @property
@@ -277,6 +334,22 @@ class Conductor:
         found = of_study(self.spec, self.suggestions, self.results, self.measured)
         return in_short(found, self.spec.objectives[0], lambda arm: arm_text(firsts[arm]))
 
+    def _let_go(self, trial: str) -> float:
+        """A trial has its workers no longer; seconds since it was handed out."""
+        with self._keeping:
+            began = self.running.pop(trial, None)
+            seconds = 0.0 if began is None else self._clock() - began
+            self._held[trial] = self._held.get(trial, 0.0) + seconds
+        return seconds
+
+    def _tell_spent(self) -> None:
+        """What people are shown where nobody can say how many trials there will be."""
+        budget = self.spec.budget
+        if budget.is_measured:
+            facts = (self.suggestions, self.results, self.running.keys(), self.measured)
+            spent = account_of(*facts, self._means).spent
+            self.progress.spent = in_words(budget, spent, num_counted(self.suggestions))
+
     def _remote(self, suggestion: Suggestion) -> str:
         folder = self.ledger.folder
         return folder.location(folder.trial(suggestion.trial)) if folder.remote else ""
@@ -287,10 +360,11 @@ class Conductor:
         self.answers.append(answer)
         self.spec = requests.grown(self.asked, self.answers)
         self.progress.total = num_planned(self.spec)
+        self.is_full = False
         if answer.refused is not None:
             self.progress.say(f"refused to {answer.kind}: {answer.refused}")
         elif answer.kind == "extend":
-            self.progress.say(f"extended by {answer.content['trials']} trials")
+            self.progress.say(f"extended by {requests.amount_in_words(answer.content)}")
         else:
             self.progress.say(f"enqueued arm {answer.content['arm']}")
 
@@ -309,7 +383,7 @@ class Conductor:
         self.ledger.suggest(suggestion)
         self.suggestions.append(suggestion)
         self.optuna.add(suggestion)
-        self.running[suggestion.trial] = time.monotonic()
+        self.running[suggestion.trial] = self._clock()
         self.progress.suggested(suggestion, resumed=False)
         return suggestion
 

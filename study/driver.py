@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,13 @@ from study.conductor import Conductor
 from study.requests import was_stopped
 from study.resume import Finished
 from study.telemetry import Telemetry
+from trainables.errors import StorageError
 
 if TYPE_CHECKING:
     from study.fleet import Fleet
 
 POLL_SECONDS = 0.5  # of heartbeats and of the request to stop
+KEEP_SECONDS = 30  # of time that a driver which is killed may have spent unseen
 PUBLISH_SECONDS = 5  # of metrics; Ray passes them on every 10 s
 EXIT_LOST = 69  # the head is gone
 FAREWELL_SECONDS = 20  # that idle workers get to go home
@@ -169,6 +171,8 @@ def _watching(conductor: Conductor, fleet: Fleet) -> Iterator[None]:
                         beat["progress"],
                         beat["images_per_second"],
                     )
+            with suppress(StorageError):  # whoever writes next is told
+                conductor.keep_time(KEEP_SECONDS)
             if time.monotonic() - published > PUBLISH_SECONDS:
                 telemetry.tick(fleet.vitals())
                 published = time.monotonic()
@@ -180,4 +184,6 @@ def _watching(conductor: Conductor, fleet: Fleet) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(10)
+        with suppress(StorageError):
+            conductor.keep_time()
         telemetry.tick(fleet.vitals())

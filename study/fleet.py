@@ -236,7 +236,7 @@ class Fleet:
     def _num_wanted(self) -> int:
         """Slots for all that is left to do, within what the user allows."""
         progress = self._conductor.progress
-        left = max(1, progress.total - progress.num_done)
+        left = MOST if progress.total is None else max(1, progress.total - progress.num_done)
         return min(left, self._resources.concurrent or MOST, MOST)
 
     def _grow(self, seen: Nodes) -> None:

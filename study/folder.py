@@ -14,6 +14,7 @@ folder can be moved, copied and renamed.
     results.parquet  arms.parquet      all rows and all arms; may be deleted and come back
     requests/<time>-<kind>-<hex>.json  what people ask of the study and no driver has read yet
     answers/000000.json                what became of each request; never changed
+    stints/000001.json                 how long each driver has run it, and held which trial
     logs/<logger>/<id>.json            what TensorBoard and others have been given
     epochs/000001.json  lock           one epoch per driver; the lock of the living one
     console.log                        what the last driver said that the console started
@@ -213,6 +214,13 @@ class StudyFolder:
 
     def answer(self, number: int) -> Path:
         return self.answers / f"{number:06d}.json"
+
+    @property
+    def stints(self) -> Path:
+        return self.root / "stints"
+
+    def stint(self, epoch: int) -> Path:
+        return self.stints / f"{epoch:06d}.json"
 
     @property
     def stop_request(self) -> Path:

@@ -133,7 +133,7 @@ def changes(folder: StudyFolder, spec: StudySpec) -> list[Difference]:
 def difference(old_text: str, new_text: str, defaults: str = DEFAULTS) -> list[Difference]:
     """What a study that was begun with `old_text` would find changed in `new_text`.
 
-    It can go on if every difference `is_compatible`: a larger `budget.trials`, or another
+    It can go on if every difference `is_compatible`: more of a unit of `budget`, or another
     `confirm`, `resources`, `storage`, `question` or `log`.
     """
     old, new = (
@@ -150,7 +150,8 @@ def difference(old_text: str, new_text: str, defaults: str = DEFAULTS) -> list[D
         after: Any = new.get(path)
         if before != after or (path in old) != (path in new):
             is_free = path.split(".")[0] in ("confirm", "resources", "storage", "question", "log")
-            is_more = path == "budget.trials" and int(after) > int(before)
+            is_both = before is not None and after is not None
+            is_more = path.startswith("budget.") and is_both and float(after) > float(before)
             found.append(Difference(path, before, after, is_free or is_more))
     return found
 

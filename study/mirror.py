@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _LEDGER = re.compile(
-    rf"study\.yaml|environment\.json|epochs/\d{{6,}}\.json|(suggestions|answers)/\d{{6,}}\.json"
+    rf"study\.yaml|environment\.json|epochs/\d{{6,}}\.json|(suggestions|answers|stints)/\d{{6,}}\.json"
     rf"|requests/{_NAME}\.json|logs/{_NAME}/{_NAME}\.json"
     rf"|trials/{_NAME}/(config\.json|outcome\.json|error\.txt|rows/{_NAME}\.parquet)"
 )

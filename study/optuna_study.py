@@ -12,7 +12,7 @@ import copy
 import hashlib
 import math
 import random as random_module
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -111,11 +111,23 @@ class OptunaStudy:
     def _has_news(self, trial: str) -> None:
         self._kept.pop(self._arm_of.get(trial, ""), None)
 
-    def ask(self, number: int) -> Proposal | None:
-        """An untried arm, which depends on the history and `number` only; None if none is left."""
+    def ask(
+        self, number: int, fits: Callable[[TrialConfig], bool] | None = None
+    ) -> Proposal | None:
+        """An untried arm, which depends on the history and `number` only; None if none is left.
+
+        `fits`: whether an arm may be proposed at all; None: any.
+        """
         known = {suggestion.arm for suggestion in self._suggestions}
+
+        def is_open(proposal: Proposal) -> bool:
+            arm = arm_id(proposal.config)
+            if arm not in known and fits is not None and not fits(proposal.config):
+                known.add(arm)
+            return arm not in known
+
         if self._walks:
-            return next((new for arm, new in self._grid.items() if arm not in known), None)
+            return next(filter(is_open, self._grid.values()), None)
         study, ended = self.study(), self._ended()
         doomed: list[Proposal] = []
         chance = random_module.Random(_sub_seed(self.spec.seed, number, RETRIES))
@@ -125,7 +137,7 @@ class OptunaStudy:
             sampler, options = quasi_random, {}
         for attempt in range(RETRIES):
             proposal = self._propose(study, sampler, number, attempt, options)
-            if arm_id(proposal.config) in known:
+            if not is_open(proposal):
                 continue
             if not (is_wary and is_doomed(proposal.params, ended, self._distributions)):
                 return proposal
@@ -135,10 +147,12 @@ class OptunaStudy:
             return doomed[0]
         left = self._left(known)
         if left is not None:
+            left = list(filter(is_open, left))
             return chance.choice(left) if left else None
-        for attempt in range(RETRIES, 20 * RETRIES):
+        most = 20 * RETRIES if fits is None else 2 * RETRIES
+        for attempt in range(RETRIES, most):
             proposal = self._propose(study, random, number, attempt, {})
-            if arm_id(proposal.config) not in known:
+            if is_open(proposal):
                 return proposal
         return None
 

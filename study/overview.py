@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -49,6 +50,7 @@ def standings(storage: Storage) -> list[dict[str, Any]]:
                 "state": state_of(folder, ahead),
                 "begun": len(read_suggestions(folder)),
                 "total": ahead.total,
+                "spent": ahead.spent,
                 "outcomes": dict(Counter(result.outcome.value for result in results.values())),
             }
         except (UserError, StorageError) as error:  # the others are to be seen all the same
@@ -65,7 +67,7 @@ def studies_table(storage: Storage) -> Table:
         table.add_column(column)
     found = standings(storage)
     for one in found:
-        trials = f"{one['begun']} of {one['total']}" if "total" in one else ""
+        trials = _begun_in_words(one) if "total" in one else ""
         counts = [one.get("outcomes", {}).get(outcome.value, "") for outcome in Outcome]
         table.add_row(one["study"], one["state"], trials, *map(str, counts))
     table.caption = "\n".join(escape(one["problem"]) for one in found if "problem" in one) or None
@@ -108,6 +110,7 @@ def standing(folder: StudyFolder) -> dict[str, Any]:
         "state": state_of(folder, ahead),
         "begun": len(drawn),
         "total": ahead.total,
+        "spent": ahead.spent,
         "best_probe_gain": in_words(leader[1]) if leader is not None else None,
         "warning": warning(leader[1]) if leader is not None else None,
         "trials": trials,
@@ -119,7 +122,7 @@ def arms_table(folder: StudyFolder) -> Table:
     one = standing(folder)
     table = Table(
         caption_justify="left",
-        title=f"{one['study']} ({one['state']}, {one['begun']} of {one['total']} trials begun)",
+        title=f"{one['study']} ({one['state']}, {_begun_in_words(one, ' trials begun')})",
     )
     metrics = [objective.metric for objective in spec_of(folder).objectives]
     has_gains = one["best_probe_gain"] is not None
@@ -142,6 +145,12 @@ def arms_table(folder: StudyFolder) -> Table:
         said = [f"probe gain of the best encoder: {one['best_probe_gain']}", one["warning"]]
         table.caption = escape("\n".join(filter(None, said)))
     return table
+
+
+def _begun_in_words(one: Mapping[str, Any], what: str = "") -> str:
+    """Of how many trials, or which part of the budget is spent."""
+    of_all = f" of {one['total']}" if one["total"] is not None else ""
+    return f"{one['begun']}{of_all}{what}" + (f", {one['spent']}" if one["spent"] else "")
 
 
 def question_of(folder: StudyFolder) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -16,8 +17,11 @@ import torch
 
 from cluster.placement import Room, WorkerGroup, num_groups, worker_group
 from study import space
+from study.costs import work_of
 from study.fit import DataSize, data_size
 from study.resume import num_fresh, num_pretrainings
+from study.spec import UNITS
+from study.spending import HOUR, Amounts
 from trainables import cost
 from trainables.config import TrialConfig, arm_id
 from trainables.edges import Edges, grid_of, in_words
@@ -82,6 +86,8 @@ class Plan:
     concurrent: int  # trials at once; 0 if a trial does not fit
     hours_of: Phases | None  # of training steps; None without a speed
     warnings: list[str]
+    budget: str = ""  # what each unit of a budget that is not in trials alone buys
+    workers: int = 1  # of a trial
 
     @property
     def hours(self) -> float | None:
@@ -91,8 +97,10 @@ class Plan:
     def describe(self) -> dict[str, str]:
         """What `maskstudy check` prints."""
         arms = {"control": self.control, "cheapest": self.cheapest, "dearest": self.dearest}
+        about = "about " if self.budget else ""
         lines = {
-            "trials": f"{self.trials} and {self.confirmations} to confirm",
+            **({"budget": self.budget} if self.budget else {}),
+            "trials": f"{about}{self.trials} and {self.confirmations} to confirm",
             "searched arms": f"{self.searched_arms}"
             + (f" of a grid of {self.grid_arms}" if self.grid_arms is not None else "")
             + ", beside the control",
@@ -100,8 +108,16 @@ class Plan:
             "operations": f"{self.flops:.2e} FLOP",
             "trials at once": str(self.concurrent),
             "hours of steps": _hours_in_words(self.hours_of),
+            **self._device_hours(),
         }
         return lines | {f"warning {n}": text for n, text in enumerate(self.warnings, 1)}
+
+    def _device_hours(self) -> dict[str, str]:
+        """Of all workers together, where there are several."""
+        at_once = min(self.concurrent, self.trials) * self.workers
+        if self.hours is None or at_once < 2:
+            return {}
+        return {"device-hours of steps": f"{self.hours * at_once:.2f}, on {at_once} at once"}
 
 
 def plan(
@@ -121,22 +137,16 @@ def plan(
     cpus = float(os.cpu_count() or 1) if cpus is None else cpus
     gpus = float(torch.cuda.device_count()) if gpus is None else gpus
     num_controls = (1 + (len(spec.controls) if data.classes else 0)) * spec.seeds
-    room = max(0, spec.budget.trials - num_controls) if spec.search else 0
     grid_arms = _count_grid(spec) if spec.sampler.name == "grid" and spec.search else None
-    searched_trials = room if grid_arms is None else min(room, grid_arms * spec.seeds)
-    num_searched = math.ceil(searched_trials / spec.seeds)
-    num_best = min(spec.confirm.arms, num_searched) if spec.confirm else 0
-    confirmations = num_fresh(spec, num_best, is_labelled=bool(data.classes))
-
     control = arm_cost(spec.trial, data, spec.resources)
     arms = _some_arms(spec) or [spec.trial]
     costs = [arm_cost(config, data, spec.resources) for config in arms]
     cheapest = min(costs, key=lambda one: one.flops)
     dearest = max(costs, key=lambda one: one.flops)
-    others, shared = searched_trials + confirmations, num_pretrainings(spec)
+    shared = num_pretrainings(spec)
 
-    def of_study(cost_of: Callable[[ArmCost], Phases]) -> Phases:
-        """The sum over all trials of what one costs in each phase."""
+    def of_study(cost_of: Callable[[ArmCost], Phases], others: int) -> Phases:
+        """The sum over the controls and so many others of what one costs in each phase."""
         of_control, of_others = cost_of(control), [cost_of(one) for one in costs]
         segmenting = of_control.segment * num_controls
         segmenting += fmean(one.segment for one in of_others) * others
@@ -149,16 +159,34 @@ def plan(
         return Phases(pretraining, segmenting)
 
     concurrent = _concurrent(spec, cpus, gpus)
-    at_once = min(concurrent, num_controls + searched_trials)
-    hours: Phases | None = None
-    if measure is not None and at_once:
+    known: list[tuple[ArmCost, Speeds]] = []
+    if measure is not None and concurrent:
         by_arm = {control.arm: spec.trial} | {
             cost.arm: config for cost, config in zip(costs, arms, strict=True)
         }
         known = [(one, measure(by_arm[one.arm])) for one in (control, cheapest, dearest)]
-        seconds = of_study(partial(_seconds, known))
-        at_once *= spec.resources.workers
-        hours = Phases(*(each / at_once / 3600 for each in seconds))
+
+    def of_operations(one: ArmCost) -> Phases:
+        return Phases(one.pretrain_flops, one.segment_flops)
+
+    def amounts(arms: int) -> Amounts:
+        """What a study of so many searched arms takes, its confirmations included."""
+        others = arms * spec.seeds + num_fresh(spec, arms, is_labelled=bool(data.classes))
+        hours = sum(of_study(partial(_seconds, known), others)) / HOUR if known else 0.0
+        at_once = spec.resources.workers * max(1, min(concurrent, num_controls + others))
+        return Amounts(hours, hours / at_once, sum(of_study(of_operations, others)))
+
+    bought = _bought(spec, num_controls, amounts, is_timed=bool(known))
+    room = min(bought.values()) if spec.search else 0
+    searched_trials = room if grid_arms is None else min(room, grid_arms * spec.seeds)
+    num_searched = math.ceil(searched_trials / spec.seeds)
+    confirmations = num_fresh(spec, num_searched, is_labelled=bool(data.classes))
+    others = searched_trials + confirmations
+    hours: Phases | None = None
+    if known:
+        at_once = min(concurrent, num_controls + searched_trials) * spec.resources.workers
+        seconds = of_study(partial(_seconds, known), others)
+        hours = Phases(*(each / at_once / HOUR for each in seconds))
     return Plan(
         study=spec.study,
         searched_arms=num_searched,
@@ -168,26 +196,63 @@ def plan(
         control=control,
         cheapest=cheapest,
         dearest=dearest,
-        flops=sum(of_study(lambda one: Phases(one.pretrain_flops, one.segment_flops))),
+        flops=sum(of_study(of_operations, others)),
         concurrent=concurrent,
         hours_of=hours,
         warnings=_warnings(spec, grid_arms, room, num_searched, concurrent, cpus, gpus),
+        budget=_bought_in_words(spec, num_controls, bought) if spec.budget.is_measured else "",
+        workers=spec.resources.workers,
     )
+
+
+def _bought(
+    spec: StudySpec,
+    num_controls: int,
+    amounts: Callable[[int], Amounts],
+    *,
+    is_timed: bool,
+) -> dict[str, int]:
+    """Unit of the budget -> searched trials that it buys; hours are left out without a speed."""
+    found = {}
+    for unit, limit in spec.budget.given.items():
+        if unit == "trials":
+            found[unit] = max(0, round(limit) - num_controls)
+        elif unit == "flops" or is_timed:
+            found[unit] = spec.seeds * _most(limit, amounts, unit)
+    return found or {"nothing timed": 0}
+
+
+def _most(limit: float, amounts: Callable[[int], Amounts], unit: str) -> int:
+    """The most arms that take no more than that of a unit."""
+
+    def amount(arms: int) -> float:
+        return float(getattr(amounts(arms), unit))
+
+    most = 1
+    while amount(most) <= limit and most < MOST_COUNTED:
+        most *= 2
+    return max(0, bisect_right(range(most), limit, key=amount) - 1)
+
+
+def _bought_in_words(spec: StudySpec, num_controls: int, bought: Mapping[str, int]) -> str:
+    """What each unit of the budget buys, and which one ends the study."""
+    least, parts = min(bought.values()), []
+    for unit, limit in spec.budget.given.items():
+        amount = f"{limit:.3g}" if unit == "flops" else f"{limit:.10g}"
+        text = f"{amount} {UNITS[unit]}"
+        if unit not in bought:
+            text += ": not known without a speed"
+        elif unit != "trials":
+            text += f": {num_controls + bought[unit]} trials"
+        binds = len(spec.budget.given) > 1 and bought.get(unit) == least
+        parts.append(text + (" (binds)" if binds else ""))
+    return "; ".join(parts)
 
 
 def arm_cost(config: TrialConfig, data: DataSize, resources: Resources) -> ArmCost:
     """One trial of an arm on these data."""
     parts = resources.workers * resources.micro_batches
     tokens = math.prod(grid_of(data.size, config.patch_edges(len(data.size))))
-    segment_steps, segment_flops = 0, 0.0
-    if data.classes:
-        about = (data.size, data.channels, len(data.classes))
-        segment_steps = cost.segment_steps(config, *about, data.train_images)
-        segment_flops = cost.segment_flops(config, *about, segment_steps)[-1]
-    pretrain_steps, pretrain_flops = 0, 0.0
-    if config.segment.encoder != "random-init":
-        pretrain_steps = cost.pretrain_steps(config, data.size, data.channels, data.pretrain_images)
-        pretrain_flops = cost.pretrain_flops(config, data.size, data.channels, pretrain_steps)
     num_parameters = count_parameters(config, data.size, data.channels)
     activations = cost.activation_bytes(
         config, data.size, data.channels, recomputes=resources.activation_checkpointing
@@ -199,10 +264,7 @@ def arm_cost(config: TrialConfig, data: DataSize, resources: Resources) -> ArmCo
         tokens=tokens,
         visible_tokens=_visible_share(config, data.size) * tokens,
         parameters=num_parameters,
-        pretrain_steps=pretrain_steps,
-        segment_steps=segment_steps,
-        pretrain_flops=pretrain_flops,
-        segment_flops=segment_flops,
+        **work_of(config, data)._asdict(),
         memory_bytes=activations // parts + bytes_per_parameter * num_parameters,
     )
 
@@ -307,17 +369,22 @@ def _warnings(
             f"{group.workers * group.gpus:g} GPUs, here are {cpus:g} and {gpus:g}: nothing can "
             f"start"
         )
+    binding = "budget.trials" if spec.budget.given.keys() == {"trials"} else "budget"
     if grid_arms is not None and grid_arms * spec.seeds > room:
         warnings.append(
-            f"budget.trials: the grid has {grid_arms} arms besides the controls, "
+            f"{binding}: the grid has {grid_arms} arms besides the controls, "
             f"{grid_arms * spec.seeds} trials, but {room} are left for them: it stays incomplete"
         )
     elif room % spec.seeds and grid_arms is None:
         warnings.append(
             f"budget.trials: the last arm gets {room % spec.seeds} of {spec.seeds} seeds"
         )
+    if spec.search and spec.budget.is_measured and num_searched == 0:
+        warnings.append(
+            "budget: the controls and confirmations take all of it, so that nothing is searched"
+        )
     startup = spec.sampler.options().get("startup", 0)
-    if spec.search and num_searched <= startup:
+    if spec.search and 0 < num_searched <= startup:
         warnings.append(
             f"sampler: {spec.sampler.name} draws its first {startup} arms by chance, and there are "
             f"{num_searched}; a grid may tell more"

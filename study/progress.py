@@ -85,7 +85,7 @@ class Progress:
         self,
         *,
         study: str,
-        total: int,
+        total: int | None,
         done: int,
         metrics: list[str],
         pretrainings: int | None = None,
@@ -93,6 +93,7 @@ class Progress:
         self.study, self.total, self.done_before = study, total, done
         self.metrics = metrics
         self.pretrainings = pretrainings  # of all trials, one for a seed; None: of each its own
+        self.spent = ""  # which part of a budget that is not in trials alone
         self.best = ""  # the best arm so far, in a few words
         self.lines: dict[str, Line] = {}
         self.began = time.monotonic()
@@ -168,7 +169,7 @@ class Progress:
         learnt = f" · probe gain {in_words(gain)}" if gain else ""
         self._event(
             f"{outcome.value}: {describe(suggestion)}{why}{learnt} "
-            f"· {self.num_done}/{self.total} trials{self._best_text()}{self._left_text()}"
+            f"· {self._done_text()}{self._best_text()}{self._left_text()}"
         )
 
     def handed_back(self, suggestion: Suggestion) -> None:
@@ -195,10 +196,11 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Remaining trials at the mean duration of those that finished in this run.
 
+        None while nobody can say how many there will be.
         Where pretraining is shared, the first of each seed has the one that it takes.
         """
         finished = [line for line in self.lines.values() if line.outcome is not None]
-        if not finished:
+        if not finished or self.total is None:
             return None
         running = [line for line in self.lines.values() if line.outcome is None]
         waiting = max(0, self.total - self.num_done - len(running))
@@ -231,10 +233,7 @@ class Progress:
                 *shown,
                 line.outcome.value if line.outcome else "running",
             )
-        head = Text(
-            f"{self.study}: {self.num_done}/{self.total} trials"
-            f"{self._best_text()}{self._left_text()}"
-        )
+        head = Text(f"{self.study}: {self._done_text()}{self._best_text()}{self._left_text()}")
         return Group(head, table)
 
     def _latest(self) -> Iterable[Line]:
@@ -242,6 +241,11 @@ class Progress:
         running = [line for line in lines if line.outcome is None]
         finished = [line for line in lines if line.outcome is not None]
         return finished[-8:] + running
+
+    def _done_text(self) -> str:
+        if self.total is None:
+            return f"{self.num_done} trials" + (f", {self.spent}" if self.spent else "")
+        return f"{self.num_done}/{self.total} trials"
 
     def _best_text(self) -> str:
         return f" · {self.best}" if self.best else ""

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +42,7 @@ from study.loading import spec_of
 from study.mistakes import Problems, explain, listed, near
 from study.reader import Document, read_document, read_text, show
 from study.resume import Enqueued, twin
-from study.spec import Budget, StudySpec
+from study.spec import UNITS, Budget, StudySpec
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import StorageError, UserError
 from trainables.storage import store
@@ -100,17 +102,23 @@ def forget_stop(folder: StudyFolder) -> None:
     folder.stop_request.unlink(missing_ok=True)
 
 
-def extend(folder: StudyFolder, trials: int) -> str:
-    """Ask for so many more searched trials; what will be, in a sentence."""
+def extend(folder: StudyFolder, amount: float, unit: str = "trials") -> str:
+    """Ask for so much more of a unit of the budget; what will be, in a sentence."""
     spec = spec_of(folder)
-    content = {"trials": trials}
+    content = {unit: amount}
     before = expected(folder, spec)
     judged = _judge("extend", content, spec, [], before)
     if isinstance(judged, str):
         raise UserError(judged)
     _leave(folder, "extend", content)
-    total = grown(spec, before).budget.trials + trials
-    return f"{trials} more trials, {total} in all; {_when(folder)}"
+    total = grown(spec, before).budget.given[unit] + amount
+    return f"{_number(amount)} more {UNITS[unit]}, {_number(total)} in all; {_when(folder)}"
+
+
+def amount_in_words(content: Mapping[str, Any]) -> str:
+    """What an extension grants."""
+    ((unit, amount),) = content.items()
+    return f"{_number(amount)} {UNITS[unit]}"
 
 
 def enqueue(
@@ -189,11 +197,16 @@ def remove(folder: StudyFolder, request: Request) -> None:
 
 
 def grown(spec: StudySpec, answers: Sequence[Answer]) -> StudySpec:
-    """The study with the budget that extensions and enqueued arms, each with its seeds, make."""
-    granted = [answer for answer in answers if answer.refused is None]
-    more = sum(answer.content["trials"] for answer in granted if answer.kind == "extend")
-    more += sum(spec.seeds for answer in granted if answer.kind == "enqueue")
-    return spec.model_copy(update={"budget": Budget(trials=spec.budget.trials + more)})
+    """The study with the budget that extensions and enqueued arms, each with its seeds, make.
+
+    What enqueued arms take of a budget in operations or hours, the search has less.
+    """
+    more: Counter[str] = Counter()
+    for answer in answers:
+        if answer.refused is None:
+            more.update(answer.content if answer.kind == "extend" else {"trials": spec.seeds})
+    total = {unit: amount + more[unit] for unit, amount in spec.budget.given.items()}
+    return spec.model_copy(update={"budget": Budget.model_validate(total)})
 
 
 def queue(answers: Sequence[Answer]) -> list[Enqueued]:
@@ -221,12 +234,27 @@ def _judge(
     if not spec.search:
         return f"{spec.study} has no `search`: its controls are all there is to run"
     if kind == "extend":
-        return _judge_extension(content)
+        return _judge_extension(content, spec)
     return _judge_arm(content, spec, suggestions, answers, problems)
 
 
-def _judge_extension(content: dict[str, Any]) -> dict[str, Any] | str:
-    trials = content.get("trials")
+def _judge_extension(content: dict[str, Any], spec: StudySpec) -> dict[str, Any] | str:
+    unit: str = next(iter(content), "trials")
+    amount: Any = content.get(unit)
+    given = spec.budget.given
+    if unit not in UNITS or len(content) != 1:
+        return f"given {show(content)}; expected more of one of {listed(list(given))}"
+    if unit not in given:
+        ways = [f"maskstudy extend {spec.study} --{one.replace('_', '-')} N" for one in given]
+        return (
+            f"{unit}: the budget of {spec.study} is in {listed([UNITS[one] for one in given])}; "
+            f"extend what ends it: {' or '.join(ways)}"
+        )
+    if unit != "trials":
+        if type(amount) not in (int, float) or not 0 < amount < math.inf:
+            return f"{unit}: given {show(amount)}; expected a number above 0"
+        return {unit: amount}
+    trials = amount
     if type(trials) is not int or not 1 <= trials <= MOST_TRIALS:
         return f"trials: given {show(trials)}; expected a whole number from 1 to {MOST_TRIALS:,}"
     return {"trials": trials}
@@ -344,6 +372,10 @@ def _read(folder: StudyFolder, name: str) -> Request | None:
         return Request(name, match[1], unsealed(raw))
     except ValueError as error:
         return Request(name, match[1], None, str(error))
+
+
+def _number(amount: float) -> str:
+    return f"{amount:.3g}" if amount >= MOST_TRIALS * 1000 else f"{amount:.10g}"
 
 
 def _when(folder: StudyFolder) -> str:

@@ -1,23 +1,27 @@
 """What is left to do, decided from the ledger alone; somebody else does it.
 
 The order: trials that were begun; the control arm and its twins; arms that a person asked for;
-searched arms, all seeds of one before the next, until `budget.trials` trials exist; then the best
-arms with fresh seeds, and the control or, at last, the best of them and the controls. An arm of
-which one seed ended badly or was stopped gets no further seeds; where arms may be stopped, the
+searched arms, all seeds of one before the next, until `budget.trials` trials exist, or a budget in
+operations or hours has no room for another arm; then, for which such a budget has kept room, the
+best arms with fresh seeds, and the control or, at last, the best of them and the controls. An arm
+of which one seed ended badly or was stopped gets no further seeds; where arms may be stopped, the
 first seed runs alone before the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from study.best import CONFIRM, FRESH, VERDICT, to_confirm, to_judge
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured
 from study.space import params_of
+from study.spending import Account, Amounts, Means, Planned, fits, is_spent
 from trainables.config import TrialConfig, arm_id, completed
 
 if TYPE_CHECKING:
@@ -55,10 +59,14 @@ class Enqueued:
 
 @dataclass(frozen=True)
 class AskSampler:
-    """Suggest and run a new arm with this seed. `number` is what Optuna is to be asked with."""
+    """Suggest and run a new arm with this seed. `number` is what Optuna is to be asked with.
+
+    `fits`: whether the budget has room for an arm; None: for any.
+    """
 
     number: int
     seed: int
+    fits: Callable[[TrialConfig], bool] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -84,36 +92,60 @@ def next_step(
     enqueued: Sequence[Enqueued] = (),
     is_labelled: bool = True,
     is_exhausted: bool = False,
+    means: Means | None = None,
 ) -> Step:
     """The next thing to do. `running` are trials that are being run now.
 
     `is_labelled`: without labels nothing is segmented, and the control's twins would measure
-    nothing. `is_exhausted`: Optuna has no untried arm left.
+    nothing. `is_exhausted`: Optuna has no untried arm left, or none for which there is room.
+    `means`: what a budget in operations or hours is counted by.
     """
     for suggestion in suggestions:
         if suggestion.trial not in running and is_unfinished(results.get(suggestion.trial)):
             return Continue(suggestion)
     for start in _controls(spec, suggestions, is_labelled):
         return start
-    num_trials = sum(suggestion.origin not in FRESH for suggestion in suggestions)
-    if num_trials < spec.budget.trials:
+    room = None
+    if spec.budget.is_measured:
+        account = account_of(suggestions, results, running, measured, means or Means())
+        room = _Room(spec, suggestions, results, measured, enqueued, account, is_labelled)
+    num_trials = num_counted(suggestions)
+    if spec.budget.trials is None or num_trials < spec.budget.trials:
         for start in _missing_seeds(spec, suggestions, results, enqueued):
-            return start
+            if room is None or room.is_in_time(start):
+                return start
         if spec.search and not is_exhausted and _has_room(spec, suggestions, results):
-            return AskSampler(len(suggestions), spec.seed)
+            if room is None:
+                return AskSampler(len(suggestions), spec.seed)
+            if room.is_left and not room.is_confirming(running):
+                return AskSampler(len(suggestions), spec.seed, room.holds_arm)
     if any(
         suggestion.trial in running and suggestion.origin not in FRESH for suggestion in suggestions
     ):
         return Wait()
     for start in _confirmations(spec, suggestions, results, measured):
-        return start
+        if room is None or room.holds(start):
+            return start
     if any(
         suggestion.trial in running and suggestion.origin == CONFIRM for suggestion in suggestions
     ):
         return Wait()
     for start in _verdict(spec, suggestions, results, measured, is_labelled):
-        return start
+        if room is None or room.holds(start):
+            return start
     return Wait() if running else Finished()
+
+
+def account_of(
+    suggestions: Sequence[Suggestion],
+    results: Mapping[str, Result],
+    running: AbstractSet[str],
+    measured: Measured,
+    means: Means,
+) -> Account:
+    """What has been spent, and what is expected to be."""
+    ended = {trial for trial, result in results.items() if not is_unfinished(result)} - running
+    return Account(suggestions, ended, measured, means, num_running=len(running))
 
 
 def is_unfinished(result: Result | None) -> bool:
@@ -131,20 +163,28 @@ def infrastructure_error(failures: int, reason: str) -> str:
     return f"infrastructure (failure {failures} of {RETRIES + 1}): {reason}"
 
 
-def num_planned(spec: StudySpec) -> int:
-    """Trials of the whole study, if its space has that many arms."""
+def num_planned(spec: StudySpec) -> int | None:
+    """Trials of the whole study, if its space has that many arms; None: other units tell."""
+    if spec.budget.trials is None or spec.budget.is_measured:
+        return None
     return spec.budget.trials + (num_fresh(spec, spec.confirm.arms) if spec.confirm else 0)
 
 
-def num_fresh(spec: StudySpec, num_arms: int, *, is_labelled: bool = True) -> int:
-    """Trials with fresh seeds where so many arms are confirmed."""
+def num_fresh(spec: StudySpec, num_searched: int, *, is_labelled: bool = True) -> int:
+    """Trials with fresh seeds, after so many searched arms."""
     confirm = spec.confirm
     if confirm is None:
         return 0
+    num_arms = min(confirm.arms, num_searched)
     if confirm.verdict is None:
         return (num_arms + 1) * confirm.seeds
     num_controls = 1 + (len(spec.controls) if is_labelled else 0)
     return num_arms * confirm.seeds + (min(num_arms, 1) + num_controls) * confirm.verdict
+
+
+def num_counted(suggestions: Sequence[Suggestion]) -> int:
+    """Trials as `budget.trials` counts them."""
+    return sum(suggestion.origin not in FRESH for suggestion in suggestions)
 
 
 def num_pretrainings(spec: StudySpec) -> int | None:
@@ -156,6 +196,11 @@ def num_pretrainings(spec: StudySpec) -> int | None:
         return None
     confirm = spec.confirm
     return spec.seeds + (confirm.seeds + (confirm.verdict or 0) if confirm else 0)
+
+
+def shares_pretraining(spec: StudySpec) -> bool:
+    """Whether trials may differ in segmentation alone."""
+    return "frozen" in spec.controls or any(path.startswith("segment.") for path in spec.search)
 
 
 def twin(spec: StudySpec, control: str) -> TrialConfig:
@@ -221,7 +266,7 @@ def _has_room(
     spec: StudySpec, suggestions: Sequence[Suggestion], results: Mapping[str, Result]
 ) -> bool:
     """Whether the budget holds another arm beside all seeds of those that were begun."""
-    if spec.stopping.name == "none":
+    if spec.stopping.name == "none" or spec.budget.trials is None:
         return True
     begun = _searched(suggestions)
     taken = sum(each.origin not in (*FRESH, "search") for each in suggestions)
@@ -230,6 +275,123 @@ def _has_room(
         is_over = any(end is not None and end.outcome is not Outcome.COMPLETE for end in ends)
         taken += len(trials) if is_over else max(len(trials), spec.seeds)
     return taken < spec.budget.trials
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What else a budget in operations or hours has room for."""
+
+    spec: StudySpec
+    suggestions: Sequence[Suggestion]
+    results: Mapping[str, Result]
+    measured: Measured
+    enqueued: Sequence[Enqueued]
+    account: Account
+    is_labelled: bool
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there is any beside what is owed: seeds of begun arms, and confirmations."""
+        return not is_spent(
+            self.spec.budget, self.account.expected(self._owed, self._to_confirm(()))
+        )
+
+    def is_in_time(self, start: Start) -> bool:
+        """Whether a seed that an arm is to get is expected to end within the wall time.
+
+        Whoever asks for an arm wants it all the same; of what else is limited the arm has its part.
+        """
+        arm, limit = arm_id(start.config), self.spec.budget.wall_hours
+        if limit is None or any(arm == arm_id(each.config) for each in self.enqueued):
+            return True
+        return self._added(start).wall_hours <= limit
+
+    def holds(self, start: Start) -> bool:
+        """Whether there is room for one more confirmation."""
+        return fits(self.spec.budget, self.account.expected(), self._added(start))
+
+    def _added(self, start: Start) -> Amounts:
+        planned = Planned(arm_id(start.config), start.config, start.seed)
+        return self.account.expected([planned])
+
+    def holds_arm(self, config: TrialConfig) -> bool:
+        """Whether there is room for all seeds of a new arm, even if it is to be confirmed."""
+        arm, seed = arm_id(config), self.spec.seed
+        new = [Planned(arm, config, seed + index) for index in range(self.spec.seeds)]
+        without = self.account.expected(self._owed, self._to_confirm(()))
+        added = self.account.expected([*self._owed, *new], self._to_confirm([(arm, config)]))
+        return fits(self.spec.budget, without, added)
+
+    def is_confirming(self, running: AbstractSet[str]) -> bool:
+        """Whether the search is over for now: what has begun to be confirmed comes first."""
+        confirming = [each for each in self.suggestions if each.origin in FRESH]
+        if any(each.trial in running for each in confirming):
+            return True
+        known = (self.spec, self.suggestions, self.results, self.measured)
+        left = chain(_confirmations(*known), _verdict(*known, self.is_labelled))
+        return bool(confirming) and any(map(self.holds, left))
+
+    @cached_property
+    def _owed(self) -> list[Planned]:
+        """Seeds that arms are to get: of those that were begun, unless one has ended badly."""
+        owed = []
+        begun = _searched(self.suggestions)
+        asked = {arm_id(each.config): each for each in self.enqueued}
+        for arm in [*begun, *(arm for arm in asked if arm not in begun)]:
+            trials = begun.get(arm, [])
+            if self._has_failed(trials):
+                continue
+            first: Suggestion | Enqueued = trials[0] if trials else asked[arm]
+            seeds = {trial.seed for trial in trials}
+            owed += [
+                Planned(arm, first.config, self.spec.seed + index)
+                for index in range(self.spec.seeds)
+                if self.spec.seed + index not in seeds
+            ]
+        return owed
+
+    def _to_confirm(self, new: Sequence[tuple[str, TrialConfig]]) -> list[Planned]:
+        """The fresh seeds to come, of the dearest arms that may be among the best by then."""
+        confirm = self.spec.confirm
+        if confirm is None:
+            return []
+        arms, seeds = [*self._candidates, *new], _seeds_to_confirm(self.spec)
+        candidates = [self._fresh(arm, config, seeds) for arm, config in arms]
+        found = sorted(candidates, key=self._flops, reverse=True)[: confirm.arms]
+        if confirm.verdict is None:
+            found.append(self._fresh(arm_id(self.spec.trial), self.spec.trial, seeds))
+        else:
+            seeds = _seeds_of_verdict(self.spec)
+            judged = [self._fresh(arm, config, seeds) for arm, config in arms]
+            found += sorted(judged, key=self._flops, reverse=True)[:1]
+            for config in _control_arms(self.spec, self.is_labelled).values():
+                found.append(self._fresh(arm_id(config), config, seeds))
+        return [each for arm in found for each in arm]
+
+    @cached_property
+    def _candidates(self) -> list[tuple[str, TrialConfig | dict[str, Any]]]:
+        """Arms that may be confirmed: the best ones so far, and those whose trials still run."""
+        assert self.spec.confirm is not None
+        ranked = to_confirm(self.spec, self.suggestions, self.results, self.measured)
+        best = set(ranked[: self.spec.confirm.arms])
+        found: list[tuple[str, TrialConfig | dict[str, Any]]] = []
+        for arm, trials in _searched(self.suggestions).items():
+            is_open = any(is_unfinished(self.results.get(each.trial)) for each in trials)
+            if arm in best or (is_open and not self._has_failed(trials)):
+                found.append((arm, trials[0].config))
+        return found
+
+    def _fresh(self, arm: str, config: TrialConfig | dict[str, Any], seeds: range) -> list[Planned]:
+        begun = {each.seed for each in self.suggestions if each.arm == arm}
+        return [Planned(arm, config, seed) for seed in seeds if seed not in begun]
+
+    def _flops(self, planned: Sequence[Planned]) -> float:
+        return self.account.expected(planned).flops
+
+    def _has_failed(self, trials: Sequence[Suggestion]) -> bool:
+        """Whether one of an arm's has ended other than complete, so that it gets no others."""
+        ends = [self.results.get(trial.trial) for trial in trials]
+        return any(end is not None and end.outcome is not Outcome.COMPLETE for end in ends)
 
 
 def _confirmations(
@@ -243,8 +405,7 @@ def _confirmations(
     arms = to_confirm(spec, suggestions, results, measured)[: spec.confirm.arms]
     if spec.confirm.verdict is None:
         arms.append(arm_id(spec.trial))
-    first = spec.seed + spec.seeds
-    yield from _once_more(arms, CONFIRM, range(first, first + spec.confirm.seeds), suggestions)
+    yield from _once_more(arms, CONFIRM, _seeds_to_confirm(spec), suggestions)
 
 
 def _verdict(
@@ -260,8 +421,17 @@ def _verdict(
     controls = [arm_id(config) for config in _control_arms(spec, is_labelled).values()]
     winner = to_judge(spec, suggestions, results, measured)
     arms = controls if winner is None else [winner, *controls]
-    first = spec.seed + spec.seeds + spec.confirm.seeds
-    yield from _once_more(arms, VERDICT, range(first, first + spec.confirm.verdict), suggestions)
+    yield from _once_more(arms, VERDICT, _seeds_of_verdict(spec), suggestions)
+
+
+def _seeds_to_confirm(spec: StudySpec) -> range:
+    first = spec.seed + spec.seeds
+    return range(first, first + (spec.confirm.seeds if spec.confirm else 0))
+
+
+def _seeds_of_verdict(spec: StudySpec) -> range:
+    first = _seeds_to_confirm(spec).stop
+    return range(first, first + ((spec.confirm and spec.confirm.verdict) or 0))
 
 
 def _once_more(

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from study.folder import Storage, StudyFolder, is_study_name
 from study.loggers import LOGGERS
@@ -32,6 +39,13 @@ else:
     Stopper = named(STOPPERS)
     Logger = named(LOGGERS)
 
+# Of a budget, in words
+UNITS = {
+    "trials": "trials",
+    "device_hours": "device-hours",
+    "wall_hours": "hours of wall time",
+    "flops": "FLOP",
+}
 DEFAULT_OBJECTIVES: list[Any] = ["segment/miou", "pretrain/probe_gain"]
 EARLY_RUNGS = [0.0625, 0.125, 0.25, 0.5, 1.0]
 DEVICE_NAME = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # Windows makes no such folders
@@ -122,10 +136,57 @@ class Confirm(Strict):
     ] = None
 
 
+Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Budget(Strict):
+    """What a study may take, in one unit or several: it ends at whichever is reached first."""
+
     trials: Annotated[
-        Positive, Field(description="controls and searched arms, each seed; confirmations extra")
-    ]
+        Positive | None,
+        Field(description="controls and searched arms, each seed; confirmations extra"),
+    ] = None
+    device_hours: Annotated[
+        Above | None,
+        Field(description="hours of each worker that a trial holds, summed; confirmations count"),
+    ] = None
+    wall_hours: Annotated[
+        Above | None,
+        Field(
+            description="hours in which the study is driven, those of all drivers summed; nothing "
+            "is begun that is not expected to end in time; confirmations count"
+        ),
+    ] = None
+    flops: Annotated[
+        Above | None, Field(description="operations of training; confirmations count")
+    ] = None
+
+    @model_validator(mode="after")
+    def _is_some(self) -> Budget:
+        if not self.given:
+            raise ValueError(f"given none; expected one or several of {', '.join(UNITS)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, float]:
+        """Units that are not given were none for long: a study in trials looks as it did."""
+        content: dict[str, float] = dump(self)
+        return {unit: amount for unit, amount in content.items() if amount is not None}
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Unit -> amount."""
+        amounts = {unit: getattr(self, unit) for unit in UNITS}
+        return {unit: amount for unit, amount in amounts.items() if amount is not None}
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything but trials is counted."""
+        return bool(self.given.keys() - {"trials"})
+
+    @property
+    def counts_time(self) -> bool:
+        return bool(self.given.keys() & {"device_hours", "wall_hours"})
 
 
 class Resources(Strict):

@@ -9,23 +9,37 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from study.costs import Costs, size_by_environment
 from study.folder import StudyFolder
 from study.ledger import (
     Answer,
     Result,
+    Stint,
     Suggestion,
     is_held,
     read_environment,
     read_results,
     read_rows,
+    read_stints,
     read_suggestions,
 )
 from study.loading import spec_of
 from study.measured import Measured, measure
 from study.optuna_study import OptunaStudy
 from study.requests import expected, grown, queue
-from study.resume import AskSampler, Finished, Step, is_unfinished, next_step, num_planned
+from study.resume import (
+    AskSampler,
+    Finished,
+    Step,
+    account_of,
+    is_unfinished,
+    next_step,
+    num_counted,
+    num_planned,
+    shares_pretraining,
+)
 from study.spec import StudySpec
+from study.spending import Means, in_words
 
 
 class State(StrEnum):
@@ -40,8 +54,9 @@ class State(StrEnum):
 class Outlook(NamedTuple):
     """What is to come of a study."""
 
-    total: int  # trials that it will have
+    total: int | None  # trials that it will have; None: its budget is not in trials alone
     is_finished: bool | None  # None: not known yet
+    spent: str = ""  # which part of such a budget, in words
 
 
 def outlook(
@@ -51,6 +66,9 @@ def outlook(
     results: Mapping[str, Result],
     measured: Callable[[], Measured],
     environment: Mapping[str, Any],
+    stints: Sequence[Stint] = (),
+    *,
+    is_remote: bool = False,
 ) -> Outlook:
     """What is left of a study that no driver holds, or whose driver is not asked.
 
@@ -58,10 +76,15 @@ def outlook(
     longest to read.
     """
     spec = grown(asked, answers)
-    total = num_planned(spec)
+    total, spent, means = num_planned(spec), "", None
+    if spec.budget.is_measured:
+        costs, shares = Costs(size_by_environment(environment)), shares_pretraining(spec)
+        means = Means(stints, costs, spec.resources.workers, shares and not is_remote)
+        account = account_of(suggestions, results, set(), measured(), means)
+        spent = in_words(spec.budget, account.spent, num_counted(suggestions))
     begun = {suggestion.trial for suggestion in suggestions}
     if not begun or any(is_unfinished(results.get(trial)) for trial in begun):
-        return Outlook(total, False)
+        return Outlook(total, False, spent)
     known = measured()
 
     def following(is_exhausted: bool) -> Step:
@@ -74,16 +97,17 @@ def outlook(
             enqueued=queue(answers),
             is_labelled=is_labelled(environment),
             is_exhausted=is_exhausted,
+            means=means,
         )
 
     step = following(is_exhausted=False)
     if isinstance(step, AskSampler):
         optuna_study = OptunaStudy(spec)
         optuna_study.replay(suggestions, results, known)
-        if optuna_study.ask(step.number) is None:
+        if optuna_study.ask(step.number, step.fits) is None:
             step = following(is_exhausted=True)
     is_finished = isinstance(step, Finished)
-    return Outlook(len(suggestions) if is_finished else total, is_finished)
+    return Outlook(len(suggestions) if is_finished else total, is_finished, spent)
 
 
 def outlook_of(folder: StudyFolder) -> Outlook:
@@ -96,6 +120,8 @@ def outlook_of(folder: StudyFolder) -> Outlook:
         read_results(folder),
         lambda: measure(read_rows(folder)),
         read_environment(folder),
+        read_stints(folder),
+        is_remote=bool(folder.remote),
     )
 
 

@@ -95,7 +95,8 @@ def trials_by_state(conductor: Conductor) -> dict[str, int]:
         result.outcome for trial, result in list(conductor.results.items()) if trial not in running
     ]
     ended = {outcome.value: outcomes.count(outcome) for outcome in Outcome}
-    waiting = max(0, conductor.progress.total - len(running) - len(outcomes))
+    total = conductor.progress.total or 0  # unknown: what waits is not either
+    waiting = max(0, total - len(running) - len(outcomes))
     return {"waiting": waiting, "running": len(running), **ended}
 
 

@@ -24,9 +24,14 @@ def ask_to_stop(name: str, storage: str | None) -> None:
     say(requests.stop(folder) if is_held(folder) else f"{folder.root.name} is not running")
 
 
-def ask_for_trials(name: str, trials: int, storage: str | None) -> None:
-    """Ask for more searched trials of a study, whether it runs or not."""
-    say(requests.extend(find_study(name, storage), trials))
+def ask_for_more(name: str, asked: dict[str, float | None], storage: str | None) -> None:
+    """Ask for more of a unit of a study's budget, whether it runs or not."""
+    given = {unit: amount for unit, amount in asked.items() if amount is not None}
+    if len(given) != 1:
+        options = listed([f"--{unit.replace('_', '-')}" for unit in asked])
+        raise UserError(f"given {len(given)} amounts; expected one of {options}")
+    ((unit, amount),) = given.items()
+    say(requests.extend(find_study(name, storage), amount, unit))
 
 
 def ask_for_arm(name: str, given: list[str], file: Path | None, storage: str | None) -> None:

@@ -17,6 +17,7 @@ from study.ledger import read_spec
 from study.loading import changes, load_spec
 from study.loggers import check_packages
 from study.reader import written
+from study.spec import UNITS
 from trainables.data.source import SPLITS, Split, padding_share
 from trainables.edges import in_words, simplest
 from trainables.metrics import metric_of
@@ -24,9 +25,11 @@ from trainables.metrics import metric_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from study.spec import StudySpec
     from trainables.data import Dataset
 
 LABELLED: tuple[Split, ...] = ("train", "val", "test")
+FEWEST_SEEDS = 3  # that can carry a claim, as in the report
 SOLVED = 0.8  # mIoU of a segmenter without an encoder from which on a warning is due
 
 
@@ -43,8 +46,13 @@ def check_study(
     path: Path,
     forecast_seconds: float | None = None,
     write_sheet: Callable[[Dataset, str], Path] | None = None,
+    detectable: Callable[[int], float] | None = None,
 ) -> None:
-    """Validate, prepare the data, print the plan; with seconds to spend, whether it is enough."""
+    """Validate, prepare the data, print the plan; with seconds to spend, whether it is enough.
+
+    `detectable`: seeds -> smallest difference that they show in four of five studies, in standard
+    deviations of the difference at one seed.
+    """
     spec = load_spec(path)
     check_packages(spec.log)
     folder = begun(spec.study_folder())
@@ -84,15 +92,35 @@ def check_study(
     recomputes = spec.resources.activation_checkpointing
     measure = measurer(dataset, device, threads=threads, recomputes=recomputes)
     asked = requests.grown(spec, requests.expected(folder, spec))
-    _print_pairs("plan", plan(asked, dataset, measure=measure).describe())
-    if asked.budget.trials > spec.budget.trials:
-        more = asked.budget.trials - spec.budget.trials
-        say(f"  (with {more} trials that were asked for since the study was begun)")
+    described = plan(asked, dataset, measure=measure).describe()
+    if detectable is not None:
+        described |= {"differences": _difference_words(asked, detectable)}
+    _print_pairs("plan", described)
+    for unit, amount in asked.budget.given.items():
+        more = amount - spec.budget.given[unit]
+        if more > 0:
+            say(f"  (with {more:.10g} {UNITS[unit]} that were asked for since the study was begun)")
     say("  (by steps of these arms, timed here on one worker; evaluation at rungs comes on top)")
     if forecast_seconds is not None:
         from study.commands.forecast import print_forecast
 
         print_forecast(spec, dataset, device, threads, forecast_seconds)
+
+
+def _difference_words(spec: StudySpec, detectable: Callable[[int], float]) -> str:
+    """How small a difference the study can tell from chance."""
+    seeds, whose = spec.seeds, "an arm's"
+    if spec.confirm is not None:
+        seeds, whose = spec.confirm.seeds, "a confirmed arm's"
+        if spec.confirm.verdict is not None:
+            seeds, whose = spec.confirm.verdict, "the best arm's"
+    if seeds < FEWEST_SEEDS:
+        way_out = "confirm: {arms: 3, seeds: 2, verdict: 10}"
+        return f"{seeds} seed(s) of {whose} show none; `{way_out}` does"
+    return (
+        f"{seeds} seeds show {whose} from the control's in four of five studies if it is "
+        f"{detectable(seeds):.1f} standard deviations (of the difference at one seed)"
+    )
 
 
 def _data_words(dataset: Dataset, patches: Sequence[Sequence[int]]) -> dict[str, str]:

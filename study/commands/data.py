@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from study.commands.terminal import console
+from study.costs import budget_problems
 from study.fit import data_problems, data_size
 from study.ledger import read_environment
 from study.progress import Patience
@@ -64,7 +65,8 @@ def _decoded(spec: StudySpec) -> Path:
 
 def _opened(decoded: Path, spec: StudySpec) -> Dataset:
     dataset = open_dataset(decoded)
-    problems = data_problems(spec, data_size(dataset))
+    size = data_size(dataset)
+    problems = data_problems(spec, size) or budget_problems(spec, size)
     if problems:
         raise UserError("\n".join(problems))
     return dataset

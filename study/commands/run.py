@@ -12,6 +12,7 @@ from study.commands.finding import find_study
 from study.commands.terminal import say
 from study.conductor import Conductor, DataView
 from study.environment import environment
+from study.fit import data_size
 from study.gain import in_words, warning
 from study.ledger import Ledger, read_spec
 from study.loading import changes, load_spec, spec_of
@@ -61,7 +62,8 @@ def _drive(
         dataset = prepare()
         freeze(ledger, spec, dataset)
         is_labelled = len(dataset.rows("train")) > 0
-        view = DataView(spec.folder_of_yaml, dataset.fingerprint, is_labelled)
+        size = data_size(dataset)
+        view = DataView(spec.folder_of_yaml, dataset.fingerprint, is_labelled, size)
         conductor = Conductor(spec, ledger, view)
         backlog = [(each, conductor.results.get(each.trial)) for each in conductor.suggestions]
         journal = Journal(spec.study, folder, spec.log, backlog, conductor.progress.say)

@@ -22,6 +22,7 @@ from cluster.errors import ClusterError
 from study import requests
 from study.folder import Storage, StudyFolder
 from study.ledger import is_held, read_holder, read_jobs
+from study.spec import UNITS
 from trainables.errors import StorageError, UserError
 
 if TYPE_CHECKING:
@@ -130,12 +131,14 @@ def stop(drivers: Drivers, folder: StudyFolder, asked: dict[str, Any]) -> str:
 
 
 def extend(drivers: Drivers, folder: StudyFolder, asked: dict[str, Any]) -> str:
-    """Grow the budget by some searched trials."""
-    _expect(asked, "trials")
-    trials = asked["trials"]
-    if not isinstance(trials, int) or isinstance(trials, bool):
-        raise UserError(f"trials: given {str(trials)[:40]!r}; expected a whole number")
-    return requests.extend(folder, trials)
+    """Grow the budget, by some searched trials or more of another unit that it has."""
+    unit = next(iter(asked), "trials")
+    _expect(asked, unit if unit in UNITS else "trials")
+    amount = asked[unit]
+    wanted, kinds = ("a whole number", int) if unit == "trials" else ("a number", int | float)
+    if not isinstance(amount, kinds) or isinstance(amount, bool):
+        raise UserError(f"{unit}: given {str(amount)[:40]!r}; expected {wanted}")
+    return requests.extend(folder, amount, unit)
 
 
 def enqueue(drivers: Drivers, folder: StudyFolder, asked: dict[str, Any]) -> str:

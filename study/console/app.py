@@ -187,7 +187,7 @@ class _Console:
 
     def study(self, request: Request) -> Response:
         found = self._found(request)
-        return _json(views.study(found, *self.outlooks.of(found), self.drivers.job(found.folder)))
+        return _json(views.study(found, self.outlooks.of(found), self.drivers.job(found.folder)))
 
     def trials(self, request: Request) -> Response:
         asked = request.query_params
@@ -240,7 +240,7 @@ class _Console:
         return self.index.look(request.path_params["study"])
 
     def _summary(self, found: Snapshot) -> dict[str, Any]:
-        return views.summary(found, *self.outlooks.of(found), self.drivers.job(found.folder))
+        return views.summary(found, self.outlooks.of(found), self.drivers.job(found.folder))
 
 
 class _Made(NamedTuple):

@@ -136,11 +136,13 @@
   const behind = (study) => study.ahead.length
     ? el("p", { class: "bad" }, `behind ${study.ahead.map((one) => `${one.who} ${score(one.value)}`).join(" and ")}`)
     : null;
+  // of how many trials, or which part of a budget in hours or operations is spent
+  const ofAll = (study) => study.total === null ? `${study.ended} trials` : `${study.ended} of ${study.total} trials`;
   const bar = (study) => {
-    const total = Math.max(1, study.total);
+    const total = Math.max(1, study.total ?? study.suggested);
     const { complete, stopped, ...others } = study.counts;
     const other = Object.values(others).reduce((sum, count) => sum + count, 0);
-    const made = el("div", { class: "bar", role: "img", "aria-label": `${study.ended} of ${study.total} trials have ended` });
+    const made = el("div", { class: "bar", role: "img", "aria-label": `${ofAll(study)} have ended` });
     for (const [kind, count] of [["complete", complete], ["stopped", stopped], ["other", other]]) {
       const piece = el("i", { class: kind });
       piece.style.width = `${(100 * count) / total}%`;
@@ -181,8 +183,9 @@
             el("p", {}, study.question),
             study.problem ? el("p", { class: "bad" }, study.problem) : null),
           el("div", {},
-            el("p", {}, chip(study.state), ` ${study.ended} of ${study.total} trials`),
-            bar(study)),
+            el("p", {}, chip(study.state), ` ${ofAll(study)}`),
+            bar(study),
+            study.spent ? el("p", { class: "quiet" }, study.spent) : null),
           el("div", {},
             study.best ? el("p", {}, `best ${study.best.title} ${score(study.best.value)}`) : el("p", { class: "quiet" }, "no searched trial is complete"),
             study.best ? el("p", { class: "quiet" }, study.best.label) : null,
@@ -235,7 +238,8 @@
         const tile = (title, value, note, more) => el("div", {}, el("dt", {}, title), el("dd", {}, value, el("small", {}, note), more));
         const others = Object.entries(study.counts).filter(([, count]) => count).map(([kind, count]) => `${count} ${kind}`);
         fill(numbers,
-          tile("trials ended", `${study.ended} of ${study.total}`, others.join(", ") || "none yet"),
+          tile("trials ended", study.total === null ? study.ended : `${study.ended} of ${study.total}`, others.join(", ") || "none yet"),
+          study.spent ? tile("budget", study.spent, "spent") : null,
           tile(`best ${study.best ? study.best.title : "searched trial"}`, study.best ? score(study.best.value) : "–", study.best ? study.best.label : "none is complete", behind(study)),
           tile("control", study.control ? score(study.control.value) : "–", study.control ? study.control.label : "not complete"),
           study.gain ? tile("probe gain, best encoder", study.gain.shown, `against ${study.gain.rival}`) : null,
@@ -318,11 +322,19 @@
     const resume = el("button", { type: "button", on: { click: () => act("resume", {}, resume) } }, "Resume");
     const stop = el("button", { type: "button", on: { click: () => act("stop", {}, stop) } }, "Stop");
     const count = el("input", { id: "count", type: "number", min: "1", max: "100000", value: "10", required: true });
+    const unit = { name: "trials", shown: el("span", { class: "quiet" }, "searched trials") };
+    const setUnit = ({ name, words }) => {
+      if (unit.name === name) return;
+      unit.name = name;
+      unit.shown.textContent = words;
+      for (const [key, value] of [["min", "0"], ["max", "1e30"], ["step", "any"]]) count.setAttribute(key, value);
+      count.value = "";
+    };
     const extend = el("button", { type: "submit" }, "Extend");
     const extension = el("form", { class: "row", on: { submit: (event) => {
       event.preventDefault();
-      act("extend", { trials: Number(count.value) }, extend);
-    } } }, extend, el("label", { for: "count" }, "by"), count, el("span", { class: "quiet" }, "searched trials"));
+      act("extend", { [unit.name]: Number(count.value) }, extend);
+    } } }, extend, el("label", { for: "count" }, "by"), count, unit.shown);
     const arm = el("textarea", { id: "arm", spellcheck: "false", "aria-describedby": "allowed" });
     const allowed = el("dl", { class: "facts", id: "allowed" });
     const enqueue = el("button", { type: "submit" }, "Enqueue this arm");
@@ -362,6 +374,7 @@
       const set = (button, off) => (button.disabled = off && document.activeElement !== button);
       set(resume, !rests);
       set(stop, rests && study.state !== "waiting");
+      setUnit(study.unit);
       if (!allowed.children.length) {
         fill(allowed, study.search.flatMap((item) => [el("dt", {}, item.path), el("dd", {}, item.allowed)]));
         arm.value = study.search

@@ -14,7 +14,7 @@ import pandas as pd
 
 from study import requests
 from study.console.index import Snapshot
-from study.ledger import COLUMNS
+from study.ledger import COLUMNS, read_stints
 from study.loading import begun_by, parse_spec
 from study.measured import Measured, measure
 from study.state import Outlook, outlook
@@ -48,7 +48,9 @@ class Outlooks:
                 self._judging.add(found.name)
                 threading.Thread(target=self._judge, args=(found, about), daemon=True).start()
         is_over = None if before is None or found.is_held else before[1].is_finished
-        return Outlook(before[1].total if before else _total_of_file(found.spec), is_over)
+        if before is None:
+            return Outlook(_total_of_file(found.spec), is_over)
+        return before[1]._replace(is_finished=is_over)
 
     def _judge(self, found: Snapshot, about: object) -> None:
         try:
@@ -75,16 +77,28 @@ def judge(found: Snapshot) -> Outlook:
         defaults=begun_by(found.environment),
     )
     answers = requests.expected(found.folder, asked)
-    return outlook(asked, answers, found.suggestions, found.results, measured, found.environment)
+    return outlook(
+        asked,
+        answers,
+        found.suggestions,
+        found.results,
+        measured,
+        found.environment,
+        read_stints(found.folder),
+        is_remote=bool(found.folder.remote),
+    )
 
 
-def _total_of_file(spec: dict[str, Any]) -> int:
-    """As the file has it, without what has been asked for since."""
+def _total_of_file(spec: dict[str, Any]) -> int | None:
+    """As the file has it, without what has been asked for since; None: not in trials alone."""
 
     def number(settings: object, key: str) -> int:
         value = settings.get(key) if isinstance(settings, dict) else None
         return value if isinstance(value, int) and 0 <= value < 10**6 else 0
 
+    budget = spec.get("budget")
+    if isinstance(budget, dict) and budget.keys() - {"trials"}:
+        return None
     confirm = spec.get("confirm")
     confirmed = (number(confirm, "arms") + 1) * number(confirm, "seeds")
     if verdict := number(confirm, "verdict"):
@@ -92,4 +106,4 @@ def _total_of_file(spec: dict[str, Any]) -> int:
         num_controls = 1 + (len(twins) if isinstance(twins, list) else 0)
         confirmed = number(confirm, "arms") * number(confirm, "seeds")
         confirmed += (1 + num_controls) * verdict
-    return number(spec.get("budget"), "trials") + (confirmed if confirm else 0)
+    return number(budget, "trials") + (confirmed if confirm else 0)

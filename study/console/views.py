@@ -36,7 +36,8 @@ from study.best import (
 from study.console.index import NotFound, Reached, Snapshot, refuse_links_out, without_root
 from study.gain import best_gain, decibels, rival, warning
 from study.ledger import Outcome, Suggestion, read_rows
-from study.state import State
+from study.spec import UNITS
+from study.state import Outlook, State
 from trainables.errors import StorageError
 from trainables.metrics import place_of
 from trainables.settings import flatten
@@ -78,11 +79,9 @@ def state_of(
     return State.INTERRUPTED, "No driver holds the study, and trials are left: resume it."
 
 
-def summary(
-    found: Snapshot, total: int, is_finished: bool | None, job: dict[str, str] | None
-) -> dict[str, Any]:
+def summary(found: Snapshot, outlook: Outlook, job: dict[str, str] | None) -> dict[str, Any]:
     """What the list of studies says of one; figures and trials are asked for apart."""
-    state, why = state_of(found, is_finished, job)
+    state, why = state_of(found, outlook.is_finished, job)
     ranked, goal = _standings(found), _goal(found)
     counts = {outcome.value: 0 for outcome in Outcome}
     for result in found.results.values():
@@ -94,7 +93,9 @@ def summary(
         "why": why,
         "problem": found.problem,
         "revision": found.revision,
-        "total": max(total, found.num_trials),
+        "total": _total(found, outlook),
+        "spent": outlook.spent,
+        "unit": _unit(found),
         "suggested": found.num_trials,
         "ended": len(found.results),
         "counts": counts,
@@ -108,11 +109,9 @@ def summary(
     }
 
 
-def study(
-    found: Snapshot, total: int, is_finished: bool | None, job: dict[str, str] | None
-) -> dict[str, Any]:
+def study(found: Snapshot, outlook: Outlook, job: dict[str, str] | None) -> dict[str, Any]:
     """One study: its summary, the trials that run, what may be enqueued, what outcomes mean."""
-    said = summary(found, total, is_finished, job)
+    said = summary(found, outlook, job)
     is_driven = said["state"] in (State.RUNNING, State.HELD)
     open_trials = [s for s in found.suggestions if s.trial not in found.results]
     searched = found.spec.get("search")
@@ -405,6 +404,18 @@ def _gain(found: Snapshot) -> dict[str, Any] | None:
         "rival": rival(gain),
         "warning": warning(gain),
     }
+
+
+def _total(found: Snapshot, outlook: Outlook) -> int | None:
+    return None if outlook.total is None else max(outlook.total, found.num_trials)
+
+
+def _unit(found: Snapshot) -> dict[str, str]:
+    """What the budget can be extended by: a unit, in a word and in words."""
+    budget = found.spec.get("budget")
+    given = [unit for unit in UNITS if isinstance(budget, dict) and budget.get(unit) is not None]
+    unit = given[0] if given else "trials"
+    return {"name": unit, "words": "searched trials" if unit == "trials" else UNITS[unit]}
 
 
 def _objectives(found: Snapshot) -> list[dict[str, str]]:

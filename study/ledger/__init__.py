@@ -40,6 +40,7 @@ from study.ledger.reading import (
     read_results,
     read_rows,
     read_spec,
+    read_stints,
     read_suggestion,
     read_suggestions,
 )
@@ -51,6 +52,7 @@ from study.ledger.records import (
     LedgerError,
     Outcome,
     Result,
+    Stint,
     Suggestion,
 )
 from study.ledger.writing import Ledger, put_beside
@@ -66,6 +68,7 @@ __all__ = [
     "LedgerError",
     "Outcome",
     "Result",
+    "Stint",
     "Suggestion",
     "count_suggestions",
     "damage",
@@ -80,6 +83,7 @@ __all__ = [
     "read_results",
     "read_rows",
     "read_spec",
+    "read_stints",
     "read_suggestion",
     "read_suggestions",
     "refuse_if_held",

@@ -125,7 +125,7 @@ def name_aside(name: str, epoch: int) -> str:
 
 def sweep(folder: StudyFolder) -> None:
     """Remove what earlier drivers left aside; the ledger's text says why this also fences."""
-    for pattern in ("*", "suggestions/*", "answers/*", "trials/*/*", "trials/*/rows/*"):
+    for pattern in ("*", "suggestions/*", "answers/*", "stints/*", "trials/*/*", "trials/*/rows/*"):
         for leftover in folder.root.glob(f"{pattern}.[0-9][0-9][0-9][0-9][0-9][0-9].tmp"):
             _LOG.info("swept %s", leftover.relative_to(folder.root))
             try:

@@ -17,9 +17,9 @@ import pandas as pd
 import pyarrow as pa
 
 from study.folder import StudyFolder, is_trial_id
-from study.ledger.files import RESTORE, last_number, read_bytes, read_sealed, sha256
+from study.ledger.files import RESTORE, last_number, names_in, read_bytes, read_sealed, sha256
 from study.ledger.parts import KEY, RESTORE_PART, SCHEMA, gap, part_names, read_part
-from study.ledger.records import Answer, LedgerError, Outcome, Result, Suggestion
+from study.ledger.records import Answer, LedgerError, Outcome, Result, Stint, Suggestion
 from study.reader import MAX_BYTES
 from trainables.settings import flatten
 
@@ -33,7 +33,11 @@ _RESTORE_ANSWER = (
     "extensions and arms anew: the trials themselves are not lost"
 )
 
-_Record = TypeVar("_Record", Suggestion, Result, Answer)
+_RESTORE_STINT = (
+    "Bring it back from a copy; without one, remove it: the hours of that driver then count nothing"
+)
+
+_Record = TypeVar("_Record", Suggestion, Result, Answer, Stint)
 
 
 def read_suggestions(folder: StudyFolder) -> list[Suggestion]:
@@ -64,6 +68,16 @@ def read_answers(folder: StudyFolder) -> list[Answer]:
             raise LedgerError(f"{path}: holds number {answer.number}. {_RESTORE_ANSWER}")
         answers.append(answer)
     return answers
+
+
+def read_stints(folder: StudyFolder) -> list[Stint]:
+    """How long each driver has run the study, in their order; those that kept no time are left out.
+
+    Only where hours are a budget is time kept.
+    """
+    names = sorted(name for name in names_in(folder.stints) if re.fullmatch(r"\d{6,}\.json", name))
+    paths = [folder.stints / name for name in names]
+    return [_typed(Stint, read_sealed(path, _RESTORE_STINT), path) for path in paths]
 
 
 def read_results(folder: StudyFolder) -> dict[str, Result]:
@@ -167,7 +181,7 @@ def read_environment(folder: StudyFolder) -> dict[str, Any]:
 def damage(folder: StudyFolder) -> list[LedgerError]:
     """Everything that is damaged, for `doctor`; empty when the whole study can be read."""
     found = []
-    for read_one in (read_spec, read_answers):
+    for read_one in (read_spec, read_answers, read_stints):
         try:
             read_one(folder)
         except LedgerError as error:

@@ -68,6 +68,16 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Stint:
+    """How long a driver has run the study, as far as it has told; what a budget in hours counts."""
+
+    epoch: int
+    seconds: float
+    workers: int  # that a trial is trained by
+    held: dict[str, float]  # trial -> seconds in which it had its workers
+
+
+@dataclass(frozen=True)
 class Answer:
     """What became of one request; of a refused one only the reason counts."""
 

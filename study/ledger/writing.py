@@ -30,7 +30,7 @@ from study.ledger.reading import (
     read_spec,
     read_suggestions,
 )
-from study.ledger.records import RETRIABLE, Answer, FencedError, Result, Suggestion
+from study.ledger.records import RETRIABLE, Answer, FencedError, Result, Stint, Suggestion
 from trainables import durable
 from trainables.errors import StorageError, UserError
 from trainables.storage import Tag, store
@@ -181,6 +181,11 @@ class Ledger:
     def answer(self, answer: Answer) -> None:
         """Keep what became of a request, before anything comes of it."""
         self._put(self.folder.answer(answer.number), sealed(asdict(answer)), once=True)
+
+    def keep_time(self, stint: Stint) -> None:
+        """Keep how long this driver has run the study until now."""
+        assert stint.epoch == self.epoch
+        self._put(self.folder.stint(stint.epoch), sealed(asdict(stint)))
 
     def compact(self) -> None:
         """Write results.parquet and arms.parquet anew, for pandas; the readers need neither."""

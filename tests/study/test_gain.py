@@ -26,6 +26,7 @@ from study.gain import best_gain, gains, in_words, warning
 from study.ledger import Ledger, Suggestion, read_suggestions
 from study.loading import parse_spec
 from study.measured import Measured
+from study.state import Outlook
 from study.telemetry import Telemetry
 from tests.conftest import TINY_STUDY
 from tests.machine import wait_until
@@ -174,7 +175,7 @@ def test_status_export_and_console_say_it(
 
     index = Index(Storage(tmp_path))
     wait_until(lambda: index.look("cells").is_read and index.look("cells").num_trials == 5)
-    told = views.study(index.look("cells"), 5, True, None)["gain"]
+    told = views.study(index.look("cells"), Outlook(5, True), None)["gain"]
     assert told["rival"] == "harmonic inpainting" and told["shown"].endswith(" dB")
     assert (told["warning"] is None) == (trivial == LEARNT)
 

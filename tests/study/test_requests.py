@@ -400,3 +400,36 @@ def test_a_finished_study_is_submitted_only_with_a_file_that_asks_for_more(
     with Ledger.open(StudyFolder(tmp_path / "studies" / "tiny"), {}):
         assert submit_with("trials: 4", "trials: 6") == 75 and submitted == []
     assert submit_with("trials: 4", "trials: 6") == 0 and submitted == [file]
+
+
+FLOPS = TINY_STUDY.replace("{trials: 4}", "{flops: 1e9, wall_hours: 2.5}")
+
+
+def test_a_budget_is_extended_in_its_own_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begin(tmp_path, FLOPS)
+    at = ("--storage", tmp_path)
+    assert call("extend", "tiny", "--trials", 3, *at) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "trials: the budget of tiny is in hours of wall time, FLOP; extend what ends it" in said
+    assert "maskstudy extend tiny --wall-hours N or maskstudy extend tiny --flops N" in said
+    assert call("extend", "tiny", *at) == 2
+    assert "given 0 amounts; expected one of --trials, --device-hours" in capsys.readouterr().err
+    assert call("extend", "tiny", "--flops", -1, *at) == 2
+    assert "flops: given -1.0; expected a number above 0" in capsys.readouterr().err
+    assert call("extend", "tiny", "--wall-hours", 0.5, *at) == 0
+    assert "0.5 more hours of wall time, 3 in all" in capsys.readouterr().out
+    requests.extend(folder, 5e8, "flops")
+    spec = parse_spec(FLOPS, Path(), where="study.yaml")
+    grown = requests.grown(spec, requests.expected(folder, spec))
+    assert grown.budget.given == {"wall_hours": 3.0, "flops": 1.5e9}
+    assert grown.digest != spec.digest
+
+
+def test_an_arm_that_is_asked_for_runs_though_the_budget_is_spent(tmp_path: Path) -> None:
+    folder = begin(tmp_path, TINY_STUDY.replace("{trials: 4}", "{flops: 1e9, trials: 3}"))
+    assert len(drive(folder)) == 3
+    requests.enqueue(folder, ARM)
+    (asked,) = drive(folder)
+    assert asked.config["model"]["patch"] == 4 and asked.origin == "search"
