@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 RETRIES = 50  # proposals of known arms before chance decides
 NEIGHBOURS = 3  # that all have to have failed, so that a proposal is put aside
 FAILED = "failed"  # attribute of a trial
-MOST_VETOED = 8  # of them for one question
+MOST_VETOED = 8  # of them for one question before chance decides
 TRIED_ALL_THE_SAME = 0.1  # share of questions, as what failed need not fail for ever
 LARGEST_WALK = 20_000  # points of a space that is searched for what is left of it
 
@@ -142,7 +142,8 @@ class OptunaStudy:
             if not (is_wary and is_doomed(proposal.params, ended, self._distributions)):
                 return proposal
             doomed.append(proposal)
-            is_wary = len(doomed) < MOST_VETOED
+            if len(doomed) == MOST_VETOED:
+                sampler, options = random, {}
         if doomed:
             return doomed[0]
         left = self._left(known)
@@ -250,9 +251,16 @@ class OptunaStudy:
         )
 
     def _ended(self) -> list[tuple[Mapping[str, Any], bool]]:
-        """(an arm's parameters, whether it failed) of all of which a trial has ended."""
+        """(an arm's parameters, whether it failed) of all of which a trial has ended.
+
+        A trial that came to its end and has no finite value has failed too.
+        """
         return [
-            (suggestion.params, end.outcome in BAD)
+            (
+                suggestion.params,
+                end.outcome in BAD
+                or (end.outcome is Outcome.COMPLETE and self._mean_values([suggestion]) is None),
+            )
             for suggestion in self._suggestions
             if suggestion.params
             and (end := self._results.get(suggestion.trial)) is not None
