@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 RETRIES = 50  # proposals of known arms before chance decides
 NEIGHBOURS = 3  # that all have to have failed, so that a proposal is put aside
 FAILED = "failed"  # attribute of a trial
-MOST_VETOED = 8  # of them for one question before chance decides
+MOST_VETOED = 8  # of them for one question before chance proposes, and then of its own
 TRIED_ALL_THE_SAME = 0.1  # share of questions, as what failed need not fail for ever
 LARGEST_WALK = 20_000  # points of a space that is searched for what is left of it
 
@@ -144,6 +144,8 @@ class OptunaStudy:
             doomed.append(proposal)
             if len(doomed) == MOST_VETOED:
                 sampler, options = random, {}
+            if len(doomed) == 2 * MOST_VETOED:
+                break
         if doomed:
             return doomed[0]
         left = self._left(known)
