@@ -194,6 +194,24 @@ def test_a_budget_is_kept_within_a_twentieth_though_a_driver_is_killed(
     assert found.device_hours == pytest.approx(found.wall_hours * at_once, rel=0.2)
 
 
+def test_a_verdict_is_paid_from_the_budget(tmp_path: Path) -> None:
+    """Room is kept for the dearest arm to win; what a cheaper one leaves is left."""
+    amount, folder = amount_of("flops", 1, 50), StudyFolder(tmp_path / "tiny")
+    rule = "confirm: {arms: 3, seeds: 2, verdict: 5}"
+    run(study(f"{{flops: {amount!r}}}", more=rule), folder, 4)
+    begun = read_suggestions(folder)
+    origins = [each.origin for each in begun]
+    num_controls = len({each.arm for each in begun if each.origin.startswith("control")})
+    assert origins.count("confirm") == 3 * 2
+    assert origins.count("verdict") == 5 * (1 + num_controls)
+    assert sum(each == "search" for each in origins) > 5
+    winner = next(each for each in begun if each.origin == "verdict")
+    cheap, dear = sorted(work.pretrain_flops + work.segment_flops for work in two_works())
+    left = amount - spent(folder).flops
+    assert winner.params["model.patch"] == 16  # ten times as cheap
+    assert -0.05 * amount < left - 5 * (dear - cheap) < 0.05 * amount
+
+
 def test_confirmations_are_paid_from_the_budget(tmp_path: Path) -> None:
     amount, folder = amount_of("flops", 1, 35), StudyFolder(tmp_path / "tiny")
     run(study(f"{{flops: {amount!r}}}", more="confirm: {arms: 2, seeds: 2}"), folder, 4)
