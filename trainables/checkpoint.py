@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from trainables import durable
 from trainables.errors import StorageError
+from trainables.inheritance import STATE
 from trainables.metrics import PHASES
 from trainables.storage import Store, store
 from trainables.tensors import save_tensors
@@ -50,7 +51,7 @@ MOST_KNOWN = 8  # files whose hash a process remembers: those of the kept ones, 
 
 State = dict[str, Any]
 
-_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_TENSORS, _STATE, _MANIFEST = "tensors.safetensors", STATE, "manifest.json"
 _log = logging.getLogger(__name__)
 _Look = tuple[int, ...]
 
