@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from study import space
+from study import population, space
 from study.mistakes import Problems, explain, listed, message, near
+from study.population import MOST_RUNGS
 from study.reader import Document, Where
-from study.samplers import OF_NUMBERS, ONE_OBJECTIVE, SAMPLERS
+from study.samplers import OF_NUMBERS, ONE_OBJECTIVE, POPULATIONS, SAMPLERS
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
@@ -37,6 +38,7 @@ MOST_ARMS = 10_000  # of a grid
 def check_metrics(
     objectives: Sequence[Objective] | None,
     stopping: Choice | None,
+    sampler: Choice | None,
     probe: ProbeConfig | None,
     problems: Problems,
 ) -> None:
@@ -44,9 +46,10 @@ def check_metrics(
         (("objectives", index), objective.metric, objective.goal)
         for index, objective in enumerate(objectives or [])
     ]
-    options = stopping.options() if stopping is not None else {}
-    if options.get("metric") is not None:
-        given.append((("stopping",), options["metric"], None))
+    for setting, chosen in (("stopping", stopping), ("sampler", sampler)):
+        metric = chosen.options().get("metric") if chosen is not None else None
+        if metric is not None:
+            given.append(((setting,), metric, None))
     for path, name, goal in given:
         problem = _metric_problem(name, probe)
         if problem:
@@ -434,6 +437,48 @@ def check_budget(
             f"given {budget.trials}; expected at least {least}: the control arm and "
             f"{len(controls)} of `controls`, {seeds} seed(s) each",
         )
+
+
+def check_population(spec: Any, problems: Problems) -> None:
+    """What a sampler that finds schedules while training asks of the study around it.
+
+    `spec`: a StudySpec, or one with None for the settings that are wrong.
+    """
+    if spec.sampler is None or spec.sampler.name not in POPULATIONS:
+        return
+    name, options = spec.sampler.name, spec.sampler.options()
+    if spec.search is not None and not spec.search:
+        problems.add(("search",), f"given nothing; sampler {name} expects a schedule's value")
+    if spec.trial is not None:
+        for path, item in (spec.search or {}).items():
+            if problem := population.schedule_problem(spec.trial, path, item):
+                problems.add(("search", path), f"given with sampler {name}; {problem}")
+    if spec.stopping is not None and spec.stopping.name != "none":
+        problem = f"given {spec.stopping.name}; expected none, as sampler {name} stops the worst"
+        problems.add(("stopping",), problem)
+    if spec.seeds is not None and spec.seeds != 1:
+        problems.add(
+            ("seeds",),
+            f"given {spec.seeds}; expected 1 with sampler {name}, whose members share a seed; "
+            f"`confirm` trains what it found with others",
+        )
+    if spec.rungs is not None and not 2 <= len(spec.rungs) <= MOST_RUNGS:
+        problems.add(
+            ("rungs",),
+            f"given {len(spec.rungs)}; expected 2 to {MOST_RUNGS} with sampler {name}, as a "
+            f"schedule may change at each but the last",
+        )
+    if parse(options["metric"]).phase != PHASES[0]:
+        problem = f"given {options['metric']!r}; expected one of pretraining, such as {PSNR}"
+        problems.add(("sampler", "metric"), problem)
+    if spec.budget is not None and spec.controls is not None and spec.seeds == 1:
+        size, num_controls = options["population"], 1 + len(spec.controls)
+        if spec.budget.trials != num_controls + size:
+            problems.add(
+                ("budget", "trials"),
+                f"given {spec.budget.trials}; expected {num_controls + size}: the control arm, "
+                f"{len(spec.controls)} of `controls`, and a population of {size}",
+            )
 
 
 def _same_end(path: str, known: Sequence[str]) -> str:

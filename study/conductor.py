@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study import breaker, requests
+from study import breaker, population, requests
 from study.best import in_short, of_study
 from study.costs import Costs
 from study.fit import DataSize
 from study.gain import best_gain, gains
 from study.ledger import (
+    REPORTED,
     Answer,
     Ledger,
     Outcome,
@@ -31,8 +32,9 @@ from study.ledger import (
     read_stints,
     read_suggestions,
 )
-from study.measured import Measured, measure
+from study.measured import Measured, measure, rung_of
 from study.optuna_study import OptunaStudy
+from study.population import Verdict
 from study.progress import Progress, arm_text, describe
 from study.resume import (
     AskSampler,
@@ -42,6 +44,7 @@ from study.resume import (
     Step,
     Wait,
     account_of,
+    ended,
     infrastructure_error,
     is_unfinished,
     next_step,
@@ -56,8 +59,9 @@ from study.stopping import FEWEST_FINALS, Rung, best_foreteller, goes_on, rung_a
 from trainables.config import TrialConfig, arm_id, completed, trial_id
 from trainables.endings import Ending
 from trainables.fillings import Gain
+from trainables.inheritance import inherit
 from trainables.job import make_job
-from trainables.metrics import STOPPED_HERE, metric_of
+from trainables.metrics import PHASES, STOPPED_HERE, metric_of
 
 POLL_SECONDS = 1.0  # between two looks at the clock of who only asks what is next
 
@@ -97,6 +101,8 @@ class Conductor:
         self.is_exhausted = False
         self.is_full = False  # the budget has room for no untried arm, as far as is known now
         self.ended: list[tuple[str, Result]] = []  # by this driver: an arm, and how a trial ended
+        self.told_to_rest: set[str] = set()  # trials whose workers have not left them yet
+        self.rested: dict[str, float] = {}  # trial -> seconds that it ran before it came to rest
         self.open_rungs: set[tuple[str, int]] = set()  # at which nothing foretells the objective
         self.gave_up: str | None = None  # how all of its first trials failed
         self.on_durable: Callable[[Suggestion, Result | None], None] = lambda trial, result: None
@@ -113,6 +119,8 @@ class Conductor:
         )
         self.progress.best = self._best()
         self._finish_stopped()
+        self._hand_on()
+        self._stop_losers()
         self.heed_requests()
         self._tell_spent()
 
@@ -120,6 +128,7 @@ class Conductor:
         """The next trial to run, written down and handed out; or why there is none now."""
         self.heed_requests()
         self.keep_time(POLL_SECONDS)
+        self._stop_losers()
         step = self.next_step()
         if isinstance(step, AskSampler):
             proposal = self.optuna.ask(step.number, step.fits)
@@ -214,22 +223,24 @@ class Conductor:
         return Means(self._stints, self._costs, workers, self._shares_pretraining)
 
     def rows(self, suggestion: Suggestion, rows: list[dict[str, Any]], attempt: str) -> bool:
-        """Keep a rung's rows; True when the trial is to stop there."""
+        """Keep a rung's rows; True when its workers are to leave the trial there."""
         trial = suggestion.trial
         phase, progress = rows[-1]["phase"], float(rows[-1]["progress"])
+        if population.is_before_birth(suggestion, phase, progress):
+            return False
         values = {f"{row['phase']}/{row['metric']}": row["value"] for row in rows}
         self.optuna.report(trial, progress, values)  # and so into self.measured
-        stop = self._stops(suggestion, phase, progress)
+        verdict = self._verdict(suggestion, phase, progress)
+        stop = verdict is Verdict.STOP
         if stop:
-            kind = metric_of(f"{phase}/{STOPPED_HERE}")
-            decision = {"metric": STOPPED_HERE, "goal": kind.goal, "unit": kind.unit, "value": 1.0}
-            rows = [*rows, {**rows[-1], **decision}]
+            rows = [*rows, _decision(rows[-1])]
         self.ledger.commit(suggestion, rows, attempt)
         self.keep_time()
         self.on_durable(suggestion, None)
         shown = {o.metric: values[o.metric] for o in self.spec.objectives if o.metric in values}
         self.progress.rung(suggestion, phase, progress, shown)
-        return stop
+        (self.told_to_rest.add if verdict is Verdict.REST else self.told_to_rest.discard)(trial)
+        return verdict is not Verdict.GO_ON
 
     def hung(self, suggestion: Suggestion, attempt: str, worker: str, stacks: str) -> None:
         """Keep where a worker was that made no progress; its group has ended itself."""
@@ -243,6 +254,13 @@ class Conductor:
     def done(self, suggestion: Suggestion, ending: Ending, error: str | None) -> None:
         """Keep how a trial ended; one that is lost may go on, unless it was so too often."""
         trial = suggestion.trial
+        is_at_rest = trial in self.told_to_rest and ending is Ending.STOPPED
+        self.told_to_rest.discard(trial)
+        if is_at_rest:
+            self.rested[trial] = self.rested.get(trial, 0.0) + self._let_go(trial)
+            self.keep_time()
+            self.progress.rests(suggestion)
+            return
         before, failures = self.results.get(trial), 0
         if ending is Ending.LOST:
             failures = 1 + (before.infrastructure_failures if before else 0)
@@ -255,7 +273,7 @@ class Conductor:
         result = Result(
             trial=trial,
             outcome=Outcome.FAILED if failures else Outcome(ending),
-            seconds=seconds,
+            seconds=seconds + self.rested.pop(trial, 0.0),
             error=error,
             progress=reached,
             infrastructure_failures=failures,
@@ -295,8 +313,15 @@ class Conductor:
         found = best_gain(gains(self.measured.copy()))
         return found and found[1]
 
+    def _verdict(self, suggestion: Suggestion, phase: str, progress: float) -> Verdict:
+        """What becomes of a trial that has come to a rung."""
+        if suggestion.born is not None:
+            number = rung_of(progress, self.spec.rungs)
+            return population.verdict(self.spec, self._generations(), suggestion, phase, number)
+        return Verdict.STOP if self._stops(suggestion, phase, progress) else Verdict.GO_ON
+
     def _stops(self, suggestion: Suggestion, phase: str, progress: float) -> bool:
-        """Whether a trial that has come to a rung is to stop there."""
+        """Whether the stopping rule ends a trial that has come to a rung."""
         stopping = self.spec.stopping
         if stopping.name == "none":
             return False
@@ -368,6 +393,40 @@ class Conductor:
         else:
             self.progress.say(f"enqueued arm {answer.content['arm']}")
 
+    def _generations(self) -> list[population.Generation]:
+        known = ended(self.results)
+        return population.generations(self.spec, self.suggestions, known, self.measured)
+
+    def _stop_losers(self) -> None:
+        """Members of a population that rest where it was decided that they stop."""
+        for suggestion in population.losers(self._generations()):
+            trial = suggestion.trial
+            if trial in self.running or not is_unfinished(self.results.get(trial)):
+                continue
+            rows = read_rows(self.ledger.folder, trial)
+            last = rows.sort_values("step", kind="stable").iloc[-1].to_dict()
+            row = {str(name): last[name] for name in REPORTED}
+            self.ledger.commit(suggestion, [_decision(row)], last["attempt"])
+            if trial not in self.progress.lines:  # an earlier driver's
+                self.progress.suggested(suggestion, resumed=True)
+            self.done(suggestion, Ending.STOPPED, None)
+
+    def _hand_on(self) -> None:
+        """Give trials that have not begun to train what they are to begin with.
+
+        Their parents rest at that rung until all of its children have it. In a store of objects,
+        where every node has a mirror of its own, nothing is handed on: they train it anew.
+        """
+        folder = self.ledger.folder
+        for suggestion in self.suggestions:
+            if not population.is_child(suggestion) or suggestion.trial in self.results:
+                continue
+            if not folder.remote and suggestion.trial not in self.running:
+                assert suggestion.born is not None
+                parent = folder.checkpoints(suggestion.born["parent"])
+                child = folder.checkpoints(suggestion.trial)
+                inherit(parent, child, PHASES[0], suggestion.born["progress"])
+
     def _begin(self, start: Start) -> Suggestion:
         config: TrialConfig = start.config
         suggestion = Suggestion(
@@ -379,9 +438,11 @@ class Conductor:
             config=config.model_dump(mode="json"),
             params=start.params,
             labels=start.labels,
+            born=start.born,
         )
         self.ledger.suggest(suggestion)
         self.suggestions.append(suggestion)
+        self._hand_on()
         self.optuna.add(suggestion)
         self.running[suggestion.trial] = self._clock()
         self.progress.suggested(suggestion, resumed=False)
@@ -395,3 +456,10 @@ class Conductor:
             if was_stopped and suggestion.trial not in self.results:
                 self.progress.suggested(suggestion, resumed=True)
                 self.done(suggestion, Ending.STOPPED, None)
+
+
+def _decision(row: dict[str, Any]) -> dict[str, Any]:
+    """The row that keeps, beside the values of a rung, that a trial was stopped there."""
+    kind = metric_of(f"{row['phase']}/{STOPPED_HERE}")
+    stopped = {"metric": STOPPED_HERE, "goal": kind.goal, "unit": kind.unit, "value": 1.0}
+    return {**row, **stopped}

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from study import landscapes, tables
 from study.replay import Landscape, Ours, Searcher, play, regret_at
 from study.rivals import PACKAGES, RIVALS
-from study.samplers import SAMPLERS
+from study.samplers import POPULATIONS, SAMPLERS
 from study.spec import Sampler, Stopper
 from study.stopping import STOPPERS
 from trainables.errors import UserError
@@ -100,9 +100,10 @@ def searcher_of(contender: str) -> Callable[[Landscape, int], Searcher]:
             raise UserError(f"--search: {contender} is not installed here; pip install {contender}")
         return RIVALS[contender]
     sampler, _, stopping = contender.partition("+")
-    if sampler not in SAMPLERS or stopping not in STOPPERS:
+    known = [name for name in SAMPLERS if name not in POPULATIONS]  # others need real training
+    if sampler not in known or stopping not in STOPPERS:
         raise UserError(
-            f"--search: given {contender!r}; expected a sampler ({', '.join(SAMPLERS)}) and a "
+            f"--search: given {contender!r}; expected a sampler ({', '.join(known)}) and a "
             f"stopping rule ({', '.join(STOPPERS)}) as in tpe+halving, or one of "
             f"{', '.join(RIVALS)}"
         )

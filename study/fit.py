@@ -281,8 +281,9 @@ def _label_counts(spec: StudySpec) -> list[tuple[str, int | float | None]]:
 def _probe_problems(spec: StudySpec, data: DataSize) -> list[str]:
     """Of what is measured in pretraining by labels."""
     named = [("objectives", objective.metric) for objective in spec.objectives]
-    if isinstance(metric := spec.stopping.options().get("metric"), str):
-        named.append(("stopping", metric))
+    for setting, chosen in (("stopping", spec.stopping), ("sampler", spec.sampler)):
+        if isinstance(metric := chosen.options().get("metric"), str):
+            named.append((setting, metric))
     given = [f"{setting}: given {name!r}" for setting, name in named if metric_of(name).of_labels]
     if not data.classes:
         way_out = f"expected another metric such as {PSNR}, or data with masks"

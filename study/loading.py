@@ -170,7 +170,7 @@ def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
         spec = _sound_part(data, wrong)
         if "trial" in wrong:
             spec = spec.model_copy(update={"trial": _sound_trial(data.get("trial"))})
-    checks.check_metrics(spec.objectives, spec.stopping, spec.probe, problems)
+    checks.check_metrics(spec.objectives, spec.stopping, spec.sampler, spec.probe, problems)
     checks.check_sampler(spec.sampler, spec.objectives, spec.search, problems)
     trial, search, probe = spec.trial, spec.search, spec.probe
     if trial is not None and search is not None:
@@ -182,6 +182,7 @@ def _check(data: dict[str, Any], problems: Problems) -> StudySpec | None:
                 probe = probe.model_copy(update={"unit": unit})
                 spec = spec.model_copy(update={"probe": probe})
     checks.check_budget(spec.budget, spec.controls, spec.seeds, problems)
+    checks.check_population(spec, problems)
     return spec if isinstance(spec, StudySpec) else None
 
 

@@ -19,6 +19,7 @@ from cluster.placement import Room, WorkerGroup, num_groups, worker_group
 from study import space
 from study.costs import work_of
 from study.fit import DataSize, data_size
+from study.population import num_children
 from study.resume import num_fresh, num_pretrainings
 from study.spec import UNITS
 from study.spending import HOUR, Amounts
@@ -79,6 +80,7 @@ class Plan:
     trials: int  # without confirmations
     confirmations: int
     grid_arms: int | None  # of sampler grid
+    children: int  # that take the places of others in a population, and are no trials more
     control: ArmCost
     cheapest: ArmCost
     dearest: ArmCost
@@ -104,6 +106,7 @@ class Plan:
             "searched arms": f"{self.searched_arms}"
             + (f" of a grid of {self.grid_arms}" if self.grid_arms is not None else "")
             + ", beside the control",
+            **({"population": self._population_in_words()} if self.children else {}),
             **{f"{name} arm": _one_line(cost) for name, cost in arms.items()},
             "operations": f"{self.flops:.2e} FLOP",
             "trials at once": str(self.concurrent),
@@ -118,6 +121,13 @@ class Plan:
         if self.hours is None or at_once < 2:
             return {}
         return {"device-hours of steps": f"{self.hours * at_once:.2f}, on {at_once} at once"}
+
+    def _population_in_words(self) -> str:
+        each = self.searched_arms
+        return (
+            f"{each} trials' worth of training; the ledger will have {each + self.children}, as "
+            f"{self.children} go on where a better one stands and take the place of a worse one"
+        )
 
 
 def plan(
@@ -193,6 +203,7 @@ def plan(
         trials=num_controls + searched_trials,
         confirmations=confirmations,
         grid_arms=grid_arms,
+        children=num_children(spec),
         control=control,
         cheapest=cheapest,
         dearest=dearest,
@@ -391,8 +402,9 @@ def _warnings(
         )
     chosen_by = [("objectives", objective.metric) for objective in spec.objectives]
     chosen_by += [
-        ("stopping", name)
-        for key, name in spec.stopping.options().items()
+        (setting, name)
+        for setting, chosen in (("stopping", spec.stopping), ("sampler", spec.sampler))
+        for key, name in chosen.options().items()
         if key == "metric" and name is not None
     ]
     for setting, name in chosen_by:

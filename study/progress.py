@@ -176,6 +176,11 @@ class Progress:
         self.lines[suggestion.trial].phase = "waiting"
         self._event(f"handed back: {describe(suggestion)}; it resumes where there is room")
 
+    def rests(self, suggestion: Suggestion) -> None:
+        """It is at a rung of a population, to go on once all others have come there."""
+        line = self.lines[suggestion.trial]
+        line.phase = "resting"
+
     def first_step(self, seconds: float | None, *, is_warm: bool) -> None:
         """How long a trial waited for its first step; `is_warm`: not the first of its slot."""
         if seconds is not None:
@@ -267,8 +272,10 @@ def arm_text(suggestion: Suggestion) -> str:
     """The arm in a few words: what it is, or what was searched and found for it."""
     if suggestion.origin.startswith("control"):
         return suggestion.origin
+    born = suggestion.born
+    since = f" from {short(born['progress'])} on" if born and born["parent"] else ""
     settings = [
-        f"{path.split('.')[-1]} {short(value)}" for path, value in suggestion.params.items()
+        f"{path.split('.')[-1]} {short(value)}{since}" for path, value in suggestion.params.items()
     ]
     return ", ".join(settings) or suggestion.arm
 

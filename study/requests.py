@@ -40,6 +40,7 @@ from study.ledger import (
 )
 from study.loading import spec_of
 from study.mistakes import Problems, explain, listed, near
+from study.population import has_population
 from study.reader import Document, read_document, read_text, show
 from study.resume import Enqueued, twin
 from study.spec import UNITS, Budget, StudySpec
@@ -233,6 +234,11 @@ def _judge(
     """What a request grants, as its answer keeps it; or, as a text, why it is refused."""
     if not spec.search:
         return f"{spec.study} has no `search`: its controls are all there is to run"
+    if kind == "extend" and has_population(spec):
+        return (
+            f"{spec.study} trains a population, which has its size; begin another study with "
+            f"another `seed` for another one"
+        )
     if kind == "extend":
         return _judge_extension(content, spec)
     return _judge_arm(content, spec, suggestions, answers, problems)

@@ -2,10 +2,10 @@
 
 The order: trials that were begun; the control arm and its twins; arms that a person asked for;
 searched arms, all seeds of one before the next, until `budget.trials` trials exist, or a budget in
-operations or hours has no room for another arm; then, for which such a budget has kept room, the
-best arms with fresh seeds, and the control or, at last, the best of them and the controls. An arm
-of which one seed ended badly or was stopped gets no further seeds; where arms may be stopped, the
-first seed runs alone before the others.
+operations or hours has no room for another arm, or a population (population.py); then, for which
+such a budget has kept room, the best arms with fresh seeds, and the control or, at last, the best
+of them and the controls. An arm of which one seed ended badly or was stopped gets no further seeds;
+where arms may be stopped, the first seed runs alone before the others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from study import population
 from study.best import CONFIRM, FRESH, VERDICT, to_confirm, to_judge
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured
@@ -46,6 +47,7 @@ class Start:
     seed: int
     params: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, Any] = field(default_factory=dict)
+    born: dict[str, Any] | None = None  # into a population; see Suggestion
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,11 @@ def next_step(
     nothing. `is_exhausted`: Optuna has no untried arm left, or none for which there is room.
     `means`: what a budget in operations or hours is counted by.
     """
+    generations = population.generations(spec, suggestions, ended(results), measured)
+    at_rest = population.resting(spec, generations, suggestions, measured)
     for suggestion in suggestions:
-        if suggestion.trial not in running and is_unfinished(results.get(suggestion.trial)):
+        is_free = suggestion.trial not in running and suggestion.trial not in at_rest
+        if is_free and is_unfinished(results.get(suggestion.trial)):
             return Continue(suggestion)
     for start in _controls(spec, suggestions, is_labelled):
         return start
@@ -114,11 +119,15 @@ def next_step(
         for start in _missing_seeds(spec, suggestions, results, enqueued):
             if room is None or room.is_in_time(start):
                 return start
-        if spec.search and not is_exhausted and _has_room(spec, suggestions, results):
+        is_asked = bool(spec.search) and not population.has_population(spec)
+        if is_asked and not is_exhausted and _has_room(spec, suggestions, results):
             if room is None:
                 return AskSampler(len(suggestions), spec.seed)
             if room.is_left and not room.is_confirming(running):
                 return AskSampler(len(suggestions), spec.seed, room.holds_arm)
+    for birth in population.births(spec, generations, suggestions, running):
+        params, labels = birth.params, {path: birth.params[path] for path in spec.search}
+        return Start("search", birth.config, spec.seed, params, labels, birth.born)
     if any(
         suggestion.trial in running and suggestion.origin not in FRESH for suggestion in suggestions
     ):
@@ -153,6 +162,11 @@ def is_unfinished(result: Result | None) -> bool:
     return result is None or 0 < result.infrastructure_failures <= RETRIES
 
 
+def ended(results: Mapping[str, Result]) -> set[str]:
+    """Trials that will not be run again."""
+    return {trial for trial, result in results.items() if not is_unfinished(result)}
+
+
 def is_infrastructure(result: Result) -> bool:
     """A failure that says nothing about the arm."""
     return result.infrastructure_failures > 0
@@ -164,10 +178,13 @@ def infrastructure_error(failures: int, reason: str) -> str:
 
 
 def num_planned(spec: StudySpec) -> int | None:
-    """Trials of the whole study, if its space has that many arms; None: other units tell."""
+    """Trials of the whole study, if its space has that many arms, and no child's parent fails.
+
+    None: other units tell."""
     if spec.budget.trials is None or spec.budget.is_measured:
         return None
-    return spec.budget.trials + (num_fresh(spec, spec.confirm.arms) if spec.confirm else 0)
+    confirmed = num_fresh(spec, spec.confirm.arms) if spec.confirm else 0
+    return spec.budget.trials + population.num_children(spec) + confirmed
 
 
 def num_fresh(spec: StudySpec, num_searched: int, *, is_labelled: bool = True) -> int:
@@ -184,7 +201,10 @@ def num_fresh(spec: StudySpec, num_searched: int, *, is_labelled: bool = True) -
 
 def num_counted(suggestions: Sequence[Suggestion]) -> int:
     """Trials as `budget.trials` counts them."""
-    return sum(suggestion.origin not in FRESH for suggestion in suggestions)
+    return sum(
+        suggestion.origin not in FRESH and not population.is_child(suggestion)
+        for suggestion in suggestions
+    )
 
 
 def num_pretrainings(spec: StudySpec) -> int | None:

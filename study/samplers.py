@@ -1,10 +1,11 @@
 """Which arm to try next, of those that a study's space holds.
 
 To add a sampler, write a function of (seed, number of objectives) with keyword-only options that
-returns an Optuna sampler, and add it to SAMPLERS; `None` instead stands for walking the grid. It is
-called anew for every question, so it is cheap and keeps nothing; heavy libraries are imported when
-it is asked, not here. One that learns has an option `startup`, the arms that chance decides before;
-its proposals are put aside where everything alike has failed (optuna_study.py).
+returns an Optuna sampler, and add it to SAMPLERS; `None` instead stands for walking the grid, or,
+if POPULATIONS names it, for a population (population.py). It is called anew for every question, so
+it is cheap and keeps nothing; heavy libraries are imported when it is asked, not here. One that
+learns has an option `startup`, the arms that chance decides before; its proposals are put aside
+where everything alike has failed (optuna_study.py).
 How it is asked, and what it is shown, is in optuna_study.py.
 """
 
@@ -35,6 +36,7 @@ from pydantic import Field
 
 from study import evolution
 from trainables.late import Late
+from trainables.metrics import PSNR
 
 qmc = Late("scipy.stats.qmc")
 
@@ -322,12 +324,13 @@ class _Sobol(BaseSampler):  # type: ignore[misc]
         param_distribution: BaseDistribution,
     ) -> Any:
         names, number, seed = (study.user_attrs[key] for key in (NAMES, NUMBER, SEED))
-        share = _sobol_point(len(names), number, seed)[names.index(param_name)]
+        share = sobol_point(len(names), number, seed)[names.index(param_name)]
         return value_at(param_distribution, share)
 
 
 @lru_cache(maxsize=8)
-def _sobol_point(dimensions: int, number: int, seed: int) -> tuple[float, ...]:
+def sobol_point(dimensions: int, number: int, seed: int) -> tuple[float, ...]:
+    """Shares in [0, 1), one for each dimension: a point of a scrambled sequence."""
     points = qmc.Sobol(dimensions, scramble=True, rng=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that so many points are no balanced set
@@ -368,6 +371,30 @@ def grid(seed: int, num_objectives: int) -> None:
     """Every combination once, in the order of the study file."""
 
 
+def pbt(
+    seed: int,
+    num_objectives: int,
+    *,
+    population: Annotated[int, Field(ge=4, description="trials that train side by side")] = 8,
+    metric: Annotated[
+        str, Field(description="of pretraining, by which they are compared at its rungs")
+    ] = PSNR,
+    share: Annotated[
+        float, Field(gt=0, le=0.5, description="replaced at a rung, by children of as many best")
+    ] = 0.25,
+    resample: Annotated[
+        float, Field(ge=0, le=1, description="share of a child's values that are drawn anew")
+    ] = 0.25,
+    change: Annotated[
+        float, Field(gt=0, lt=1, description="by which the others become larger or smaller")
+    ] = 0.2,
+) -> None:
+    """Schedules found while training: population based training (Jaderberg et al. 2017).
+
+    What is searched are values of constant schedules; what is found are `step` schedules.
+    """
+
+
 SAMPLERS = {
     "tpe": tpe,
     "gp": gp,
@@ -377,7 +404,10 @@ SAMPLERS = {
     "random": random,
     "quasi-random": quasi_random,
     "grid": grid,
+    "pbt": pbt,
 }
+# Their arms come out of training
+POPULATIONS = {"pbt"}
 # They see nothing but values: what failed or was stopped is given some (optuna_study.py)
 VALUES_ALONE = {"gp", "cma-es", "nsga-ii", "nsga-iii"}
 ONE_OBJECTIVE = {"cma-es"}

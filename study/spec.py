@@ -20,7 +20,7 @@ from pydantic import (
 from study.folder import Storage, StudyFolder, is_study_name
 from study.loggers import LOGGERS
 from study.reader import show
-from study.samplers import SAMPLERS
+from study.samplers import POPULATIONS, SAMPLERS
 from study.space import SearchItem
 from study.stopping import STOPPERS
 from trainables.config import Positive, ProbeConfig, Strict, TrialConfig
@@ -47,6 +47,7 @@ UNITS = {
     "flops": "FLOP",
 }
 DEFAULT_OBJECTIVES: list[Any] = ["segment/miou", "pretrain/probe_gain"]
+EIGHTHS = [each / 8 for each in range(1, 9)]
 EARLY_RUNGS = [0.0625, 0.125, 0.25, 0.5, 1.0]
 DEVICE_NAME = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")  # Windows makes no such folders
 RAY_COPY = re.compile(r"/session_[^/]+/runtime_resources/")
@@ -144,7 +145,10 @@ class Budget(Strict):
 
     trials: Annotated[
         Positive | None,
-        Field(description="controls and searched arms, each seed; confirmations extra"),
+        Field(
+            description="controls and searched arms, each seed; confirmations extra. A member of a "
+            "population and those that take its place are one: together they train as much"
+        ),
     ] = None
     device_hours: Annotated[
         Above | None,
@@ -260,7 +264,7 @@ class StudySpec(Strict):
     rungs: Annotated[list[float], AfterValidator(_rungs)] = Field(
         [0.25, 0.5, 1.0],
         description="shares of a phase at which trials are judged; with a stopping rule from a "
-        "sixteenth on by default",
+        "sixteenth on by default, with sampler pbt every eighth",
     )
     probe: ProbeConfig = ProbeConfig()
     resources: Resources = Resources()
@@ -270,9 +274,14 @@ class StudySpec(Strict):
 
     @model_validator(mode="after")
     def _rungs_to_stop_at(self) -> StudySpec:
-        """Whoever is stopped early is cheap, so a stopping rule has rungs from early on."""
+        """Whoever is stopped early is cheap, so a stopping rule has rungs from early on.
+
+        A population meets at rungs, so it has many, evenly spaced.
+        """
         if "rungs" not in self.model_fields_set and self.stopping.name != "none":
             self.__dict__["rungs"] = list(EARLY_RUNGS)
+        if "rungs" not in self.model_fields_set and self.sampler.name in POPULATIONS:
+            self.__dict__["rungs"] = list(EIGHTHS)
         return self
 
     _folder: Path = PrivateAttr(Path())

@@ -29,7 +29,7 @@ Each imports only from those above it.
 
 from study.ledger.files import sealed, unsealed
 from study.ledger.holding import is_held, read_holder, read_jobs, refuse_if_held
-from study.ledger.parts import COLUMNS, KEY
+from study.ledger.parts import COLUMNS, KEY, REPORTED
 from study.ledger.reading import (
     count_suggestions,
     damage,
@@ -60,6 +60,7 @@ from study.ledger.writing import Ledger, put_beside
 __all__ = [
     "COLUMNS",
     "KEY",
+    "REPORTED",
     "RETRIABLE",
     "Answer",
     "FencedError",

@@ -51,7 +51,8 @@ def count_suggestions(folder: StudyFolder) -> int:
 
 def read_suggestion(folder: StudyFolder, number: int) -> Suggestion:
     path = folder.suggestion(number)
-    suggestion = _typed(Suggestion, read_sealed(path, _RESTORE_SUGGESTION), path)
+    content = {"born": None} | read_sealed(path, _RESTORE_SUGGESTION)  # most have none
+    suggestion = _typed(Suggestion, content, path)
     if suggestion.number != number or not is_trial_id(suggestion.trial):
         what = f"holds number {suggestion.number} of trial {suggestion.trial!r}"
         raise LedgerError(f"{path}: {what}. {_RESTORE_SUGGESTION}")

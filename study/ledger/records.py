@@ -52,6 +52,8 @@ class Suggestion:
     config: dict[str, Any]  # the whole TrialConfig
     params: dict[str, Any]  # Optuna parameter -> value
     labels: dict[str, Any]  # searched path -> what figures call its value
+    # of a population: the parent (None: a founder), and the progress from which on it is not it
+    born: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class Ledger:
         with self._one_at_a_time:
             number = len(self._suggested)
             assert suggestion.number == number, f"number {number} is next, not {suggestion.number}"
-            self._put(self.folder.suggestion(number), sealed(asdict(suggestion)), once=True)
+            self._put(self.folder.suggestion(number), _sealed(suggestion), once=True)
             self._suggested.append(suggestion.trial)
             self._put_copy(suggestion)
 
@@ -201,7 +201,7 @@ class Ledger:
     def _put_copy(self, suggestion: Suggestion) -> None:
         path = self.folder.trial_config(suggestion.trial)
         if not path.exists():
-            self._put(path, sealed(asdict(suggestion)), once=True)
+            self._put(path, _sealed(suggestion), once=True)
 
     def _put(self, path: Path, content: bytes, *, once: bool = False) -> None:
         """Make `content` the whole of `path`, durably, unless a newer driver has taken over.
@@ -262,6 +262,14 @@ class Ledger:
 
     def _check_fence(self) -> None:
         check_fence(self.folder, self.epoch)
+
+
+def _sealed(suggestion: Suggestion) -> bytes:
+    """As earlier releases wrote it, unless it belongs to a population."""
+    content = asdict(suggestion)
+    if suggestion.born is None:
+        del content["born"]
+    return sealed(content)
 
 
 def put_beside(folder: StudyFolder, path: Path, content: bytes) -> None:
