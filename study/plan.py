@@ -19,7 +19,7 @@ from cluster.placement import Room, WorkerGroup, num_groups, worker_group
 from study import space
 from study.costs import work_of
 from study.fit import DataSize, data_size
-from study.population import num_children
+from study.population import has_population, num_children, num_replaced
 from study.resume import num_fresh, num_pretrainings
 from study.spec import UNITS
 from study.spending import HOUR, Amounts
@@ -31,6 +31,7 @@ from trainables.mae import MAE
 from trainables.masking import hidden_units
 from trainables.metrics import metric_of
 from trainables.schedules import MIDPOINTS, value_at
+from trainables.storage import is_uri
 
 if TYPE_CHECKING:
     from study.spec import Resources, StudySpec
@@ -399,6 +400,12 @@ def _warnings(
         warnings.append(
             f"sampler: {spec.sampler.name} draws its first {startup} arms by chance, and there are "
             f"{num_searched}; a grid may tell more"
+        )
+    if has_population(spec) and is_uri(spec.storage):
+        twice = num_replaced(spec) * sum(spec.rungs[:-1])
+        warnings.append(
+            f"storage: from a store of objects no checkpoint is handed on, so members that take "
+            f"another's place train from their start: {twice:.3g} trials' worth of pretraining more"
         )
     chosen_by = [("objectives", objective.metric) for objective in spec.objectives]
     chosen_by += [

@@ -236,15 +236,15 @@ def test_a_study_that_is_killed_anywhere_finds_what_it_would_have_found(tmp_path
 
 def test_who_fails_is_replaced_at_the_next_rung(folder: StudyFolder) -> None:
     def values(suggestion: Suggestion, rung: int) -> float | None:
-        return None if suggestion.number in (1, 2) and rung == 1 else suggestion.number
+        return None if suggestion.number in (2, 3) and rung == 1 else suggestion.number
 
     played = play(parse(), folder, values)
-    # at the first rung 1 is the worst; 2 goes on and fails before the second, instead of a worst
+    # at the first rung 1 is the worst; 2 and 3 fail before the second, and nobody else is stopped
     births = [(one.born or {})["progress"] for one in played if one.born and one.born["parent"]]
-    assert births == [0.25, 0.5]
+    assert births == [0.25, 0.5, 0.5]
     ends = [read_results(folder)[one.trial].outcome for one in played]
-    assert ends[1:3] == [Outcome.STOPPED, Outcome.DIVERGED]
-    assert ends[3:] == [Outcome.COMPLETE] * 4
+    assert ends[1:4] == [Outcome.STOPPED, Outcome.DIVERGED, Outcome.DIVERGED]
+    assert ends[4:] == [Outcome.COMPLETE] * 4
 
 
 def test_a_population_of_which_all_fail_has_no_children(folder: StudyFolder) -> None:
@@ -352,6 +352,10 @@ def test_the_plan_says_what_the_budget_counts() -> None:
         "stands and take the place of a worse one"
     )
     assert num_planned(spec) == 15
+    far = parse(TEXT, *EIGHT, ("budget:", "storage: s3://bucket\nbudget:"))
+    # two at each of .25, .5 and .75
+    assert "3 trials' worth of pretraining more" in plan(far, size, cpus=2, gpus=0).warnings[-1]
+    assert not plan(spec, size, cpus=2, gpus=0).warnings
     assert "population" not in plan(parse(TEXT, ("{name: pbt, population: 4}", "random")), size,
                                     cpus=2, gpus=0).describe()  # fmt: skip
 
