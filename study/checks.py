@@ -473,7 +473,11 @@ def check_population(spec: Any, problems: Problems) -> None:
         problems.add(("sampler", "metric"), problem)
     if spec.budget is not None and spec.controls is not None and spec.seeds == 1:
         size, num_controls = options["population"], 1 + len(spec.controls)
-        if spec.budget.trials != num_controls + size:
+        if spec.budget.is_measured:
+            given = " and ".join(spec.budget.given)
+            problem = f"given {given}; expected trials alone with sampler {name}"
+            problems.add(("budget",), problem)
+        elif spec.budget.trials != num_controls + size:
             problems.add(
                 ("budget", "trials"),
                 f"given {spec.budget.trials}; expected {num_controls + size}: the control arm, "

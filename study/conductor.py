@@ -34,7 +34,7 @@ from study.ledger import (
 )
 from study.measured import Measured, measure, rung_of
 from study.optuna_study import OptunaStudy
-from study.population import Verdict
+from study.population import Order
 from study.progress import Progress, arm_text, describe
 from study.resume import (
     AskSampler,
@@ -230,8 +230,8 @@ class Conductor:
             return False
         values = {f"{row['phase']}/{row['metric']}": row["value"] for row in rows}
         self.optuna.report(trial, progress, values)  # and so into self.measured
-        verdict = self._verdict(suggestion, phase, progress)
-        stop = verdict is Verdict.STOP
+        order = self._order(suggestion, phase, progress)
+        stop = order is Order.STOP
         if stop:
             rows = [*rows, _decision(rows[-1])]
         self.ledger.commit(suggestion, rows, attempt)
@@ -239,8 +239,8 @@ class Conductor:
         self.on_durable(suggestion, None)
         shown = {o.metric: values[o.metric] for o in self.spec.objectives if o.metric in values}
         self.progress.rung(suggestion, phase, progress, shown)
-        (self.told_to_rest.add if verdict is Verdict.REST else self.told_to_rest.discard)(trial)
-        return verdict is not Verdict.GO_ON
+        (self.told_to_rest.add if order is Order.REST else self.told_to_rest.discard)(trial)
+        return order is not Order.GO_ON
 
     def hung(self, suggestion: Suggestion, attempt: str, worker: str, stacks: str) -> None:
         """Keep where a worker was that made no progress; its group has ended itself."""
@@ -313,12 +313,12 @@ class Conductor:
         found = best_gain(gains(self.measured.copy()))
         return found and found[1]
 
-    def _verdict(self, suggestion: Suggestion, phase: str, progress: float) -> Verdict:
+    def _order(self, suggestion: Suggestion, phase: str, progress: float) -> Order:
         """What becomes of a trial that has come to a rung."""
         if suggestion.born is not None:
             number = rung_of(progress, self.spec.rungs)
-            return population.verdict(self.spec, self._generations(), suggestion, phase, number)
-        return Verdict.STOP if self._stops(suggestion, phase, progress) else Verdict.GO_ON
+            return population.order_of(self.spec, self._generations(), suggestion, phase, number)
+        return Order.STOP if self._stops(suggestion, phase, progress) else Order.GO_ON
 
     def _stops(self, suggestion: Suggestion, phase: str, progress: float) -> bool:
         """Whether the stopping rule ends a trial that has come to a rung."""

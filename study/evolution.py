@@ -138,7 +138,7 @@ def crossed(one: float, other: float, chance: random.Random) -> float:
     share = chance.random()
     inside = 2 * share if share <= 0.5 else 1 / (2 * (1 - share))
     spread = inside ** (1 / (ETA + 1))
-    return min(max(((1 + spread) * one + (1 - spread) * other) / 2, 0.0), 1.0)
+    return float(min(max(((1 + spread) * one + (1 - spread) * other) / 2, 0.0), 1.0))
 
 
 def mutated(share: float, chance: random.Random) -> float:
@@ -146,9 +146,9 @@ def mutated(share: float, chance: random.Random) -> float:
     draw = chance.random()
     if draw < 0.5:
         inside = 2 * draw + (1 - 2 * draw) * (1 - share) ** (ETA + 1)
-        return max(share + inside ** (1 / (ETA + 1)) - 1, 0.0)
+        return float(max(share + inside ** (1 / (ETA + 1)) - 1, 0.0))
     inside = 2 * (1 - draw) + (2 * draw - 1) * share ** (ETA + 1)
-    return min(share + 1 - inside ** (1 / (ETA + 1)), 1.0)
+    return float(min(share + 1 - inside ** (1 / (ETA + 1)), 1.0))
 
 
 def _weights(count: int) -> Floats:

@@ -44,7 +44,7 @@ DIGITS = 4  # of a value
 TRIES = 50  # of changing a value before it is drawn anew
 
 
-class Verdict(Enum):
+class Order(Enum):
     """What a trial is told at a rung."""
 
     GO_ON = auto()
@@ -141,19 +141,19 @@ def generations(
     return found
 
 
-def verdict(
+def order_of(
     spec: StudySpec, found: Sequence[Generation], suggestion: Suggestion, phase: str, rung: int
-) -> Verdict:
+) -> Order:
     """What a trial is told that has come to a rung, or stands there."""
     is_end = phase != PHASES[0] or rung == len(spec.rungs) - 1
     if suggestion.born is None or is_end or not found:
-        return Verdict.GO_ON
+        return Order.GO_ON
     for generation in found:
         if generation.rung <= rung and suggestion in generation.losers:
-            return Verdict.STOP
+            return Order.STOP
     # a child may be a rung further before the last of its generation is born
     is_open = not found[-1].is_over and found[-1].rung <= rung
-    return Verdict.REST if is_open else Verdict.GO_ON
+    return Order.REST if is_open else Order.GO_ON
 
 
 def resting(
@@ -172,7 +172,7 @@ def resting(
         if suggestion.born is None or not curve:
             continue
         rung = max(rung_of(progress, spec.rungs) for progress in curve)
-        if verdict(spec, found, suggestion, PHASES[0], rung) is not Verdict.GO_ON:
+        if order_of(spec, found, suggestion, PHASES[0], rung) is not Order.GO_ON:
             waiting.add(suggestion.trial)
     return waiting
 

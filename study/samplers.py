@@ -361,9 +361,9 @@ def share_of(distribution: BaseDistribution, value: float) -> float:
     if high == low:
         return 0.5
     if distribution.log:
-        return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+        return float((math.log(value) - math.log(low)) / (math.log(high) - math.log(low)))
     if step is not None:
-        return (round((value - low) / step) + 0.5) / (round((high - low) / step) + 1)
+        return float((round((value - low) / step) + 0.5) / (round((high - low) / step) + 1))
     return float((value - low) / (high - low))
 
 
