@@ -15,6 +15,7 @@ import torch
 
 from study import requests
 from study.conductor import Conductor, DataView
+from study.contest import searcher_of
 from study.environment import DEFAULTS
 from study.fit import DataSize
 from study.folder import StudyFolder
@@ -402,3 +403,15 @@ def test_a_population_is_not_extended(folder: StudyFolder) -> None:
     asked = requests.Request("r", "extend", {"trials": 3})
     answer = requests.answer_to(asked, parse(), [], [])
     assert answer.refused is not None and "trains a population" in answer.refused
+
+
+def test_who_belongs_to_no_population_is_written_as_ever(folder: StudyFolder) -> None:
+    control, founder, *_ = play(parse(), folder, by_chance)
+    assert '"born"' not in folder.suggestion(control.number).read_text()
+    assert '"born"' not in folder.trial_config(control.trial).read_text()
+    assert '"born"' in folder.suggestion(founder.number).read_text()
+
+
+def test_a_population_is_not_played_on_landscapes() -> None:
+    with pytest.raises(UserError, match=r"given 'pbt\+none'; expected a sampler \(tpe.*grid\) and"):
+        searcher_of("pbt+none")
