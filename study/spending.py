@@ -84,7 +84,6 @@ class Account:
         points: list[tuple[float, float]] = []  # (operations, seconds) of a trial that has ended
         left: list[tuple[float, float]] = []  # (operations, seconds so far) of one that has not
         for each in suggestions:
-            work = self._costs.work(each.arm, each.config)
             key = self._key(each.arm, each.config, each.seed, each.trial)
             is_first = key not in done
             pretrain, segment = (_done(measured, each.trial, phase) for phase in PHASES)
@@ -92,6 +91,7 @@ class Account:
             segmented += segment
             is_over = each.trial in ended
             if not is_over:
+                work = self._costs.work(each.arm, each.config)
                 pretrain = max(pretrain, work.pretrain_flops)
                 segment = max(segment, work.segment_flops)
             self._pretrained[key] = max(self._pretrained.get(key, 0.0), pretrain)

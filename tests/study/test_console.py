@@ -531,6 +531,12 @@ def test_extending_and_enqueueing_leave_requests_for_the_driver(tmp_path: Path) 
         said = ask("/api/studies/asked/extend", {"trials": 3})
         assert said.status == 200 and "3 more trials" in said.json["said"]
         wait_until(lambda: ask("/api/studies/asked").json["total"] == before["total"] + 3)
+        refused = ask("/api/studies/asked/extend", {"flops": 1e12})
+        assert (
+            refused.status == 409 and "is in trials; extend what ends it" in refused.json["error"]
+        )
+        refused = ask("/api/studies/asked/extend", {"flops": "many"})
+        assert refused.status == 409 and "expected a number" in refused.json["error"]
         refused = ask("/api/studies/asked/enqueue", {"settings": {"model.pacth": 4}})
         assert refused.status == 409 and "did you mean" in refused.json["error"]
         assert ask("/api/studies/asked/enqueue", {"settings": {"model.patch": 16}}).status == 200
