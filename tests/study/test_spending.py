@@ -22,6 +22,7 @@ from study.folder import Storage, StudyFolder
 from study.ledger import (
     Ledger,
     LedgerError,
+    Outcome,
     Stint,
     Suggestion,
     read_results,
@@ -185,6 +186,8 @@ def test_a_budget_is_kept_within_a_twentieth_though_a_driver_is_killed(
     found = spent(folder)
     assert 0.95 < getattr(found, unit) / amount < 1.05
     assert len(read_suggestions(folder)) >= 20
+    outcomes = [result.outcome for result in read_results(folder).values()]
+    assert (outcomes.count(Outcome.STOPPED) >= 3) == ("halving" in stopping)
     if unit == "flops":
         assert read_stints(folder) == []
         return
