@@ -172,9 +172,9 @@ class Budget(Strict):
         return self
 
     @model_serializer(mode="wrap")
-    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, float]:
+    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Units that are not given were none for long: a study in trials looks as it did."""
-        content: dict[str, float] = dump(self)
+        content: dict[str, Any] = dump(self)
         return {unit: amount for unit, amount in content.items() if amount is not None}
 
     @property
