@@ -63,7 +63,7 @@ from trainables.inheritance import inherit
 from trainables.job import make_job
 from trainables.metrics import PHASES, STOPPED_HERE, metric_of
 
-POLL_SECONDS = 1.0  # between two looks at the clock of who only asks what is next
+POLL_SECONDS = 5.0  # between two looks at the clock of who only asks what is next
 
 
 @dataclass(frozen=True)
