@@ -137,18 +137,18 @@ def crossed(one: float, other: float, chance: random.Random) -> float:
     """
     share = chance.random()
     inside = 2 * share if share <= 0.5 else 1 / (2 * (1 - share))
-    spread = inside ** (1 / (ETA + 1))
-    return float(min(max(((1 + spread) * one + (1 - spread) * other) / 2, 0.0), 1.0))
+    spread = math.pow(inside, 1 / (ETA + 1))
+    return min(max(((1 + spread) * one + (1 - spread) * other) / 2, 0.0), 1.0)
 
 
 def mutated(share: float, chance: random.Random) -> float:
     """Polynomial mutation in [0, 1]: Deb and Goyal 1996, as in the code of NSGA-II."""
     draw = chance.random()
     if draw < 0.5:
-        inside = 2 * draw + (1 - 2 * draw) * (1 - share) ** (ETA + 1)
-        return float(max(share + inside ** (1 / (ETA + 1)) - 1, 0.0))
-    inside = 2 * (1 - draw) + (2 * draw - 1) * share ** (ETA + 1)
-    return float(min(share + 1 - inside ** (1 / (ETA + 1)), 1.0))
+        inside = 2 * draw + (1 - 2 * draw) * math.pow(1 - share, ETA + 1)
+        return max(share + math.pow(inside, 1 / (ETA + 1)) - 1, 0.0)
+    inside = 2 * (1 - draw) + (2 * draw - 1) * math.pow(share, ETA + 1)
+    return min(share + 1 - math.pow(inside, 1 / (ETA + 1)), 1.0)
 
 
 def _weights(count: int) -> Floats:

@@ -361,7 +361,7 @@ def share_of(distribution: BaseDistribution, value: float) -> float:
     if high == low:
         return 0.5
     if distribution.log:
-        return float((math.log(value) - math.log(low)) / (math.log(high) - math.log(low)))
+        return math.log(value / low) / math.log(high / low)
     if step is not None:
         return float((round((value - low) / step) + 0.5) / (round((high - low) / step) + 1))
     return float((value - low) / (high - low))
