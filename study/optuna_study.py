@@ -83,6 +83,7 @@ class OptunaStudy:
         self._shown: dict[str, list[Suggestion]] = {}  # arm -> its trials, if Optuna is to see it
         self._arm_of: dict[str, str] = {}
         self._kept: dict[str, FrozenTrial | None] = {}  # arm that has ended -> as Optuna sees it
+        self._has_failed: dict[str, bool] = {}  # trial that has ended
         for suggestion in suggestions:
             self.add(suggestion)
         self._results = dict(results)
@@ -110,6 +111,7 @@ class OptunaStudy:
 
     def _has_news(self, trial: str) -> None:
         self._kept.pop(self._arm_of.get(trial, ""), None)
+        self._has_failed.pop(trial, None)
 
     def ask(
         self, number: int, fits: Callable[[TrialConfig], bool] | None = None
@@ -253,21 +255,22 @@ class OptunaStudy:
         )
 
     def _ended(self) -> list[tuple[Mapping[str, Any], bool]]:
-        """(an arm's parameters, whether it failed) of all of which a trial has ended.
+        """(an arm's parameters, whether it failed) of all of which a trial has ended."""
+        found = []
+        for suggestion in self._suggestions:
+            end = self._results.get(suggestion.trial)
+            if not suggestion.params or end is None or is_infrastructure(end):
+                continue
+            if suggestion.trial not in self._has_failed:
+                self._has_failed[suggestion.trial] = self._failed(suggestion, end)
+            found.append((suggestion.params, self._has_failed[suggestion.trial]))
+        return found
 
-        A trial that came to its end and has no finite value has failed too.
-        """
-        return [
-            (
-                suggestion.params,
-                end.outcome in BAD
-                or (end.outcome is Outcome.COMPLETE and self._mean_values([suggestion]) is None),
-            )
-            for suggestion in self._suggestions
-            if suggestion.params
-            and (end := self._results.get(suggestion.trial)) is not None
-            and not is_infrastructure(end)
-        ]
+    def _failed(self, suggestion: Suggestion, end: Result) -> bool:
+        """A trial that came to its end and has no finite value has failed too."""
+        if end.outcome is Outcome.COMPLETE:
+            return self._mean_values([suggestion]) is None
+        return end.outcome in BAD
 
     def _mean_values(self, trials: list[Suggestion]) -> list[float] | None:
         """Objective by objective over the seeds; None if anything is missing or not finite."""

@@ -229,6 +229,7 @@ def test_what_is_kept_between_questions_is_what_the_ledger_says(sampler, seeds, 
         rebuilt = OptunaStudy(spec)
         rebuilt.replay(suggestions, results, collect(rows))
         assert shown(kept) == shown(rebuilt)
+        assert kept._ended() == rebuilt._ended()
         assert [each[0] for each in shown(kept)] == list(range(len(shown(kept))))
 
 
