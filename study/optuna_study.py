@@ -256,7 +256,7 @@ class OptunaStudy:
 
     def _ended(self) -> list[tuple[Mapping[str, Any], bool]]:
         """(an arm's parameters, whether it failed) of all of which a trial has ended."""
-        found = []
+        found: list[tuple[Mapping[str, Any], bool]] = []
         for suggestion in self._suggestions:
             end = self._results.get(suggestion.trial)
             if not suggestion.params or end is None or is_infrastructure(end):
