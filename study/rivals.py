@@ -7,10 +7,12 @@ every rung, and the number of its rung as the time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ from trainables.metrics import PSNR, parse
 
 SLASH = " in "
 FIRST = 1 / 16  # of a phase: what a rival's unit of time is
+MANY = 10_000  # trials that nobody comes to
 
 
 @dataclass
@@ -209,6 +212,77 @@ class SyneTuneCQR(_Rival):
             self.scheduler.on_trial_error(self.trials[task.name])
 
 
+class SMAC(_Rival):
+    """SMAC3's random forests by ask and tell, nothing stopped: its Hyperband begins arms anew.
+
+    Lindauer et al. 2022, JMLR 23 (54).
+    """
+
+    def set_up(self) -> None:
+        from smac import HyperparameterOptimizationFacade, Scenario
+
+        self.scratch = tempfile.TemporaryDirectory(prefix="smac-")
+        scenario = Scenario(
+            _configspace(self.place.spec.search, self.seed),
+            deterministic=True,
+            n_trials=MANY,
+            seed=self.seed,
+            output_directory=Path(self.scratch.name),
+        )
+        self.smac = HyperparameterOptimizationFacade(
+            scenario, lambda config, seed=0: 0.0, overwrite=True, logging_level=False
+        )
+        self.asked: dict[str, Any] = {}
+
+    def ask(self) -> Task | None:
+        name, info = f"{len(self.params)}", self.smac.ask()
+        search = self.place.spec.search
+        items = {key: parameter.item for key, parameter in space.parameters(search).items()}
+        values = {
+            key: value if items[key].choices is None else list(items[key].choices or [])[value]
+            for key, value in dict(info.config).items()
+        }
+        self.asked[name] = info
+        self.params[name] = space.draw(search, _Given(values)).params
+        return Task(name, self.params[name], seed=0)
+
+    def goes_on(self, task: Task, reading: Reading) -> bool:
+        self.score(task, reading)
+        return True
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        from smac.runhistory.dataclasses import TrialValue
+        from smac.runhistory.enumerations import StatusType
+
+        if outcome is Outcome.COMPLETE:
+            self.complete.add(task.name)
+            value = TrialValue(cost=-self.last[task.name])
+        else:
+            value = TrialValue(cost=math.inf, status=StatusType.CRASHED)
+        self.smac.tell(self.asked[task.name], value)
+
+
+def _configspace(search: Mapping[str, space.SearchItem], seed: int) -> Any:
+    """The space as SMAC3 has it; a choice is a number, as its values become strings."""
+    import ConfigSpace
+
+    found = ConfigSpace.ConfigurationSpace(seed=seed)
+    items = {name: parameter.item for name, parameter in space.parameters(search).items()}
+    for name, item in items.items():
+        if item.choices is not None:
+            one = ConfigSpace.Categorical(name, list(range(len(item.choices))))
+        else:
+            kind = ConfigSpace.Integer if item.is_integer else ConfigSpace.Float
+            one = kind(name, (item.low, item.high), log=item.log)
+        found.add(one)
+        parent, slash, rest = name.rpartition("/")
+        if slash:
+            labels = list(items[parent].choices or [])
+            place = next(n for n, label in enumerate(labels) if f"{rest}.".startswith(f"{label}."))
+            found.add(ConfigSpace.EqualsCondition(found[name], found[parent], place))
+    return found
+
+
 class _Given:
     """Suggests what was decided elsewhere."""
 
@@ -235,5 +309,6 @@ RIVALS: dict[str, Callable[[Landscape, int], Searcher]] = {
     "ray-probe": partial(RayASHA, early=PSNR),
     "optuna": OptunaHyperband,
     "syne-tune": SyneTuneCQR,
+    "smac": SMAC,
 }
-PACKAGES = {"syne-tune": "syne_tune"}  # to be imported, and no dependency of ours
+PACKAGES = {"syne-tune": "syne_tune", "smac": "smac"}  # to be imported; no dependencies of ours

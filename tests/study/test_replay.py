@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter
 
+from study import contest as contest_module
 from study import landscapes
 from study.contest import Curve, contest, difference, searcher_of
 from study.ledger import Outcome
 from study.loading import parse_spec
 from study.replay import Landscape, Ours, Reading, Task, play, regret_at
+from study.rivals import PACKAGES
 from study.spec import Stopper
 from tests.terminal import call
 from trainables.errors import UserError
@@ -163,22 +164,22 @@ def test_rivals_search_with_their_own_classes(way, name):
     assert len(searcher.params) > len(searcher.complete)  # somebody was stopped
 
 
-HAS_SYNE_TUNE = importlib.util.find_spec("syne_tune") is not None
-
-
-@pytest.mark.skipif(not HAS_SYNE_TUNE, reason="Syne Tune is not installed")
-def test_syne_tune_searches_with_its_own_classes():
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("name", PACKAGES)
+def test_rivals_that_are_no_dependencies_play_where_they_are_installed(name):
+    pytest.importorskip(PACKAGES[name])
     trap = landscapes.TRAPS["crossing"](0)
-    searcher = searcher_of("syne-tune")(trap, 1)
+    searcher = searcher_of(name)(trap, 1)
     points = play(searcher, trap, runs=3, workers=2)
     assert 2 < points[-1].spent < 4
     assert searcher.incumbent() in searcher.params.values()
 
 
-@pytest.mark.skipif(HAS_SYNE_TUNE, reason="Syne Tune is installed")
-def test_a_rival_that_is_not_installed_is_told():
-    with pytest.raises(UserError, match="pip install syne-tune"):
-        searcher_of("syne-tune")
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_rival_that_is_not_installed_is_told(name, monkeypatch):
+    monkeypatch.setattr(contest_module, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        searcher_of(name)
 
 
 # --- landscapes ---
