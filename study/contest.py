@@ -95,8 +95,7 @@ def all_landscapes() -> list[str]:
 def searcher_of(contender: str) -> Callable[[Landscape, int], Searcher]:
     """Of a landscape and a seed, by a rival's name or as `sampler+stopping`."""
     if contender in RIVALS:
-        package = PACKAGES.get(contender)
-        if package is not None and find_spec(package) is None:
+        if not is_installed(contender):
             raise UserError(f"--search: {contender} is not installed here; pip install {contender}")
         return RIVALS[contender]
     sampler, _, stopping = contender.partition("+")
@@ -112,6 +111,11 @@ def searcher_of(contender: str) -> Callable[[Landscape, int], Searcher]:
         "stopping": TypeAdapter(Stopper).validate_python(stopping),
     }
     return lambda place, seed: Ours(place.spec.model_copy(update=chosen | {"seed": seed}))
+
+
+def is_installed(contender: str) -> bool:
+    """Ours are, and so are rivals that are dependencies of ours."""
+    return contender not in PACKAGES or find_spec(PACKAGES[contender]) is not None
 
 
 def difference(curve: Curve, other: Curve, runs: float) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from study.contest import (
     all_landscapes,
     contest,
     difference,
+    is_installed,
     searcher_of,
 )
 from study.mistakes import listed, near
@@ -33,7 +34,8 @@ def bench_search(
 ) -> None:
     """Print a table for each landscape; with `output` write all curves there as JSON."""
     names = _chosen(landscapes, all_landscapes())
-    asked = CONTENDERS if contenders == "all" else _split(contenders)
+    everybody = tuple(filter(is_installed, CONTENDERS))
+    asked = everybody if contenders == "all" else _split(contenders)
     ways = tuple(dict.fromkeys([REFERENCE, *asked]))
     for way in ways:
         searcher_of(way)  # a mistake is told before anything is played

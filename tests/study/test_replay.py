@@ -180,6 +180,8 @@ def test_a_rival_that_is_not_installed_is_told(name, monkeypatch):
     monkeypatch.setattr(contest_module, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=f"pip install {name}"):
         searcher_of(name)
+    assert not contest_module.is_installed(name)
+    assert contest_module.is_installed("ray") and contest_module.is_installed("tpe+none")
 
 
 # --- landscapes ---
