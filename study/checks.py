@@ -17,7 +17,7 @@ from study import population, space
 from study.mistakes import Problems, explain, listed, message, near
 from study.population import MOST_RUNGS
 from study.reader import Document, Where
-from study.samplers import OF_NUMBERS, ONE_OBJECTIVE, POPULATIONS, SAMPLERS
+from study.samplers import LEARNING, OF_NUMBERS, ONE_OBJECTIVE, POPULATIONS, SAMPLERS
 from study.space import SearchItem
 from trainables.config import ProbeConfig, TrialConfig, conflicts, geometry_misfits
 from trainables.edges import Edges, fits, grid_of, in_words, per_axis, simplest
@@ -236,6 +236,12 @@ def _check_points(sampler: str, parameters: Iterable[space.Parameter], problems:
         if sampler != "grid" and item.num is not None:
             problem = f"given num with sampler {sampler}; expected it with grid only"
             problems.add((*parameter.where, "num"), problem)
+        if item.prior is not None and sampler not in LEARNING:
+            problem = (
+                f"given a prior with sampler {sampler}, which has no first arms to shape; leave it "
+                f"out, or take one of {', '.join(LEARNING)}"
+            )
+            problems.add((*parameter.where, "prior"), problem)
         if sampler == "grid" and space.grid_values(item) is None:
             problem = "given a range without points; expected `num` or `step` for sampler grid"
             problems.add(parameter.where, problem)

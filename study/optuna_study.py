@@ -36,7 +36,17 @@ from study.breaker import BAD
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value, value_at_rung
 from study.resume import is_infrastructure
-from study.samplers import ENDED, NAMES, NUMBER, SAMPLERS, SEED, VALUES_ALONE, quasi_random, random
+from study.samplers import (
+    ENDED,
+    NAMES,
+    NUMBER,
+    PRIORS,
+    SAMPLERS,
+    SEED,
+    VALUES_ALONE,
+    quasi_random,
+    random,
+)
 from study.stopping import FEWEST_FINALS, FORETELLERS
 from trainables.config import TrialConfig, arm_id
 from trainables.metrics import PHASES, metric_of, parse, sign
@@ -67,6 +77,11 @@ class OptunaStudy:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.spec = spec
         self._distributions = distributions(spec.search)
+        self._priors = {
+            name: parameter.item.prior
+            for name, parameter in space.parameters(spec.search).items()
+            if parameter.item.prior is not None
+        }
         self._sampler = SAMPLERS[spec.sampler.name]
         self._options = spec.sampler.options()
         self._walks = self._sampler(0, len(spec.objectives), **self._options) is None
@@ -173,6 +188,7 @@ class OptunaStudy:
         )
         study.set_user_attr(NAMES, list(self._distributions))
         study.set_user_attr(SEED, self.spec.seed)
+        study.set_user_attr(PRIORS, self._priors)
         return study
 
     def _propose(

@@ -4,8 +4,8 @@ To add a sampler, write a function of (seed, number of objectives) with keyword-
 returns an Optuna sampler, and add it to SAMPLERS; `None` instead stands for walking the grid, or,
 if POPULATIONS names it, for a population (population.py). It is called anew for every question, so
 it is cheap and keeps nothing; heavy libraries are imported when it is asked, not here. One that
-learns has an option `startup`, the arms that chance decides before; its proposals are put aside
-where everything alike has failed (optuna_study.py).
+learns has an option `startup`, the arms that chance decides before, in the shape of a `prior` where
+the study has one; its proposals are put aside where everything alike has failed (optuna_study.py).
 How it is asked, and what it is shown, is in optuna_study.py.
 """
 
@@ -14,8 +14,12 @@ from __future__ import annotations
 import math
 import random as random_module
 import warnings
+from bisect import bisect
 from collections.abc import Container, Sequence
 from functools import lru_cache
+from inspect import signature
+from itertools import accumulate
+from statistics import NormalDist
 from typing import Annotated, Any
 
 import numpy as np
@@ -43,7 +47,9 @@ qmc = Late("scipy.stats.qmc")
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 # What a study tells samplers beside its trials
-NAMES, NUMBER, SEED = "parameters", "number", "seed"
+NAMES, NUMBER, SEED, PRIORS = "parameters", "number", "seed", "priors"
+
+SPREAD = 0.25  # of a prior around the likely value: a standard deviation, in ranges
 
 
 def tpe(
@@ -325,6 +331,9 @@ class _Sobol(BaseSampler):  # type: ignore[misc]
     ) -> Any:
         names, number, seed = (study.user_attrs[key] for key in (NAMES, NUMBER, SEED))
         share = sobol_point(len(names), number, seed)[names.index(param_name)]
+        prior = study.user_attrs[PRIORS].get(param_name)
+        if prior is not None:
+            return believed_at(param_distribution, share, prior)
         return value_at(param_distribution, share)
 
 
@@ -353,6 +362,20 @@ def value_at(distribution: BaseDistribution, share: float) -> Any:
         value = low + share * (high - low)
     value = min(max(value, low), high)
     return round(value) if isinstance(distribution, IntDistribution) else value
+
+
+def believed_at(distribution: BaseDistribution, share: float, prior: Any) -> Any:
+    """The value below which that share of a prior lies.
+
+    Of choices it is their weights; of a range a normal distribution around its likely value, cut
+    off at both ends, on the range's own scale. The spread is ours.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        sums = list(accumulate(prior))
+        return distribution.choices[bisect(sums, share * sums[-1])]
+    normal = NormalDist(share_of(distribution, prior), SPREAD)
+    low, high = normal.cdf(0.0), normal.cdf(1.0)
+    return value_at(distribution, normal.inv_cdf(low + share * (high - low)))
 
 
 def share_of(distribution: BaseDistribution, value: float) -> float:
@@ -406,6 +429,7 @@ SAMPLERS = {
     "grid": grid,
     "pbt": pbt,
 }
+LEARNING = [name for name, make in SAMPLERS.items() if "startup" in signature(make).parameters]
 # Their arms come out of training
 POPULATIONS = {"pbt"}
 # They see nothing but values: what failed or was stopped is given some (optuna_study.py)

@@ -8,6 +8,9 @@
         rising:   {name: linear, start: {low: 0.1, high: 0.5}, end: {low: 0.5, high: 0.9}}
         any:      {name: piecewise, values: [{low: 0.1, high: 0.5}, {low: 0.3, high: 0.9}, 0.9]}
 
+    model.patch: {choices: [4, 8, 16], prior: [4, 2, 1]}       # weights: where the first arms lie
+    masking.ratio.value: {low: 0.1, high: 0.9, prior: 0.3}     # the likely value
+
 Whoever decides is an `Ask` (an Optuna trial is one). Parameters are named "model.patch",
 "masking.ratio" (the label), and, only asked for under that label, "masking.ratio/constant.value" or
 "masking.ratio/any.values.0".
@@ -22,12 +25,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, NamedTuple, Protocol
 
-from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from study.reader import Where
 from trainables.config import Strict, TrialConfig, arm_id
 
 MOST_VALUES = 1_000  # of one item that are ever counted
+MOST_WEIGHT = 1e9  # of a choice in a prior, so that sums stay finite
 
 
 def _number(value: Any) -> int | float:
@@ -55,14 +67,37 @@ class SearchItem(Strict):
         Annotated[int, Field(ge=2, le=MOST_VALUES)] | None,
         Field(description="points of a grid over the range"),
     ] = None
+    prior: Annotated[
+        Any,
+        WithJsonSchema(
+            {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}}]}
+        ),
+        Field(
+            description="what its author believes: a weight above 0 for each choice, or the likely "
+            "value of a range. It shapes where the first arms of a sampler that learns lie, its "
+            "`startup`, and nothing after"
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> SearchItem:
         if self.choices is not None:
             _check_choices(self.choices, self.model_fields_set)
+            if self.prior is not None:
+                _check_weights(self.prior, len(self.choices))
         else:
             _check_range(self)
+            if self.prior is not None and not self.contains(self.prior):
+                raise ValueError(
+                    f"given prior {self.prior!r}; expected the likely value: {in_words(self)}"
+                )
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """There was no prior for long: an item without one looks as it did."""
+        content: dict[str, Any] = dump(self)
+        return {key: value for key, value in content.items() if key != "prior" or value is not None}
 
     @property
     def is_integer(self) -> bool:
@@ -264,7 +299,7 @@ def is_item(value: Any) -> bool:
     """Whether a value under a label is a distribution of its own."""
     if not isinstance(value, dict) or "name" in value:
         return False
-    return value.keys() == {"choices"} or bool({"low", "high"} & value.keys())
+    return value.keys() - {"prior"} == {"choices"} or bool({"low", "high"} & value.keys())
 
 
 def get_at(settings: Any, path: Sequence[str | int]) -> Any:
@@ -400,7 +435,7 @@ class _Walk:
 
 
 def _check_choices(choices: Any, given: set[str]) -> None:
-    if given - {"choices"}:
+    if given - {"choices", "prior"}:
         raise ValueError("given `choices` and a range; expected one of them")
     if not isinstance(choices, list | dict) or not choices:
         raise ValueError("expected `choices`: a list of values, or labels with values")
@@ -423,6 +458,18 @@ def _check_choices(choices: Any, given: set[str]) -> None:
         if value in seen:
             raise ValueError(f"given {seen[value]!r} and {value!r}; expected choices that differ")
         seen[value] = value
+
+
+def _check_weights(weights: Any, count: int) -> None:
+    expected = f"expected a weight above 0, up to {MOST_WEIGHT:g}, for each of the {count} choices"
+    if not isinstance(weights, list):
+        raise ValueError(f"given prior {weights!r}; {expected}, as a list in their order")
+    if len(weights) != count:
+        raise ValueError(f"given a prior of {len(weights)} weights; {expected}")
+    for weight in weights:
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight <= MOST_WEIGHT:
+            raise ValueError(f"given the weight {weight!r} in prior; {expected}")
 
 
 def _check_range(item: SearchItem) -> None:

@@ -652,3 +652,66 @@ def test_a_share_of_a_distribution_is_the_value_below_which_so_much_of_it_lies(
     found = [samplers.value_at(distribution, share) for share in (0.0, 0.2, 0.5, 0.9, 1 - 1e-12)]
     exact = isinstance(values[0], str)
     assert found == values if exact else found == pytest.approx(values)
+
+
+# --- what the author believes of the first arms ---
+
+
+@pytest.mark.parametrize(
+    ("distribution", "prior", "values"),
+    [
+        (  # up to 4/7 and 6/7
+            CategoricalDistribution([4, 8, 16]),
+            [4, 2, 1],
+            {0.0: 4, 0.571: 4, 0.572: 8, 0.857: 8, 0.858: 16, 1 - 2**-53: 16},
+        ),
+        # cut off at two deviations: (.15866 - .02275) / .95450 lies below one deviation less
+        (FloatDistribution(0.0, 1.0), 0.5, {0.0: 0.0, 0.14239: 0.25, 0.5: 0.5, 0.85761: 0.75}),
+        (FloatDistribution(1e-4, 1.0, log=True), 1e-2, {0.14239: 1e-3, 0.5: 1e-2, 0.85761: 0.1}),
+        # at an end it is half of one: half of that lies within .6745 deviations
+        (FloatDistribution(0.0, 4.0), 0.0, {0.0: 0.0, 0.5: 0.6745}),
+        # around .375: .24173, .38292, .24173 and .06060 of .92698
+        (IntDistribution(1, 4), 2, {0.260: 1, 0.262: 2, 0.673: 2, 0.675: 3, 0.934: 3, 0.936: 4}),
+    ],
+)
+def test_a_share_of_a_prior_is_the_value_below_which_so_much_of_it_lies(
+    distribution, prior, values
+):
+    found = {share: samplers.believed_at(distribution, share, prior) for share in values}
+    assert found == pytest.approx(values, rel=1e-4, abs=1e-9)
+
+
+BELIEVED = WIDE.replace("[4, 8, 16]}", "[4, 8, 16], prior: [4, 2, 1]}").replace(
+    "{low: 0.1, high: 0.9}", "{low: 0.1, high: 0.9, prior: 0.3}"
+)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_the_first_arms_lie_where_the_author_believes_and_no_others(name):
+    begun = study(sampler=soon(name, 28))
+    believing = study(BELIEVED, soon(name, 28))
+    arms = asked(believing, 28)[1]
+    patches = Counter(each.params["model.patch"] for each in arms)
+    assert [round(patches[patch] / 4) for patch in (4, 8, 16)] == [4, 2, 1]
+    ratio = "masking.ratio/constant.value"
+    values = [each.params[ratio] for each in arms if ratio in each.params]
+    # normal around .3, one deviation is .2: median .347 of what lies from .1 to .9
+    assert fmean(value < 0.347 for value in values) == pytest.approx(0.5, abs=0.1)
+
+    def next_of(spec):
+        optuna_study = OptunaStudy(spec)
+        for number, one in enumerate(arms):
+            optuna_study.add(one)
+            optuna_study.report(one.trial, 1.0, {PSNR: 20.0 + number})
+            optuna_study.tell(result(one))
+        return optuna_study.ask(28).params
+
+    assert next_of(believing) == next_of(begun)
+
+
+def test_equal_weights_are_no_belief():
+    alike = WIDE.replace("[4, 8, 16]}", "[4, 8, 16], prior: [0.5, 0.5, 0.5]}")
+    first, second = (
+        [each.params for each in asked(study(search), 4)[1]] for search in (alike, WIDE)
+    )
+    assert first == second

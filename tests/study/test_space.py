@@ -1,6 +1,7 @@
 """The search space: names of parameters, what stands where, the grid. Points are made by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import optuna
@@ -313,3 +314,67 @@ def test_a_place_is_read_and_written_through_mappings_and_lists():
     for path in (("a", 2), ("a", "1"), ("a", -1), ("c", "d"), ("c", 0), ("a", 0, 0), ("d",)):
         with pytest.raises(KeyError):
             space.get_at(settings, path)
+
+
+# --- what the author believes ---
+
+BELIEVED = """\
+  model.patch: {choices: [4, 8, 16], prior: [4, 2, 1]}
+  masking.ratio:
+    choices:
+      constant: {name: constant, value: {low: 0.1, high: 0.9, prior: 0.3}}
+      rising: {name: linear, start: 0.1, end: {choices: [0.5, 0.9], prior: [1, 3]}}
+    prior: [2, 1]
+"""
+
+
+def test_a_prior_changes_nothing_but_what_is_believed():
+    with_it = study(BELIEVED)
+    without = study(
+        BELIEVED.replace(", prior: [4, 2, 1]", "")
+        .replace(", prior: 0.3", "")
+        .replace(", prior: [1, 3]", "")
+        .replace("    prior: [2, 1]\n", "")
+    )
+    known = space.parameters(with_it.search)
+    assert {name: each.item.prior for name, each in known.items()} == {
+        "model.patch": [4, 2, 1],
+        "masking.ratio": [2, 1],
+        "masking.ratio/constant.value": 0.3,
+        "masking.ratio/rising.end": [1, 3],
+    }
+    assert list(known) == list(space.parameters(without.search))
+    fixed = {"model.patch": 4, "masking.ratio": "rising", "masking.ratio/rising.end": 0.9}
+    for spec in (with_it, without):
+        config = space.resolve(spec, space.suggest(spec, optuna.trial.FixedTrial(fixed)).overrides)
+        assert config.masking.ratio.options() == {"start": 0.1, "end": 0.9}
+        assert space.params_of(spec, config) == fixed
+    assert with_it.digest != without.digest
+
+
+def test_an_item_without_a_prior_is_written_as_before_there_were_any():
+    keys = ["choices", "low", "high", "log", "step", "num"]
+    assert list(space.SearchItem(choices=[4, 8]).model_dump()) == keys
+    believed = space.SearchItem(choices=[4, 8], prior=[1, 2]).model_dump(mode="json")
+    assert believed["prior"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "item, words",
+    [
+        ({"choices": [4, 8], "prior": [1]}, "given a prior of 1 weights; expected a weight"),
+        ({"choices": [4, 8], "prior": 4}, "given prior 4; expected a weight above 0"),
+        ({"choices": [4, 8], "prior": {4: 1, 8: 2}}, "as a list in their order"),
+        ({"choices": [4, 8], "prior": [1, 0]}, "given the weight 0 in prior"),
+        ({"choices": [4, 8], "prior": [1, True]}, "given the weight True in prior"),
+        ({"choices": [4, 8], "prior": [1, float("nan")]}, "given the weight nan in prior"),
+        ({"choices": [4, 8], "prior": [1, 1e308]}, "up to 1e+09, for each of the 2 choices"),
+        ({"low": 0.1, "high": 0.9, "prior": 0.95}, "the likely value: a number from 0.1 to 0.9"),
+        ({"low": 0.1, "high": 0.9, "prior": [1]}, "given prior [1]; expected the likely value"),
+        ({"low": 1, "high": 4, "prior": 2.5}, "a whole number from 1 to 4"),
+        ({"low": 0.25, "high": 0.75, "step": 0.25, "prior": 0.3}, "in steps of 0.25"),
+    ],
+)
+def test_a_prior_that_says_nothing_of_its_item_is_refused(item, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        space.SearchItem.model_validate(item)

@@ -224,6 +224,9 @@ SEARCH = "search:\n  model.patch: {choices: [4, 8, 16]}\n"
         ("model.patch: {low: 4, hihg: 8}", "did you mean 'high'?"),
         ("model.patch: {choices: [4], low: 4}", "and a range; expected one of them"),
         ("model.patch: {low: 4, high: 8, num: 3}", "given num with sampler tpe"),
+        ("model.patch: {choices: [4, 8], prior: [1]}", "given a prior of 1 weights; expected"),
+        ("model.patch: {low: 4, high: 8, prior: 9}", "likely value: a whole number from 4 to 8"),
+        ("model.patch: {prior: [1]}", "expected `choices`, or both `low` and `high`"),
         ("model.patch: {choices: [4, eight]}", "choices.1: given 'eight'"),
         ("model.patch: {low: 4.0, high: 8.0}", "given 4.0; expected a valid integer"),
         ("pretrain.optimizer.weight_decay: {low: 0, high: 1}", "expected 0.0 and 1.0, or step"),
@@ -291,6 +294,7 @@ def test_the_knots_of_a_schedule_can_be_searched():
         ("low: 0.3, high: 0.9", "low: x, high: 0.9", 18, "values.1.low", "expected a number"),
         ("low: 0.3, high: 0.9", "low: 0.3, high: 1.9", 18, "values.1", "given 1.9; expected less"),
         ("low: 0.3, high: 0.9", "low: 0.3, high: 0.9, num: 3", 18, "values.1.num", "sampler tpe"),
+        ("low: 0.3, high: 0.9", "low: 0.3, high: 0.9, prior: 1.0", 18, "values.1", "from 0.3 to"),
         ("low: 0.1, high: 0.5", "low: 0, high: 1", 17, "values.0", "expected 0.0 and 1.0"),
         ("low: 0.1, high: 0.5", "choices: []", 17, "values.0", "expected `choices`"),
         ("low: 0.1, high: 0.5", "lo: 0.1", 17, "values.0", "given {'lo': 0.1}; expected"),
@@ -305,6 +309,17 @@ def test_a_mistake_in_a_list_under_a_label_has_its_own_line(old, new, line, plac
     where = f"search.masking.ratio.choices.rising{'.' * bool(place)}{place}"
     told = [text for text in lines if text.startswith(f"s.yaml:{line}: {where}: ")]
     assert told and words in told[0], lines
+
+
+@pytest.mark.parametrize("name", ["random", "quasi-random", "grid", "pbt"])
+def test_a_prior_is_refused_where_there_are_no_first_arms_to_shape(name):
+    believed = with_rising("low: 0.3, high: 0.9", "choices: [0.3, 0.9], prior: [1, 2]")
+    assert parse(believed).sampler.name == "tpe"
+    told = mistakes(believed.replace("{name: tpe}", name))
+    where = "s.yaml:18: search.masking.ratio.choices.rising.values.1.prior"
+    (line,) = [each for each in told if each.startswith(where)]
+    assert f"given a prior with sampler {name}, which has no first arms to shape" in line
+    assert "leave it out, or take one of tpe, gp, cma-es, nsga-ii, nsga-iii" in line
 
 
 def test_every_mistake_in_a_list_is_told_at_once():
@@ -610,6 +625,9 @@ def test_the_schema_knows_names_and_options():
     strategy = found["$defs"]["MaskingConfig"]["properties"]["strategy"]
     assert any("random" in member.get("enum", []) for member in strategy["anyOf"])
     assert found["additionalProperties"] is False
+    prior = found["$defs"]["SearchItem"]["properties"]["prior"]
+    assert [kind["type"] for kind in prior["anyOf"]] == ["number", "array"]
+    assert "weight above 0 for each choice" in prior["description"]
 
 
 def test_settings_that_exclude_each_other_are_refused_where_the_search_joins_them():
@@ -635,7 +653,9 @@ ITEMS = [
     {"choices": {"a": {"low": 1}}},
     {"choices": {"a": {"name": "constant"}}},
     {"low": 1, "high": 2**62},
-    {"low": 0.1, "high": 0.9},
+    {"low": 0.1, "high": 0.9, "prior": 0.5},
+    {"choices": [4, 8], "prior": [1, 1e300]},
+    {"choices": {"a": {"choices": [4, 8], "prior": [1, 2]}, "b": 4}, "prior": [2, 1]},
     {"low": 4, "high": 64, "step": 4, "num": 3},
 ]
 HOSTILE = st.sampled_from([*PLAIN, *TREES, *ITEMS])
