@@ -306,7 +306,7 @@ def test_an_arm_is_judged_by_its_first_seed_alone():
     assert goes_on(spec(), suggestions, measured, "d", "pretrain", 0.25)
 
 
-@pytest.mark.parametrize("origin", ["control", "control:frozen", "confirm"])
+@pytest.mark.parametrize("origin", ["control", "control:frozen", "confirm", "verdict"])
 def test_controls_and_confirmations_are_never_stopped(origin):
     suggestions = [suggestion("a"), suggestion("b", origin=origin)]
     measured = collect([row("a", 20.0), row("b", 1.0)])
