@@ -123,6 +123,11 @@ def _is_ahead(one: pd.Series, other: pd.Series, goal: Measure) -> bool:
 
 def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
     gap = goal.show(verdict["mean"], signed=True)
+    if verdict["n"] < 2 and tables.last_stage is not Stage.SEARCH:
+        return (
+            f"One seed: no interval. The difference ({gap}) may be chance; the study's claims rest "
+            f"on fresh seeds, of which this arm has none that has ended well."
+        )
     if verdict["n"] < 2:
         return (
             f"One seed: no interval. The difference ({gap}) may be chance, and the best of many "
@@ -134,12 +139,15 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
     how = f"{verdict['n']} {'seeds, paired' if verdict['paired'] else 'seeds or more, unpaired'}"
     if math.isnan(verdict["p_holm"]):
         return (
-            f"The difference is {interval} ({how}). Nothing is claimed of it yet: the study's "
-            f"claims rest on fresh seeds, and this arm has not got all of them."
+            f"The difference is {interval} ({how}). Nothing is claimed of it: the study's claims "
+            f"rest on fresh seeds, and not all of them have ended."
         )
     fresh = ""
     if tables.last_stage is Stage.VERDICT:
         fresh = " on fresh seeds, by which nothing was chosen"
+        found = [one for one in tables.standings(goal) if one.group == "search"]
+        if sum(one.stage is Stage.VERDICT for one in found) > 1:
+            fresh += " but which of several such arms stands first"
     elif tables.last_stage is Stage.CONFIRM:
         fresh = " on fresh seeds, without the trial that made the arm stand out"
         found = [one for one in tables.standings(goal) if one.group == "search"]
@@ -274,6 +282,8 @@ def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Meas
         f"{goal.show(low, signed=True)} to {goal.show(high, signed=True)}, {verdict['n']} seeds"
     )
     effect = _effect_of_pretraining(against, goal)
+    if math.isnan(verdict["p_holm"]):
+        return f"Pretraining (control's settings): {values}; {interval}: not tested yet."
     if effect is None:
         return f"Pretraining (control's settings): {values}; {interval}: no effect shown."
     return f"Pretraining {effect} (control's settings): {values}; {interval}."

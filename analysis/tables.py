@@ -5,6 +5,7 @@ Reads through `study.ledger` only, takes no lock, and changes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.theme import plain
-from study.best import STAGES, Final, Stage, Standing, group_of, of_file
+from study.best import STAGES, VERDICT, Final, Stage, Standing, group_of, of_file
 from study.folder import StudyFolder
 from study.gain import OF_GAIN, gains
 from study.ledger import (
@@ -169,6 +170,18 @@ class StudyTables:
             return Stage.VERDICT
         return Stage.CONFIRM if confirm else Stage.SEARCH
 
+    @cached_property
+    def verdicts_over(self) -> set[str]:
+        """Arms of whose verdict every trial has ended; none before the control's has."""
+        asked = self.suggestions[self.suggestions["origin"] == VERDICT]
+        num_asked = asked.groupby("arm")["trial"].count()
+        num_ended = asked[asked["trial"].isin(self.results.index)].groupby("arm")["trial"].count()
+        planned = _child(self.spec, "confirm").get("verdict")
+        over = {str(arm) for arm, number in num_asked.items() if number == planned}
+        over = {arm for arm in over if num_ended.get(arm, 0) == planned}
+        controls = self.arms.index[self.arms["group"] == "control"]
+        return over if set(map(str, controls)) <= over else set()
+
     def standings(self, measure: Measure) -> list[Standing]:
         """The arms by a metric, best first."""
         found = final(self)
@@ -276,7 +289,8 @@ def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None
     """arm, seed, trial, value of one metric: the values that may speak for an arm.
 
     Those of its last stage (study/best.py): the trials that made an arm stand out are left out once
-    it has fresh seeds. The controls were not picked, so all their seeds count.
+    it has fresh seeds. The controls were not picked, so all their seeds count, until they have all
+    of their verdict's.
     """
     finals = final(tables) if finals is None else finals
     if key not in finals:
@@ -286,7 +300,10 @@ def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None
     stages = found["origin"].map(lambda origin: STAGES.get(origin, Stage.SEARCH))
     is_last = stages == stages.groupby(found["arm"]).transform("max")
     is_control = found["arm"].map(tables.arms["group"]) != "search"
-    return found.loc[is_last | is_control, ["arm", "seed", "trial", "value"]].reset_index(drop=True)
+    num_last = found["arm"].map(found.loc[stages == Stage.VERDICT, "arm"].value_counts())
+    is_whole = num_last >= (_child(tables.spec, "confirm").get("verdict") or math.inf)
+    speaks = is_last | (is_control & ~is_whole)
+    return found.loc[speaks, ["arm", "seed", "trial", "value"]].reset_index(drop=True)
 
 
 def trivial_scores(tables: StudyTables) -> list[tuple[Measure, float]]:

@@ -390,6 +390,8 @@ def export(
 
         copy_trials(name, optuna, storage, follow=follow)
         return
+    if follow:
+        raise UserError("given --follow without --optuna; an encoder is copied once")
     from study.commands.export import copy_encoder
 
     copy_encoder(name, output, arm, storage)

@@ -136,7 +136,9 @@ def standings(
         group, stage = group_of(origins[arm]), max(of_stage)
         own = of_stage[stage]
         is_whole = len(own) >= planned[stage]
-        if group != "search":  # the controls were not picked, so all their seeds count
+        # the controls were not picked, so all their seeds count, until they have their verdict's:
+        # then both sides of a difference are those of the same seeds
+        if group != "search" and not (is_whole and stage is Stage.VERDICT):
             own = {seed: value for part in of_stage.values() for seed, value in part.items()}
         found.append(Standing(arm, group, own, stage, is_whole))
     places = {arm: place for place, arm in enumerate(origins)}
@@ -223,10 +225,11 @@ def to_judge(
     results: Mapping[str, Result],
     measured: Measured,
 ) -> str | None:
-    """The best of the arms that have all seeds of their confirmation, by all values so far.
+    """The best of the arms that were confirmed, by all values so far.
 
     Those that made it stand out count here, for among arms that were picked alike the mean of all
-    ranks best; whatever is said of it rests on the seeds of its verdict. None: there is none.
+    ranks best; whatever is said of it rests on the seeds of its verdict. Of arms of which seeds
+    have failed, those that have most are left. None: nobody has any.
     """
     suggestions, objective = list(suggestions), spec.objectives[0]
     assert spec.confirm is not None
@@ -237,9 +240,10 @@ def to_judge(
         if arm in values and origin != VERDICT and value is not None:
             values[arm].append(value)
             num_fresh[arm] += origin == CONFIRM
-    whole = [arm for arm in candidates if num_fresh[arm] == spec.confirm.seeds]
+    most = max(num_fresh.values(), default=0)
+    able = [arm for arm in candidates if num_fresh[arm] == most > 0]
     turned = sign(objective.goal)
-    return max(whole, key=lambda arm: turned * fmean(values[arm]), default=None)
+    return max(able, key=lambda arm: turned * fmean(values[arm]), default=None)
 
 
 def best_encoder(

@@ -112,7 +112,7 @@ class Conductor:
         self.optuna.replay(self.suggestions, self.results, self.measured)
         self.progress = Progress(
             study=spec.study,
-            total=num_planned(self.spec),
+            total=num_planned(self.spec, is_labelled=data.is_labelled),
             done=sum(not is_unfinished(result) for result in self.results.values()),
             metrics=[objective.metric for objective in spec.objectives],
             pretrainings=None if ledger.folder.remote else num_pretrainings(self.spec),
@@ -384,7 +384,7 @@ class Conductor:
         self.ledger.answer(answer)
         self.answers.append(answer)
         self.spec = requests.grown(self.asked, self.answers)
-        self.progress.total = num_planned(self.spec)
+        self.progress.total = num_planned(self.spec, is_labelled=self.data.is_labelled)
         self.is_full = False
         if answer.refused is not None:
             self.progress.say(f"refused to {answer.kind}: {answer.refused}")

@@ -58,11 +58,13 @@ class Costs:
         return self._work[arm]
 
     def pretraining(self, arm: str, config: TrialConfig | Mapping[str, Any]) -> str:
-        """Equal for arms that pretrain alike."""
+        """Equal for arms that pretrain alike; random weights have none that others could share."""
         if arm not in self._pretraining:
-            content = content_of(_typed(config))
+            typed = _typed(config)
+            content = content_of(typed)
             del content["segment"]
-            self._pretraining[arm] = digest(content)
+            is_random = typed.segment.encoder == "random-init"
+            self._pretraining[arm] = f"none of {arm}" if is_random else digest(content)
         return self._pretraining[arm]
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FEW_OBJECTS = 5  # in validation, of which each one decides too much
 FEW_SIGHTS = 100  # of a class in all of segmentation, after which little is learnt of it
 RARE = 1e-3  # share of the pixels
+MOST_STEPS = 1e7  # that operations may buy; more are a slip of the exponent
 UNEVEN = 2.5  # longest to shortest edge of a patch in mm
 JUDGED: tuple[Split, ...] = ("train", "val")  # splits whose labels decide
 
@@ -258,6 +259,12 @@ def _length_problems(spec: StudySpec, data: DataSize) -> list[str]:
             else:
                 about = (data.size, data.channels, len(data.classes))
                 one = segment_flops(config, *about, 1)[-1]
+            if flops > MOST_STEPS * one:
+                problems.add(
+                    source_of(spec.search, phase, "flops"),
+                    f"given {flops:g}, which is {flops / one:.3g} steps of patch "
+                    f"{in_words(config.model.patch)}; expected at most {MOST_STEPS:g} of them",
+                )
             if flops < one:
                 problems.add(
                     source_of(spec.search, phase, "flops"),

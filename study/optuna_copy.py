@@ -8,11 +8,13 @@ is, and all that it measured at its end.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from study.ledger import Outcome, Result, Suggestion
@@ -29,10 +31,16 @@ TRIAL = "trial"  # the attribute by which a trial is known
 
 def optuna_storage(where: str) -> Any:
     """Of a URL such as sqlite:///optuna.db, else of a journal in a file of that name."""
-    if "://" in where:
-        return optuna.storages.RDBStorage(where)
-    backend = optuna.storages.journal.JournalFileBackend(where)
-    return optuna.storages.JournalStorage(backend)
+    try:
+        if "://" in where:
+            return optuna.storages.RDBStorage(where)
+        backend = optuna.storages.journal.JournalFileBackend(where)
+        return optuna.storages.JournalStorage(backend)
+    except Exception as error:  # of whatever library the URL asks for
+        raise UserError(
+            f"--optuna: given {where!r}, which cannot be opened ({_last_line(error)}); expected a "
+            f"URL such as sqlite:///optuna.db, or a file for a journal, in a folder that is there"
+        ) from error
 
 
 def bring_up_to_date(
@@ -44,17 +52,21 @@ def bring_up_to_date(
 ) -> int:
     """Copy what is new; how many trials were new or had news."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    suggestions = list(suggestions)
     goals = [objective.goal for objective in spec.objectives]
     study = optuna.create_study(
         storage=optuna_storage(where), study_name=spec.study, directions=goals, load_if_exists=True
     )
     known = {each.user_attrs.get(TRIAL): each for each in study.get_trials(deepcopy=False)}
-    if None in known or [each.name.lower() for each in study.directions] != goals:
+    is_other = bool(known.keys() - {each.trial for each in suggestions})
+    if is_other or [each.name.lower() for each in study.directions] != goals:
         raise UserError(
             f"{where}: has a study {spec.study!r} that is no copy of this one; expected none of "
             f"that name; name another storage"
         )
-    study.set_metric_names([objective.metric for objective in spec.objectives])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names([objective.metric for objective in spec.objectives])
     space, changed = distributions(spec.search), 0
     for suggestion in suggestions:
         metrics, result = measured.get(suggestion.trial, {}), results.get(suggestion.trial)
@@ -109,6 +121,10 @@ def _frozen(
             **about,
         },
     )
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _is_alike(copied: FrozenTrial, asked: FrozenTrial) -> bool:

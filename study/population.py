@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 VALUE = ".value"  # how a searched path ends: it is that of a constant schedule
 MOST_RUNGS = 8  # as a schedule has at most so many different counts of hidden units
 DIGITS = 4  # of a value
+FEWEST_VALUES = 200  # of a range, as no arm is trained twice
 TRIES = 50  # of changing a value before it is drawn anew
 
 
@@ -209,6 +210,9 @@ def schedule_problem(trial: TrialConfig, path: str, item: space.SearchItem) -> s
     """Why a population cannot find that setting while it trains; None if it can."""
     if item.low is None or item.is_integer or item.step is not None:
         return "expected a range of fractions, `{low: 0.2, high: 0.9}`"
+    num_values = len({_drawn(item, place / (10 * FEWEST_VALUES)) for place in range(2000)})
+    if num_values < FEWEST_VALUES:
+        return f"its range has {num_values} values of {DIGITS} digits; expected a wider one"
     owner: Any = None
     if path.endswith(VALUE):
         owner = space.get_at(trial.model_dump(mode="json"), _owner(path))

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from study.best import FRESH
 from study.gain import in_words
 from study.ledger import Outcome, Suggestion
 from trainables.fillings import Gain
@@ -272,6 +273,9 @@ def arm_text(suggestion: Suggestion) -> str:
     """The arm in a few words: what it is, or what was searched and found for it."""
     if suggestion.origin.startswith("control"):
         return suggestion.origin
+    if suggestion.origin in FRESH and not suggestion.params:  # a control, on fresh seeds
+        encoder = suggestion.config["segment"]["encoder"]
+        return "control" if encoder == "finetune" else f"control:{encoder}"
     born = suggestion.born
     since = f" from {short(born['progress'])} on" if born and born["parent"] else ""
     settings = [

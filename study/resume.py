@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from study import population
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from study.spec import StudySpec
 
 RETRIES = 3  # of a trial that the infrastructure failed
+MOST_TO_CONFIRM = 1000  # seeds; those of a verdict come after them, as `confirm.seeds` may change
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def next_step(
         suggestion.trial in running and suggestion.origin == CONFIRM for suggestion in suggestions
     ):
         return Wait()
-    for start in _verdict(spec, suggestions, results, measured, is_labelled):
-        if room is None or room.holds(start):
-            return start
+    judging = list(_verdict(spec, suggestions, results, measured, is_labelled))
+    if judging and (room is None or room.holds_verdict(judging)):
+        return judging[0]
     return Wait() if running else Finished()
 
 
@@ -177,13 +177,14 @@ def infrastructure_error(failures: int, reason: str) -> str:
     return f"infrastructure (failure {failures} of {RETRIES + 1}): {reason}"
 
 
-def num_planned(spec: StudySpec) -> int | None:
+def num_planned(spec: StudySpec, *, is_labelled: bool = True) -> int | None:
     """Trials of the whole study, if its space has that many arms, and no child's parent fails.
 
     None: other units tell."""
     if spec.budget.trials is None or spec.budget.is_measured:
         return None
-    confirmed = num_fresh(spec, spec.confirm.arms) if spec.confirm else 0
+    num_best = spec.confirm.arms if spec.confirm and spec.search else 0
+    confirmed = num_fresh(spec, num_best, is_labelled=is_labelled)
     return spec.budget.trials + population.num_children(spec) + confirmed
 
 
@@ -195,8 +196,10 @@ def num_fresh(spec: StudySpec, num_searched: int, *, is_labelled: bool = True) -
     num_arms = min(confirm.arms, num_searched)
     if confirm.verdict is None:
         return (num_arms + 1) * confirm.seeds
+    if num_arms == 0:
+        return 0
     num_controls = 1 + (len(spec.controls) if is_labelled else 0)
-    return num_arms * confirm.seeds + (min(num_arms, 1) + num_controls) * confirm.verdict
+    return num_arms * confirm.seeds + (1 + num_controls) * confirm.verdict
 
 
 def num_counted(suggestions: Sequence[Suggestion]) -> int:
@@ -330,9 +333,16 @@ class _Room:
         """Whether there is room for one more confirmation."""
         return fits(self.spec.budget, self.account.expected(), self._added(start))
 
-    def _added(self, start: Start) -> Amounts:
-        planned = Planned(arm_id(start.config), start.config, start.seed)
-        return self.account.expected([planned])
+    def holds_verdict(self, starts: Sequence[Start]) -> bool:
+        """Whether there is room for all of them, or they have begun: a part of one says nothing."""
+        if any(each.origin == VERDICT for each in self.suggestions):
+            return True
+        return fits(self.spec.budget, self.account.expected(), self._added(*starts))
+
+    def _added(self, *starts: Start) -> Amounts:
+        return self.account.expected(
+            [Planned(arm_id(start.config), start.config, start.seed) for start in starts]
+        )
 
     def holds_arm(self, config: TrialConfig) -> bool:
         """Whether there is room for all seeds of a new arm, even if it is to be confirmed."""
@@ -348,8 +358,10 @@ class _Room:
         if any(each.trial in running for each in confirming):
             return True
         known = (self.spec, self.suggestions, self.results, self.measured)
-        left = chain(_confirmations(*known), _verdict(*known, self.is_labelled))
-        return bool(confirming) and any(map(self.holds, left))
+        if any(map(self.holds, _confirmations(*known))) and confirming:
+            return True
+        judging = list(_verdict(*known, self.is_labelled))
+        return bool(confirming and judging) and self.holds_verdict(judging)
 
     @cached_property
     def _owed(self) -> list[Planned]:
@@ -440,8 +452,10 @@ def _verdict(
         return
     controls = [arm_id(config) for config in _control_arms(spec, is_labelled).values()]
     winner = to_judge(spec, suggestions, results, measured)
-    arms = controls if winner is None else [winner, *controls]
-    yield from _once_more(arms, VERDICT, _seeds_of_verdict(spec), suggestions)
+    if winner is None:
+        return
+    for seed in _seeds_of_verdict(spec):  # of one seed all arms, so that halves can be compared
+        yield from _once_more([winner, *controls], VERDICT, range(seed, seed + 1), suggestions)
 
 
 def _seeds_to_confirm(spec: StudySpec) -> range:
@@ -450,7 +464,7 @@ def _seeds_to_confirm(spec: StudySpec) -> range:
 
 
 def _seeds_of_verdict(spec: StudySpec) -> range:
-    first = _seeds_to_confirm(spec).stop
+    first = spec.seed + spec.seeds + MOST_TO_CONFIRM
     return range(first, first + ((spec.confirm and spec.confirm.verdict) or 0))
 
 

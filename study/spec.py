@@ -126,13 +126,13 @@ class Confirm(Strict):
     """Afterwards: the best arms again with fresh seeds, then the best of them once more."""
 
     arms: Positive
-    seeds: Positive
+    seeds: Annotated[int, Field(ge=1, le=1000)]
     verdict: Annotated[
         Positive | None,
         Field(
             description="fresh seeds of the best of those arms, of the control and of its twins: "
-            "what is said of it rests on these alone. null: there is no such stage, and the "
-            "control runs beside the arms"
+            "what is said of it rests on these alone. null, or left out: there is no such "
+            "stage, and the control runs beside the arms"
         ),
     ] = None
 

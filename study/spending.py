@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from study.spec import Budget
 
 HOUR = 3600.0
+SPARE = 0.1  # wall time kept for fresh seeds on top of what they should take, as it is a limit
 
 
 class Means(NamedTuple):
@@ -121,8 +122,8 @@ class Account:
                 seconds[-1].append(self._seconds(own))
         device = self._device + self._workers * sum(map(sum, [self._left, *seconds]))
         wall = self._wall
-        for part_seconds in ([*self._left, *seconds[0]], seconds[1]):
-            wall += _longest(part_seconds, self._slots)
+        wall += _longest([*self._left, *seconds[0]], self._slots)
+        wall += (1 + SPARE) * _longest(seconds[1], self._slots)
         return Amounts(device / HOUR, wall / HOUR, flops)
 
     def _seconds(self, flops: float) -> float:

@@ -76,7 +76,8 @@ def outlook(
     longest to read.
     """
     spec = grown(asked, answers)
-    total, spent, means = num_planned(spec), "", None
+    spent, means = "", None
+    total = num_planned(spec, is_labelled=is_labelled(environment))
     if spec.budget.is_measured:
         costs, shares = Costs(size_by_environment(environment)), shares_pretraining(spec)
         means = Means(stints, costs, spec.resources.workers, shares and not is_remote)

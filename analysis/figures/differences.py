@@ -54,14 +54,16 @@ def claimable_arms(tables: StudyTables) -> set[str]:
     """Arms of which something is to be claimed, once each.
 
     A searched arm when it has come to the study's last stage, so that nothing is claimed on the
-    seeds that it was chosen by; of a verdict nobody is told before it is whole. The control's twins
-    were chosen by nobody.
+    seeds that it was chosen by; of a verdict nobody is told before all of its trials have ended,
+    the control's too. One that has failed leaves the others. The control's twins were chosen by
+    nobody.
     """
     last = tables.last_stage
     found = tables.standings(tables.objectives[0])
     if last is Stage.VERDICT:
-        return {one.arm for one in found if one.stage is last and one.is_whole}
-    return {one.arm for one in found if one.stage is last or one.group != "search"}
+        over = tables.verdicts_over
+        return {one.arm for one in found if one.stage is last and one.arm in over}
+    return {one.arm for one in found if one.stage >= last or one.group != "search"}
 
 
 def values_by_seed(tables: StudyTables, metric: str) -> dict[str, dict[Hashable, float]]:

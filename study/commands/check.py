@@ -115,11 +115,11 @@ def _difference_words(spec: StudySpec, detectable: Callable[[int], float]) -> st
         if spec.confirm.verdict is not None:
             seeds, whose = spec.confirm.verdict, "the best arm's"
     if seeds < FEWEST_SEEDS:
-        way_out = "confirm: {arms: 3, seeds: 2, verdict: 10}"
-        return f"{seeds} seed(s) of {whose} show none; `{way_out}` does"
+        given = "one seed shows" if seeds == 1 else f"{seeds} seeds show"
+        return f"{given} none; `confirm: {{arms: 3, seeds: 2, verdict: 10}}` does"
     return (
-        f"{seeds} seeds show {whose} from the control's in four of five studies if it is "
-        f"{detectable(seeds):.1f} standard deviations (of the difference at one seed)"
+        f"{seeds} seeds show {whose} difference from the control in four of five studies where it "
+        f"is {detectable(seeds):.1f} times its standard deviation at one seed, or more"
     )
 
 

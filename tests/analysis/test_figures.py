@@ -215,20 +215,36 @@ def test_only_what_was_confirmed_is_tested() -> None:
 
 def test_before_its_last_seed_is_there_no_verdict_is_told() -> None:
     rule = {"arms": 1, "seeds": 1, "verdict": 2}
-    chosen = [*SEARCHED, *of_arm("a", {1: FRESH_SEEDS[1]}, origin="confirm")]
-    one, two = ({2: FRESH_SEEDS[2]}, {2: FRESH_SEEDS[2], 3: FRESH_SEEDS[3]})
-    for values, expected in ((one, set()), (two, {"a"})):
-        trials = [*chosen, *of_arm("a", values, origin="verdict")]
-        assert claimable_arms(hand_made(*trials, confirm=rule)) == expected
-        assert "not tested" in str(FIGURES["differences"].draw(hand_made(*trials, confirm=rule)))
+    rest = [one for one in SEARCHED if one["seed"] == 0]
+    rest += of_arm("a", {1: FRESH_SEEDS[1]}, origin="confirm")
+    whole = of_arm("a", {2: FRESH_SEEDS[2], 3: FRESH_SEEDS[3]}, origin="verdict")
     fresh = [{**one, "origin": "verdict"} for one in SEARCHED if one["seed"] in (2, 3)]
-    rest = [one for one in SEARCHED if one["seed"] not in (2, 3)]
-    tables = hand_made(*rest, *trials[len(SEARCHED) :], *fresh, confirm=rule)
+    for part in (whole[:1], whole, [*whole, *fresh[:1]], fresh):  # the control lacks one, then it
+        tables = hand_made(*rest, *part, confirm=rule)
+        assert claimable_arms(tables) <= {"c", "r"}
+    tables = hand_made(*rest, *whole, *fresh, confirm=rule)
     assert claimable_arms(tables) == {"a", "c", "r"}
     numbers = ranking_numbers(tables).set_index("arm")
     assert list(numbers.index) == ["a", "c", "r", "b"]
     assert numbers.at["a", "mean"] == pytest.approx(0.62)  # of its verdict alone
-    assert numbers.at["c", "n"] == 4  # nobody chose it
+    # so is the control's, so that the means differ by the difference that is told
+    assert numbers.at["c", "mean"] == pytest.approx((CONTROL[2] + CONTROL[3]) / 2)
+    against = differences_numbers(tables).set_index("arm")
+    assert against.at["a", "mean"] == pytest.approx(0.62 - numbers.at["c", "mean"])
+    assert against.at["r", "mean"] == pytest.approx(-0.1) and against.at["r", "n"] == 2
+
+
+def test_a_seed_of_a_verdict_that_has_failed_leaves_the_others() -> None:
+    rule = {"arms": 1, "seeds": 1, "verdict": 3}
+    rest = [one for one in SEARCHED if one["seed"] == 0]
+    rest += of_arm("a", {1: 0.6}, origin="confirm")
+    fresh = of_arm("a", {2: 0.60, 3: 0.63, 4: 0.61}, origin="verdict")
+    fresh += of_arm("c", {2: 0.50, 3: 0.51, 4: 0.50}, origin="verdict")
+    fresh[0]["outcome"] = "diverged"
+    tables = hand_made(*rest, *fresh, confirm=rule)
+    assert claimable_arms(tables) == {"a", "c"}
+    line = differences_numbers(tables).set_index("arm").loc["a"]
+    assert line["n"] == 2 and line["mean"] == pytest.approx(0.115)
 
 
 def test_one_seed_per_arm_has_no_interval() -> None:

@@ -28,7 +28,6 @@ def copies(where: str) -> list[optuna.trial.FrozenTrial]:
     return list(study.get_trials())
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("place", ["sqlite:///{}/copy.db", "{}/copy.log"])
 def test_a_copy_follows_a_study_trial_by_trial(
     place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -66,7 +65,6 @@ def test_a_copy_follows_a_study_trial_by_trial(
     assert "had news" not in capsys.readouterr().out and copies(where) == second
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_rungs_of_a_running_trial_are_copied_as_they_come(tmp_path: Path) -> None:
     folder, where = begin(tmp_path), f"sqlite:///{tmp_path}/copy.db"
     spec = parse_spec(TINY_STUDY, Path(), where="study.yaml")
@@ -91,6 +89,37 @@ def test_a_study_of_that_name_that_is_no_copy_is_left_alone(
     assert call("export", folder.root, "--optuna", where) == 2
     assert "that is no copy of this one" in capsys.readouterr().err
     assert len(mine.trials) == 1
+
+
+def test_another_study_of_the_same_name_is_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = f"sqlite:///{tmp_path}/copy.db"
+    for seed in (0, 1):
+        folder = begin(tmp_path / str(seed), TEXT + f"seed: {seed}\n")
+        with Ledger.open(folder, {}) as ledger:
+            spec = parse_spec(TEXT + f"seed: {seed}\n", Path(), where="study.yaml")
+            play(Conductor(spec, ledger, DATA), 0.5)
+        assert call("export", folder.root, "--optuna", where) == 2 * seed
+    assert "that is no copy of this one" in capsys.readouterr().err
+    assert len(copies(where)) == 1
+
+
+@pytest.mark.parametrize("where", ["", "sqlite:////none/x.db", "{}", "foo://bar", "{}/none/x.log"])
+def test_a_storage_that_cannot_be_opened_is_told(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begin(tmp_path / "s")
+    assert call("export", folder.root, "--optuna", where.format(tmp_path)) == 2
+    told = capsys.readouterr().err
+    assert "--optuna: given" in told and "expected a URL such as sqlite:///optuna.db" in told
+
+
+def test_to_follow_is_asked_of_a_copy_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("export", begin(tmp_path).root, "--follow") == 2
+    assert "given --follow without --optuna" in capsys.readouterr().err
 
 
 def test_a_study_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -364,6 +364,7 @@ def test_the_plan_says_what_the_budget_counts() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
+        ("{low: 0.1, high: 0.9}", "{low: 0.7499, high: 0.7501}", "its range has 3 values of 4"),
         ("trials: 5", "flops: 1.0e12", "budget: given flops; expected trials alone with samp"),
         ("trials: 5", "trials: 40", "budget.trials: given 40; expected 5: the control arm, 0 of"),
         ("{low: 0.1, high: 0.9}", "{choices: [0.1, 0.9]}", f"search.{PATH}: given with sampler pb"),

@@ -266,10 +266,11 @@ def test_the_best_of_the_confirmed_and_the_controls_get_the_seeds_of_the_verdict
 
     order = books.run(score)
     assert order[6:10] == [("confirm", 1), ("confirm", 2)] * 2
-    assert order[10:] == [("verdict", 3), ("verdict", 4), ("verdict", 5)] * 4
+    # far from those to confirm, of which there may be more one day; all arms of a seed together
+    assert order[10:] == [("verdict", seed) for seed in (1001, 1002, 1003) for _ in range(4)]
     epochs = [one.config["segment"]["epochs"] for one in books.suggestions[6:]]
-    assert epochs == [34, 34, 33, 33, 33, 33, 33] + [20] * 9
-    encoders = [one.config["segment"]["encoder"] for one in books.suggestions[13::3]]
+    assert epochs == [34, 34, 33, 33] + [33, 20, 20, 20] * 3
+    encoders = [one.config["segment"]["encoder"] for one in books.suggestions[11:14]]
     assert encoders == ["finetune", "random-init", "frozen"]
     assert num_planned(books.spec) == len(order)
 
@@ -291,13 +292,25 @@ def test_a_verdict_waits_for_all_that_is_confirmed_and_does_not_change_its_winne
     }  # fmt: skip
 
 
-def test_where_nothing_could_be_confirmed_the_controls_are_judged_alone():
+def test_where_nothing_could_be_confirmed_nothing_is_judged():
     books = Books(study(VERDICT, trials=3))
     while not isinstance(step := books.next(), Finished):
         one = books.begin(step)
-        is_searched = one.origin in ("search", "confirm")
-        books.end(one, outcome=Outcome.DIVERGED if is_searched else Outcome.COMPLETE)
-    assert [one.origin for one in books.suggestions[3:]] == ["verdict"] * 6
+        books.end(one, outcome=Outcome.DIVERGED if one.origin == "search" else Outcome.COMPLETE)
+    assert [one.origin for one in books.suggestions] == ["control", "control:random-init", "search"]
+    alone = Books(study(VERDICT, search="  {}", trials=2))
+    assert num_planned(alone.spec) == len(alone.run())
+
+
+def test_an_arm_of_which_a_seed_has_failed_is_judged_where_no_other_has_more():
+    books = Books(study(VERDICT, trials=4))
+    for _ in range(4):
+        books.end(books.begin(books.next()))
+    fresh = [books.begin(books.next()) for _ in range(4)]
+    for one, value in zip(fresh, (0.9, 0.1, 0.5, 0.5), strict=True):
+        books.end(one, value, outcome=Outcome.COMPLETE if one.seed == 1 else Outcome.DIVERGED)
+    assert books.next().origin == "verdict"
+    assert books.begin(books.next()).arm == fresh[0].arm
 
 
 @pytest.mark.parametrize("rule", [CONFIRM, VERDICT])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from study.spending import Account, Amounts, Means, Planned, fits, in_words, lin
 from study.state import outlook_of
 from tests.conftest import TINY_STUDY
 from tests.terminal import call
+from trainables.config import arm_id
 from trainables.endings import Ending
 from trainables.errors import UserError
 from trainables.speed import Speeds
@@ -337,7 +339,32 @@ def test_an_account_by_hand() -> None:
     added = account.expected(more)  # beside c: two slots, as one runs and one is free
     assert added == pytest.approx(Amounts((280 + 3 * 180) / 3600, 1.5 + 140 / 3600, 175))
     then = account.expected(more, [Planned("10+0", {}, 0)])  # 20 s, once all others have ended
-    assert then == pytest.approx(Amounts((280 + 3 * 200) / 3600, 1.5 + 160 / 3600, 185))
+    # of the time of the last ones a tenth more is kept
+    assert then == pytest.approx(Amounts((280 + 3 * 200) / 3600, 1.5 + 162 / 3600, 185))
+
+
+def test_random_weights_have_no_pretraining_that_others_could_share() -> None:
+    costs = Costs(SIZE)
+    trial = study("{trials: 4}").trial
+    bare = trial.model_copy(
+        update={"segment": trial.segment.model_copy(update={"encoder": "random-init"})}
+    )
+    frozen = trial.model_copy(
+        update={"segment": trial.segment.model_copy(update={"encoder": "frozen"})}
+    )
+    names = [costs.pretraining(arm_id(each), each) for each in (trial, frozen, bare)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_verdict_begins_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A part of one shows nothing; what is too little for it ends with the confirmations."""
+    rule = "confirm: {arms: 1, seeds: 1, verdict: 10}"
+    for trials in (8, 12, 16, 24, 32, 40):
+        folder = StudyFolder(tmp_path / f"{trials}")
+        run(study(f"{{flops: {amount_of('flops', 1, trials)!r}}}", more=rule), folder, 4)
+        arms = Counter(one.arm for one in read_suggestions(folder) if one.origin == "verdict")
+        assert set(arms.values()) <= {10} and len(arms) in (0, 2, 3)
+    assert arms
 
 
 def test_pretraining_that_is_shared_is_paid_once() -> None:
