@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError, create_model
 
 from study import checks
+from study.best import VERDICT
 from study.environment import DEFAULTS
 from study.folder import StudyFolder
-from study.ledger import read_environment, read_spec
+from study.ledger import read_environment, read_spec, read_suggestions
 from study.mistakes import Problems, explain, place
 from study.reader import read_document, read_text, show
 from study.spec import StudySpec
@@ -121,6 +122,10 @@ def changes(folder: StudyFolder, spec: StudySpec) -> list[Difference]:
     if begun is not None and begun != spec.text:
         found = difference(begun, spec.text, defaults_of(folder))
     refused = [str(change) for change in found if not change.is_compatible]
+    if any(change.path == "confirm.verdict" for change in found) and _is_judging(folder):
+        refused.append(
+            "confirm.verdict: its trials have begun, and more of them after a look are no fair test"
+        )
     if refused:
         raise UserError(
             f"{folder.root.name} was begun with other settings:\n  "
@@ -128,6 +133,10 @@ def changes(folder: StudyFolder, spec: StudySpec) -> list[Difference]:
             + "\ngive the changed study another name, or undo the change"
         )
     return found
+
+
+def _is_judging(folder: StudyFolder) -> bool:
+    return any(suggestion.origin == VERDICT for suggestion in read_suggestions(folder))
 
 
 def difference(old_text: str, new_text: str, defaults: str = DEFAULTS) -> list[Difference]:

@@ -23,7 +23,7 @@ from study.ledger import (
     read_suggestions,
     sealed,
 )
-from study.loading import parse_spec
+from study.loading import changes, parse_spec
 from study.overview import arms_table, studies_table
 from study.resume import Finished
 from tests.conftest import TINY_STUDY
@@ -230,6 +230,23 @@ def test_the_best_arms_of_another_study_come_next(
     # the third one the sampler has proposed by itself, as it did there
     assert capsys.readouterr().err.count("is in the study already") == 3
     assert call("enqueue", folder.root, "model.patch=4", "--from", other.root) == 2
+
+
+def test_a_verdict_that_has_begun_keeps_its_seeds(tmp_path: Path) -> None:
+    """More seeds after a look at the first ones are no test; before the first one they are."""
+
+    def text(verdict: int) -> str:
+        return TINY_STUDY + f"confirm: {{arms: 1, seeds: 1, verdict: {verdict}}}\n"
+
+    folder = begin(tmp_path, text(2))
+    other = parse_spec(text(3), Path(), where="study.yaml")
+    drive(folder, most=4)
+    assert [str(each) for each in changes(folder, other)] == ["confirm.verdict: 2 -> 3"]
+    drive(folder)
+    assert sum(one.origin == "verdict" for one in read_suggestions(folder)) == 2 * 3
+    for changed in (text(3), TINY_STUDY):
+        with pytest.raises(UserError, match="more of them after a look are no fair test"):
+            changes(folder, parse_spec(changed, Path(), where="study.yaml"))
 
 
 def test_an_arm_is_enqueued_once(folder: StudyFolder) -> None:
