@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from study.ledger import Outcome, Result
-from study.resume import is_infrastructure
+from study.owed import is_infrastructure
 
 FIRST, ARMS = 5, 3  # trials of a driver that have to fail alike, and arms that they are of
 BAD = {Outcome.DIVERGED, Outcome.OUT_OF_MEMORY, Outcome.FAILED}

@@ -34,19 +34,11 @@ from study.ledger import (
 )
 from study.measured import Measured, measure, rung_of
 from study.optuna_study import OptunaStudy
+from study.owed import ended, infrastructure_error, is_unfinished
 from study.population import Order
 from study.progress import Progress, arm_text, describe
 from study.resume import (
-    AskSampler,
-    Continue,
-    Finished,
-    Start,
-    Step,
-    Wait,
     account_of,
-    ended,
-    infrastructure_error,
-    is_unfinished,
     next_step,
     num_counted,
     num_planned,
@@ -55,6 +47,7 @@ from study.resume import (
 )
 from study.spec import StudySpec
 from study.spending import Means, in_words
+from study.steps import AskSampler, Continue, Finished, Start, Step, Wait
 from study.stopping import FEWEST_FINALS, Rung, best_foreteller, goes_on, rung_at
 from trainables.config import TrialConfig, arm_id, completed, trial_id
 from trainables.endings import Ending

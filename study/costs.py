@@ -76,9 +76,9 @@ def budget_problems(spec: StudySpec, data: DataSize) -> list[str]:
     control = work_of(spec.trial, data)
     least = control.pretrain_flops + control.segment_flops
     for encoder in spec.controls if data.classes else ():
-        segment = spec.trial.segment.model_copy(update={"encoder": encoder})
-        twin = spec.trial.model_copy(update={"segment": segment})
-        least += work_of(twin, data).segment_flops  # it shares the control's pretraining
+        least += work_of(
+            spec.twin(encoder), data
+        ).segment_flops  # it shares the control's pretraining
     least *= spec.seeds
     if limit >= least:
         return []

@@ -24,7 +24,7 @@ from cluster.head import watch_head
 from cluster.metrics import Publisher
 from study.conductor import Conductor
 from study.requests import was_stopped
-from study.resume import Finished
+from study.steps import Finished
 from study.telemetry import Telemetry
 from trainables.errors import StorageError
 

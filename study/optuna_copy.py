@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value
 from study.optuna_study import distributions
-from study.resume import is_unfinished
+from study.owed import is_unfinished
 from trainables.errors import UserError
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ from study.best import FRESH
 from study.breaker import BAD
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured, final_value, value_at_rung
-from study.resume import is_infrastructure
+from study.owed import is_infrastructure
 from study.samplers import (
     ENDED,
     NAMES,

@@ -19,8 +19,9 @@ from cluster.placement import Room, WorkerGroup, num_groups, worker_group
 from study import space
 from study.costs import work_of
 from study.fit import DataSize, data_size
+from study.owed import num_fresh
 from study.population import has_population, num_children, num_replaced
-from study.resume import num_fresh, num_pretrainings
+from study.resume import num_pretrainings
 from study.spec import UNITS
 from study.spending import HOUR, Amounts
 from trainables import cost

@@ -22,8 +22,9 @@ from study import best
 from study.ledger import Outcome, Result, Suggestion
 from study.measured import Measured
 from study.optuna_study import OptunaStudy
-from study.resume import AskSampler, Start, next_step
+from study.resume import next_step
 from study.spec import StudySpec
+from study.steps import AskSampler, Start
 from study.stopping import goes_on, rung_at
 from trainables.config import arm_id
 

@@ -42,8 +42,8 @@ from study.loading import spec_of
 from study.mistakes import Problems, explain, listed, near
 from study.population import has_population
 from study.reader import Document, read_document, read_text, show
-from study.resume import Enqueued, twin
 from study.spec import UNITS, Budget, StudySpec
+from study.steps import Enqueued
 from trainables.config import TrialConfig, arm_id
 from trainables.errors import StorageError, UserError
 from trainables.storage import store
@@ -288,7 +288,7 @@ def _judge_arm(
         found = [f"{'.'.join(map(str, path))}: {problem}" for _, path, problem in problems.found]
         return "\n".join(found) or "this arm lies outside `search`"
     arm = arm_id(config)
-    for control in (spec.trial, *(twin(spec, name) for name in spec.controls)):
+    for control in (spec.trial, *(spec.twin(name) for name in spec.controls)):
         if arm == arm_id(control):  # perhaps not begun yet
             return f"this arm ({arm}) is in the study already: a control"
     for suggestion in suggestions:

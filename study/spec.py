@@ -284,6 +284,11 @@ class StudySpec(Strict):
             self.__dict__["rungs"] = list(EIGHTHS)
         return self
 
+    def twin(self, encoder: str) -> TrialConfig:
+        """The control arm with another encoder: `random-init` or `frozen`."""
+        segment = self.trial.segment.model_copy(update={"encoder": encoder})
+        return self.trial.model_copy(update={"segment": segment})
+
     _folder: Path = PrivateAttr(Path())
     _text: str = PrivateAttr("")
     _where: str = PrivateAttr("")

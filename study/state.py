@@ -26,20 +26,12 @@ from study.ledger import (
 from study.loading import spec_of
 from study.measured import Measured, measure
 from study.optuna_study import OptunaStudy
+from study.owed import is_unfinished
 from study.requests import expected, grown, queue
-from study.resume import (
-    AskSampler,
-    Finished,
-    Step,
-    account_of,
-    is_unfinished,
-    next_step,
-    num_counted,
-    num_planned,
-    shares_pretraining,
-)
+from study.resume import account_of, next_step, num_counted, num_planned, shares_pretraining
 from study.spec import StudySpec
 from study.spending import Means, in_words
+from study.steps import AskSampler, Finished, Step
 
 
 class State(StrEnum):

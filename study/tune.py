@@ -23,7 +23,7 @@ from study.conductor import Conductor
 from study.fleet import Fleet
 from study.ledger import Suggestion
 from study.relay import relay
-from study.resume import Finished, Wait
+from study.steps import Finished, Wait
 from trainables.endings import Ending
 from trainables.errors import StorageError
 

@@ -15,9 +15,10 @@ from study.environment import DEFAULTS
 from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, read_suggestions
 from study.loading import parse_spec
-from study.resume import RETRIES, Finished, Wait
+from study.owed import RETRIES
 from study.space import SearchItem
 from study.spec import Resources, StudySpec
+from study.steps import Finished, Wait
 from tests.conftest import TINY_STUDY
 from trainables.endings import Ending
 from trainables.metrics import STOPPED_HERE

@@ -30,8 +30,8 @@ from study.ledger import (
 )
 from study.ledger.parts import REPORTED
 from study.loading import changes, load_spec, spec_of
-from study.resume import Continue
 from study.state import State, outlook_of, state_of
+from study.steps import Continue
 from tests.studies import CLOCKED
 from trainables.config import TrialConfig
 from trainables.context import Context

@@ -22,8 +22,9 @@ from study.folder import StudyFolder
 from study.ledger import Ledger, Outcome, Suggestion, read_results, read_rows, read_suggestions
 from study.loading import parse_spec
 from study.plan import plan
-from study.resume import Finished, Wait, num_planned
+from study.resume import num_planned
 from study.spec import StudySpec
+from study.steps import Finished, Wait
 from trainables.config import TrialConfig
 from trainables.data import DataConfig, open_dataset, prepare
 from trainables.endings import Ending

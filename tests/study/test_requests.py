@@ -25,7 +25,7 @@ from study.ledger import (
 )
 from study.loading import changes, parse_spec
 from study.overview import arms_table, studies_table
-from study.resume import Finished
+from study.steps import Finished
 from tests.conftest import TINY_STUDY
 from tests.study.test_conductor import DATA, play
 from tests.terminal import call

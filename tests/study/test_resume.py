@@ -8,16 +8,8 @@ from study.best import to_confirm, to_judge
 from study.ledger import Outcome, Result, Suggestion
 from study.loading import parse_spec
 from study.measured import collect
-from study.resume import (
-    AskSampler,
-    Continue,
-    Enqueued,
-    Finished,
-    Start,
-    Wait,
-    next_step,
-    num_planned,
-)
+from study.resume import next_step, num_planned
+from study.steps import AskSampler, Continue, Enqueued, Finished, Start, Wait
 from trainables.config import TrialConfig, arm_id, trial_id
 
 

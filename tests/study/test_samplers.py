@@ -25,9 +25,10 @@ from study.loading import parse_spec
 from study.measured import collect
 from study.optuna_study import OptunaStudy, is_doomed
 from study.replay import Ours, play
-from study.resume import Start, next_step
+from study.resume import next_step
 from study.samplers import ONE_OBJECTIVE, POPULATIONS, SAMPLERS
 from study.spec import Sampler
+from study.steps import Start
 from tests.drawn import drawn
 from trainables.config import arm_id, trial_id
 

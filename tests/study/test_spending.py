@@ -34,10 +34,11 @@ from study.ledger import (
 from study.loading import difference, parse_spec
 from study.measured import measure
 from study.plan import Plan, plan
-from study.resume import Finished, account_of, twin
+from study.resume import account_of
 from study.spec import Budget, StudySpec
 from study.spending import Account, Amounts, Means, Planned, fits, in_words, line_through
 from study.state import outlook_of
+from study.steps import Finished
 from tests.conftest import TINY_STUDY
 from tests.terminal import call
 from trainables.config import arm_id
@@ -418,7 +419,7 @@ def test_a_budget_that_the_controls_exceed_is_told_by_line() -> None:
     (problem,) = budget_problems(spec, SIZE)
     first, random = (
         work_of(spec.trial, SIZE),
-        work_of(twin(spec, "random-init"), SIZE),
+        work_of(spec.twin("random-init"), SIZE),
     )
     least = 2 * (sum(first[2:]) + sum(random[2:]))
     assert problem.startswith("study.yaml:2")
