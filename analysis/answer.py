@@ -126,7 +126,7 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
     if verdict["n"] < 2 and tables.last_stage is not Stage.SEARCH:
         return (
             f"One seed: no interval. The difference ({gap}) may be chance; the study's claims rest "
-            f"on fresh seeds, of which this arm has none that has ended well."
+            f"on fresh seeds, of which too few have ended well."
         )
     if verdict["n"] < 2:
         return (
@@ -142,17 +142,14 @@ def _certainty(verdict: Any, goal: Measure, tables: StudyTables) -> str:
             f"The difference is {interval} ({how}). Nothing is claimed of it: the study's claims "
             f"rest on fresh seeds, and not all of them have ended."
         )
-    fresh = ""
-    if tables.last_stage is Stage.VERDICT:
-        fresh = " on fresh seeds, by which nothing was chosen"
+    fresh, last = "", tables.last_stage
+    if last is not Stage.SEARCH:
+        fresh = " on fresh seeds, without the trials that made the arm stand out"
         found = [one for one in tables.standings(goal) if one.group == "search"]
-        if sum(one.stage is Stage.VERDICT for one in found) > 1:
-            fresh += " but which of several such arms stands first"
-    elif tables.last_stage is Stage.CONFIRM:
-        fresh = " on fresh seeds, without the trial that made the arm stand out"
-        found = [one for one in tables.standings(goal) if one.group == "search"]
-        if sum(one.stage is Stage.CONFIRM for one in found) > 1:
+        if sum(one.stage is last for one in found) > 1:
             fresh += "; it is the best of several on these seeds, so expect somewhat less on others"
+        elif last is Stage.VERDICT:
+            fresh = " on fresh seeds, by which nothing was chosen"
     elif len(tables.arms) > 2:
         fresh = "; the same seeds chose the arm among many, so expect somewhat less on new ones"
     if is_beyond_chance(verdict):
@@ -283,7 +280,10 @@ def _pretraining_sentence(ranks: pd.DataFrame, against: pd.DataFrame, goal: Meas
     )
     effect = _effect_of_pretraining(against, goal)
     if math.isnan(verdict["p_holm"]):
-        return f"Pretraining (control's settings): {values}; {interval}: not tested yet."
+        return (
+            f"Pretraining (control's settings): {values}; {interval}: not tested, as the study's "
+            f"claims rest on fresh seeds, and not all of them have ended."
+        )
     if effect is None:
         return f"Pretraining (control's settings): {values}; {interval}: no effect shown."
     return f"Pretraining {effect} (control's settings): {values}; {interval}."

@@ -5,7 +5,6 @@ Reads through `study.ledger` only, takes no lock, and changes nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.theme import plain
-from study.best import STAGES, VERDICT, Final, Stage, Standing, group_of, of_file
+from study.best import VERDICT, Final, Stage, Standing, group_of, of_file
 from study.folder import StudyFolder
 from study.gain import OF_GAIN, gains
 from study.ledger import (
@@ -29,6 +28,7 @@ from study.ledger import (
     read_suggestions,
 )
 from study.measured import measure
+from study.owed import is_unfinished
 from study.reader import describe, read_document
 from trainables.edges import in_words, simplest
 from trainables.errors import StorageError, UserError
@@ -114,7 +114,7 @@ class StudyTables:
     suggestions: number, trial, arm, seed, origin. arms (index arm): origin, group ("search",
     "control", "random-init", "frozen"), label, patch, unit (8, or "4x8x8" where axes differ),
     schedule, ratio (mean over training), settings (flattened). results (index trial): outcome,
-    seconds, error, and how far each phase came.
+    seconds, error, whether it is to be run again, and how far each phase came.
     """
 
     folder: StudyFolder
@@ -173,18 +173,17 @@ class StudyTables:
     @cached_property
     def verdicts_over(self) -> set[str]:
         """Arms of whose verdict every trial has ended; none before the control's has."""
-        asked = self.suggestions[self.suggestions["origin"] == VERDICT]
-        num_asked = asked.groupby("arm")["trial"].count()
-        num_ended = asked[asked["trial"].isin(self.results.index)].groupby("arm")["trial"].count()
+        ended = self.results.index[~self.results["is_unfinished"].astype(bool)]
+        is_over = (self.suggestions["origin"] == VERDICT) & self.suggestions["trial"].isin(ended)
+        numbers = self.suggestions.loc[is_over, "arm"].value_counts()
         planned = _child(self.spec, "confirm").get("verdict")
-        over = {str(arm) for arm, number in num_asked.items() if number == planned}
-        over = {arm for arm in over if num_ended.get(arm, 0) == planned}
+        over = {str(arm) for arm, number in numbers.items() if number == planned}
         controls = self.arms.index[self.arms["group"] == "control"]
         return over if set(map(str, controls)) <= over else set()
 
-    def standings(self, measure: Measure) -> list[Standing]:
-        """The arms by a metric, best first."""
-        found = final(self)
+    def standings(self, measure: Measure, finals: pd.DataFrame | None = None) -> list[Standing]:
+        """The arms by a metric, best first; `finals`: other columns than those of `final`."""
+        found = final(self) if finals is None else finals
         values = found[measure.key].to_dict() if measure.key in found else {}
         trials = [
             Final(str(line.arm), str(line.origin), int(line.seed), _finite(values.get(line.trial)))
@@ -288,22 +287,18 @@ def final(tables: StudyTables) -> pd.DataFrame:
 def arm_scores(tables: StudyTables, key: str, finals: pd.DataFrame | None = None) -> pd.DataFrame:
     """arm, seed, trial, value of one metric: the values that may speak for an arm.
 
-    Those of its last stage (study/best.py): the trials that made an arm stand out are left out once
-    it has fresh seeds. The controls were not picked, so all their seeds count, until they have all
-    of their verdict's.
+    Which these are says study/best.py: the trials that made an arm stand out are left out once it
+    has fresh seeds.
     """
     finals = final(tables) if finals is None else finals
     if key not in finals:
         return pd.DataFrame(columns=["arm", "seed", "trial", "value"])
-    found = finals[["arm", "seed", "origin", key]].dropna(subset=[key]).reset_index()
-    found = found.rename(columns={key: "value"})
-    stages = found["origin"].map(lambda origin: STAGES.get(origin, Stage.SEARCH))
-    is_last = stages == stages.groupby(found["arm"]).transform("max")
-    is_control = found["arm"].map(tables.arms["group"]) != "search"
-    num_last = found["arm"].map(found.loc[stages == Stage.VERDICT, "arm"].value_counts())
-    is_whole = num_last >= (_child(tables.spec, "confirm").get("verdict") or math.inf)
-    speaks = is_last | (is_control & ~is_whole)
-    return found.loc[speaks, ["arm", "seed", "trial", "value"]].reset_index(drop=True)
+    found = finals[["arm", "seed", key]].dropna(subset=[key]).reset_index()
+    ranked = tables.standings(tables.measure(key), finals)
+    speaking = {(one.arm, seed) for one in ranked for seed in one.values}
+    is_speaking = [pair in speaking for pair in zip(found["arm"], found["seed"], strict=True)]
+    found = found.loc[is_speaking].rename(columns={key: "value"})
+    return found[["arm", "seed", "trial", "value"]].reset_index(drop=True)
 
 
 def trivial_scores(tables: StudyTables) -> list[tuple[Measure, float]]:
@@ -358,11 +353,12 @@ def _results(results: Mapping[str, Result]) -> pd.DataFrame:
             str(result.outcome),
             result.seconds,
             result.error,
+            is_unfinished(result),
             *map(result.progress.get, PHASES),
         ]
         for trial, result in sorted(results.items())
     ]
-    columns = ["trial", "outcome", "seconds", "error", *PHASES]
+    columns = ["trial", "outcome", "seconds", "error", "is_unfinished", *PHASES]
     return pd.DataFrame(lines, columns=columns).set_index("trial")
 
 

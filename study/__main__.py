@@ -451,10 +451,10 @@ def _build_sheet(dataset: Dataset, study: str, output: Path) -> Path:
     return build_sheet(dataset, study, output)
 
 
-def _detectable_difference(seeds: int) -> float:
-    from analysis.statistics import detectable_difference
+def _detectable_difference(seeds: int) -> float | None:
+    from analysis.statistics import FEWEST_SEEDS, detectable_difference
 
-    return detectable_difference(1.0, seeds)
+    return detectable_difference(1.0, seeds) if seeds >= FEWEST_SEEDS else None
 
 
 def _build_report(folder: Path) -> Path:

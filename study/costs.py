@@ -76,9 +76,8 @@ def budget_problems(spec: StudySpec, data: DataSize) -> list[str]:
     control = work_of(spec.trial, data)
     least = control.pretrain_flops + control.segment_flops
     for encoder in spec.controls if data.classes else ():
-        least += work_of(
-            spec.twin(encoder), data
-        ).segment_flops  # it shares the control's pretraining
+        twin = spec.twin(encoder)  # which shares the control's pretraining
+        least += work_of(twin, data).segment_flops
     least *= spec.seeds
     if limit >= least:
         return []

@@ -189,7 +189,7 @@ def plan(
         return Amounts(hours, hours / at_once, sum(of_study(of_operations, others)))
 
     bought = _bought(spec, num_controls, amounts, is_timed=bool(known))
-    room = min(bought.values()) if spec.search else 0
+    room = min(bought.values(), default=0) if spec.search else 0
     searched_trials = room if grid_arms is None else min(room, grid_arms * spec.seeds)
     num_searched = math.ceil(searched_trials / spec.seeds)
     confirmations = num_fresh(spec, num_searched, is_labelled=bool(data.classes))
@@ -232,7 +232,7 @@ def _bought(
             found[unit] = max(0, round(limit) - num_controls)
         elif unit == "flops" or is_timed:
             found[unit] = spec.seeds * _most(limit, amounts, unit)
-    return found or {"nothing timed": 0}
+    return found
 
 
 def _most(limit: float, amounts: Callable[[int], Amounts], unit: str) -> int:
@@ -249,7 +249,7 @@ def _most(limit: float, amounts: Callable[[int], Amounts], unit: str) -> int:
 
 def _bought_in_words(spec: StudySpec, num_controls: int, bought: Mapping[str, int]) -> str:
     """What each unit of the budget buys, and which one ends the study."""
-    least, parts = min(bought.values()), []
+    least, parts = min(bought.values(), default=0), []
     for unit, limit in spec.budget.given.items():
         amount = f"{limit:.3g}" if unit == "flops" else f"{limit:.10g}"
         text = f"{amount} {UNITS[unit]}"

@@ -210,7 +210,8 @@ def schedule_problem(trial: TrialConfig, path: str, item: space.SearchItem) -> s
     """Why a population cannot find that setting while it trains; None if it can."""
     if item.low is None or item.is_integer or item.step is not None:
         return "expected a range of fractions, `{low: 0.2, high: 0.9}`"
-    num_values = len({_drawn(item, place / (10 * FEWEST_VALUES)) for place in range(2000)})
+    shares = [place / (10 * FEWEST_VALUES) for place in range(10 * FEWEST_VALUES)]
+    num_values = len({_drawn(item, share) for share in shares})
     if num_values < FEWEST_VALUES:
         return f"its range has {num_values} values of {DIGITS} digits; expected a wider one"
     owner: Any = None

@@ -238,7 +238,8 @@ def hand_made(*trials: dict[str, Any], **spec: Any) -> StudyTables:
         seed, origin, labels = trial["seed"], trial["origin"], trial.get("labels", {})
         suggestions.append(Suggestion(number, name, trial["arm"], seed, origin, config, {}, labels))
         outcome = Outcome(trial["outcome"])
-        results[name] = Result(name, outcome, 1.0, None, {"pretrain": 1.0, "segment": 1.0})
+        reached, failures = {"pretrain": 1.0, "segment": 1.0}, trial.get("failures", 0)
+        results[name] = Result(name, outcome, 1.0, None, reached, failures)
         progress = 1.0 if outcome is Outcome.COMPLETE else 0.5
         for phase, metric, value in (
             ("pretrain", "probe_psnr", trial["psnr"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 
 import numpy as np
@@ -92,7 +93,7 @@ def differences(tables: StudyTables) -> Drawn:
     heads = [
         f"{text(line.label)}  ·  <b>{goal.show(line.mean, signed=True)}</b> "
         f"[{goal.show(line.low, signed=True)}, {goal.show(line.high, signed=True)}]"
-        f"  ·  n = {line.n}, {p_words(line.p_holm) if line.p_holm == line.p_holm else 'not tested'}"
+        f"  ·  n = {line.n}, {p_words(line.p_holm)}"
         for line in lines_of(shown)
     ]
     shown = shown.assign(values=pd.Series([[]] * len(shown), shown.index))
@@ -118,4 +119,6 @@ def differences(tables: StudyTables) -> Drawn:
 
 
 def p_words(p: float) -> str:
+    if math.isnan(p):
+        return "not tested"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from trainables.data import Dataset
 
 LABELLED: tuple[Split, ...] = ("train", "val", "test")
-FEWEST_SEEDS = 3  # that can carry a claim, as in the report
 SOLVED = 0.8  # mIoU of a segmenter without an encoder from which on a warning is due
 
 
@@ -46,12 +45,12 @@ def check_study(
     path: Path,
     forecast_seconds: float | None = None,
     write_sheet: Callable[[Dataset, str], Path] | None = None,
-    detectable: Callable[[int], float] | None = None,
+    detectable: Callable[[int], float | None] | None = None,
 ) -> None:
     """Validate, prepare the data, print the plan; with seconds to spend, whether it is enough.
 
     `detectable`: seeds -> smallest difference that they show in four of five studies, in standard
-    deviations of the difference at one seed.
+    deviations of the difference at one seed; None: they are too few to show any.
     """
     spec = load_spec(path)
     check_packages(spec.log)
@@ -107,19 +106,20 @@ def check_study(
         print_forecast(spec, dataset, device, threads, forecast_seconds)
 
 
-def _difference_words(spec: StudySpec, detectable: Callable[[int], float]) -> str:
+def _difference_words(spec: StudySpec, detectable: Callable[[int], float | None]) -> str:
     """How small a difference the study can tell from chance."""
     seeds, whose = spec.seeds, "an arm's"
     if spec.confirm is not None:
         seeds, whose = spec.confirm.seeds, "a confirmed arm's"
         if spec.confirm.verdict is not None:
             seeds, whose = spec.confirm.verdict, "the best arm's"
-    if seeds < FEWEST_SEEDS:
+    least = detectable(seeds)
+    if least is None:
         given = "one seed shows" if seeds == 1 else f"{seeds} seeds show"
         return f"{given} none; `confirm: {{arms: 3, seeds: 2, verdict: 10}}` does"
     return (
         f"{seeds} seeds show {whose} difference from the control in four of five studies where it "
-        f"is {detectable(seeds):.1f} times its standard deviation at one seed, or more"
+        f"is {least:.1f} times its standard deviation at one seed, or more"
     )
 
 

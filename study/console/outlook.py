@@ -90,20 +90,8 @@ def judge(found: Snapshot) -> Outlook:
 
 
 def _total_of_file(spec: dict[str, Any]) -> int | None:
-    """As the file has it, without what has been asked for since; None: not in trials alone."""
-
-    def number(settings: object, key: str) -> int:
-        value = settings.get(key) if isinstance(settings, dict) else None
-        return value if isinstance(value, int) and 0 <= value < 10**6 else 0
-
+    """As the file has it, without what has been asked for since; None: more than `trials` tells."""
     budget = spec.get("budget")
-    if isinstance(budget, dict) and budget.keys() - {"trials"}:
-        return None
-    confirm = spec.get("confirm")
-    confirmed = (number(confirm, "arms") + 1) * number(confirm, "seeds")
-    if verdict := number(confirm, "verdict"):
-        twins = spec.get("controls", ["random-init"])
-        num_controls = 1 + (len(twins) if isinstance(twins, list) else 0)
-        confirmed = number(confirm, "arms") * number(confirm, "seeds")
-        confirmed += (1 + num_controls) * verdict
-    return number(budget, "trials") + (confirmed if confirm else 0)
+    trials = budget.get("trials") if isinstance(budget, dict) and len(budget) == 1 else None
+    is_all = isinstance(trials, int) and spec.get("confirm") is None
+    return trials if is_all else None

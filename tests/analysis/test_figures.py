@@ -29,6 +29,7 @@ from analysis.figures.schedules import schedules_numbers
 from analysis.statistics import holm
 from analysis.tables import StudyTables, complete_trials, final, measure_of
 from study.ledger import Outcome
+from study.owed import RETRIES
 from tests.synthetic import hand_made, study_tables
 from trainables.metrics import METRICS, MIOU, PSNR
 
@@ -232,6 +233,17 @@ def test_before_its_last_seed_is_there_no_verdict_is_told() -> None:
     against = differences_numbers(tables).set_index("arm")
     assert against.at["a", "mean"] == pytest.approx(0.62 - numbers.at["c", "mean"])
     assert against.at["r", "mean"] == pytest.approx(-0.1) and against.at["r", "n"] == 2
+
+
+def test_a_trial_that_is_to_be_run_again_has_not_ended() -> None:
+    trials = [*of_arm("c", {2: 0.5, 3: 0.5}, origin="verdict"), *of_arm("a", {0: 0.6})]
+    trials += of_arm("a", {2: 0.6, 3: 0.6}, origin="verdict")
+    trials[1] |= {"outcome": "failed", "failures": 1}
+    rule = {"arms": 1, "seeds": 1, "verdict": 2}
+    control = of_arm("c", {0: 0.5}, origin="control")
+    assert hand_made(*control, *trials, confirm=rule).verdicts_over == set()
+    trials[1]["failures"] = RETRIES + 1  # it will not be
+    assert hand_made(*control, *trials, confirm=rule).verdicts_over == {"a", "c"}
 
 
 def test_a_seed_of_a_verdict_that_has_failed_leaves_the_others() -> None:

@@ -217,7 +217,7 @@ def test_one_seed_is_no_proof() -> None:
     assert not found.is_shown
     assert found.headline.startswith("Ahead, on one seed: patch 4, ")
     assert found.sentences[0].startswith("One seed: no interval.")
-    assert found.sentences[0].endswith("of which this arm has none that has ended well.")
+    assert found.sentences[0].endswith("of which too few have ended well.")
     alone = answer(
         hand_made({"arm": "c", "origin": "control", "miou": 0.5}, {"arm": "a", "miou": 0.6})
     )
@@ -233,8 +233,11 @@ def test_a_clear_difference_on_fresh_seeds_is_called_so() -> None:
     assert any(sentence.startswith("On the test images") for sentence in found.sentences)
 
 
-def judged(verdict: dict[int, float]) -> Answer:
-    """A control, and an arm that was chosen among two and confirmed once."""
+def judged(verdict: dict[int, float], *more: tuple[str, str, dict[int, float]]) -> Answer:
+    """A control, and an arm that was chosen among two and confirmed once.
+
+    `more`: (arm, origin, seed -> mIoU) of others; of arm r the control's twin.
+    """
     drawn: list[tuple[str, str, dict[int, float]]] = [
         ("c", "control", {0: 0.50}),
         ("a", "search", {0: 0.70}),
@@ -243,6 +246,7 @@ def judged(verdict: dict[int, float]) -> Answer:
         ("b", "confirm", {1: 0.60}),
         ("a", "verdict", verdict),
         ("c", "verdict", {2: 0.50, 3: 0.51, 4: 0.50}),
+        *more,
     ]
     trials = [
         {"arm": arm, "origin": origin, "seed": seed, "miou": miou}
@@ -264,6 +268,26 @@ def test_before_the_verdict_nothing_is_claimed_however_clear_it_looks() -> None:
     found = judged({2: 0.600, 3: 0.613})
     assert not found.is_shown and found.headline.startswith("Ahead, but not shown to be better: ")
     assert "not all of them have ended." in found.sentences[0]
+
+
+def test_of_random_weights_nothing_is_claimed_before_their_fresh_seeds_have_ended() -> None:
+    whole = {2: 0.600, 3: 0.613, 4: 0.605}
+    first = ("r", "control:random-init", {0: 0.40})
+
+    def of_pretraining(seeds: tuple[int, ...]) -> str:
+        fresh = ("r", "verdict", {seed: 0.40 + seed / 1000 for seed in seeds})
+        found = judged(whole, first, fresh).sentences
+        return next(each for each in found if each.startswith("Pretraining"))
+
+    assert of_pretraining((2, 3)).endswith("not tested, as the study's claims rest on fresh seeds, "
+                                           "and not all of them have ended.")  # fmt: skip
+    assert of_pretraining((2, 3, 4)).startswith("Pretraining helps (control's settings): 0.503")
+
+
+def test_of_two_arms_with_a_verdict_the_first_is_told_to_have_been_chosen_by_it() -> None:
+    other = ("b", "verdict", {2: 0.59, 3: 0.60, 4: 0.59})
+    found = judged({2: 0.600, 3: 0.613, 4: 0.605}, other)
+    assert "it is the best of several on these seeds, so expect somewhat less" in found.sentences[0]
 
 
 def test_an_interval_across_zero_is_no_difference() -> None:
