@@ -15,7 +15,8 @@ import math
 import random as random_module
 import warnings
 from bisect import bisect
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
 from itertools import accumulate
@@ -56,14 +57,21 @@ def tpe(
     seed: int, num_objectives: int, *, startup: Annotated[int, Field(ge=1)] = 10
 ) -> BaseSampler:
     """Tree-structured Parzen estimator as in Optuna 5; chance decides the first `startup` arms."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # of two options, before Optuna 5
+    with _quietly():
         return _TPE(
             seed=seed,
             n_startup_trials=startup,
             multivariate=num_objectives == 1,
             constant_liar=True,
         )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Optuna warns that samplers, or options of theirs, are experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
 
 
 class _TPE(TPESampler):  # type: ignore[misc]
@@ -91,8 +99,7 @@ def gp(seed: int, num_objectives: int, *, startup: Annotated[int, Field(ge=1)] =
     Learns faster than TPE where few, continuous settings are searched. It needs torch and SciPy in
     the driver, which imports them once there is something to learn from.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # of the sampler, before Optuna 5
+    with _quietly():
         return _UntriedGP(
             seed=seed,
             n_startup_trials=startup,
@@ -132,9 +139,34 @@ def cma_es(
     Learns from many cheap arms, of numbers that work together. Hansen 2016, arXiv 1604.00772; that
     the first arms say where it begins, and arms from anywhere fill its generations, is ours.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with _quietly():
         return _CMA(seed, startup)
+
+
+class _OneByOne(BaseSampler):  # type: ignore[misc]
+    """Decides each parameter when it is asked for, by `value`, and none of them before."""
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        return self.value(study, param_name, param_distribution)
+
+    def value(self, study: Study, name: str, distribution: BaseDistribution) -> Any:
+        raise NotImplementedError
 
 
 class _CMA(BaseSampler):  # type: ignore[misc]
@@ -198,8 +230,7 @@ def nsga_ii(
     numbers as there. Ours: generations of one arm (any that have ended may be parents, so nobody
     waits for a generation), choices from either parent, and what neither has by chance.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with _quietly():
         return _Child(_BestTwo(seed=seed, population_size=population), seed)
 
 
@@ -214,8 +245,7 @@ def nsga_iii(
 
     Deb and Jain 2014, IEEE TEC 18 (4).
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+    with _quietly():
         return _Child(_BestThree(seed=seed, population_size=population), seed)
 
 
@@ -237,7 +267,7 @@ class _BestThree(_OfAllTold, NSGAIIISampler):  # type: ignore[misc]
     pass
 
 
-class _Child(BaseSampler):  # type: ignore[misc]
+class _Child(_OneByOne):
     """Takes each parameter, those under labels too, from its parents where they have it."""
 
     def __init__(self, best: BaseSampler, seed: int) -> None:
@@ -245,11 +275,6 @@ class _Child(BaseSampler):  # type: ignore[misc]
         self._chance = random_module.Random(seed)
         self._parents: list[dict[str, Any]] = []
         self._is_crossed = False
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -266,26 +291,20 @@ class _Child(BaseSampler):  # type: ignore[misc]
         self._is_crossed = self._chance.random() < evolution.CROSSED
         return {}
 
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
+    def value(self, study: Study, name: str, distribution: BaseDistribution) -> Any:
         chance = self._chance
-        values = [each[param_name] for each in self._parents if param_name in each]
+        values = [each[name] for each in self._parents if name in each]
         if not values:
-            return value_at(param_distribution, chance.random())
+            return value_at(distribution, chance.random())
         mutates = chance.random() < 1 / len(self._parents[0])
         is_crossed = self._is_crossed and chance.random() < evolution.CROSSED_EACH
-        if isinstance(param_distribution, CategoricalDistribution):
+        if isinstance(distribution, CategoricalDistribution):
             if mutates:
-                return chance.choice(param_distribution.choices)
+                return chance.choice(distribution.choices)
             return values[-1] if is_crossed else values[0]
-        shares = [share_of(param_distribution, value) for value in values]
+        shares = [share_of(distribution, value) for value in values]
         share = evolution.crossed(shares[0], shares[-1], chance) if is_crossed else shares[0]
-        return value_at(param_distribution, evolution.mutated(share, chance) if mutates else share)
+        return value_at(distribution, evolution.mutated(share, chance) if mutates else share)
 
 
 def _dominates(one: FrozenTrial, other: FrozenTrial, turned: Sequence[int]) -> bool:
@@ -309,32 +328,16 @@ def quasi_random(seed: int, num_objectives: int) -> BaseSampler:
     return _Sobol()
 
 
-class _Sobol(BaseSampler):  # type: ignore[misc]
+class _Sobol(_OneByOne):
     """The next point of the study's own sequence, whatever the question's seed."""
 
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
+    def value(self, study: Study, name: str, distribution: BaseDistribution) -> Any:
         names, number, seed = (study.user_attrs[key] for key in (NAMES, NUMBER, SEED))
-        share = sobol_point(len(names), number, seed)[names.index(param_name)]
-        prior = study.user_attrs[PRIORS].get(param_name)
+        share = sobol_point(len(names), number, seed)[names.index(name)]
+        prior = study.user_attrs[PRIORS].get(name)
         if prior is not None:
-            return believed_at(param_distribution, share, prior)
-        return value_at(param_distribution, share)
+            return believed_at(distribution, share, prior)
+        return value_at(distribution, share)
 
 
 @lru_cache(maxsize=8)

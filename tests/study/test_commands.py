@@ -163,6 +163,12 @@ def test_check_prints_the_plan(blood: Path, capsys: Capture) -> None:
     printed = capsys.readouterr().out
     for word in ("valid", "platelet", "tokens", "FLOP", "hours"):
         assert word in printed
+    assert "one seed shows none; `confirm: {arms: 3, seeds: 2, verdict: 10}` does" in printed
+    blood.write_text(blood.read_text() + "confirm: {arms: 1, seeds: 1, verdict: 10}\n")
+    assert call("check", blood) == 0
+    # 10 pairs show .998 of their differences' deviation in four of five studies
+    assert "10 seeds show the best arm's difference" in (printed := capsys.readouterr().out)
+    assert "it is 1.0 times its standard deviation" in printed
 
 
 def test_check_warns_of_data_that_a_threshold_segments(blood: Path, capsys: Capture) -> None:
