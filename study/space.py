@@ -28,15 +28,13 @@ from typing import Annotated, Any, NamedTuple, Protocol
 from pydantic import (
     AfterValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
-    model_serializer,
     model_validator,
 )
 
 from study.reader import Where
-from trainables.config import Strict, TrialConfig, arm_id
+from trainables.config import Grown, TrialConfig, arm_id
 
 MOST_VALUES = 1_000  # of one item that are ever counted
 MOST_WEIGHT = 1e9  # of a choice in a prior, so that sums stay finite
@@ -51,8 +49,10 @@ def _number(value: Any) -> int | float:
 Number = Annotated[Any, AfterValidator(_number), WithJsonSchema({"type": "number"})]
 
 
-class SearchItem(Strict):
+class SearchItem(Grown):
     """Either `choices` or a range from `low` to `high`, both included."""
+
+    NEWER = frozenset({"prior"})
 
     choices: Annotated[
         Any,
@@ -92,12 +92,6 @@ class SearchItem(Strict):
                     f"given prior {self.prior!r}; expected the likely value: {in_words(self)}"
                 )
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """There was no prior for long: an item without one looks as it did."""
-        content: dict[str, Any] = dump(self)
-        return {key: value for key, value in content.items() if key != "prior" or value is not None}
 
     @property
     def is_integer(self) -> bool:

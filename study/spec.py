@@ -12,8 +12,6 @@ from pydantic import (
     AfterValidator,
     Field,
     PrivateAttr,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
@@ -23,7 +21,7 @@ from study.reader import show
 from study.samplers import POPULATIONS, SAMPLERS
 from study.space import SearchItem
 from study.stopping import STOPPERS
-from trainables.config import Positive, ProbeConfig, Strict, TrialConfig
+from trainables.config import Grown, Positive, ProbeConfig, Strict, TrialConfig
 from trainables.data import DataConfig
 from trainables.metrics import METRICS, parse
 from trainables.named import Choice, named
@@ -122,8 +120,10 @@ class Objective(Strict):
         return whole if metric is None or metric.goal == "none" else whole | {"goal": metric.goal}
 
 
-class Confirm(Strict):
+class Confirm(Grown):
     """Afterwards: the best arms again with fresh seeds, then the best of them once more."""
+
+    NEWER = frozenset({"verdict"})
 
     arms: Positive
     seeds: Annotated[int, Field(ge=1, le=1000)]
@@ -140,8 +140,10 @@ class Confirm(Strict):
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Budget(Strict):
+class Budget(Grown):
     """What a study may take, in one unit or several: it ends at whichever is reached first."""
+
+    NEWER = frozenset(UNITS)
 
     trials: Annotated[
         Positive | None,
@@ -170,12 +172,6 @@ class Budget(Strict):
         if not self.given:
             raise ValueError(f"given none; expected one or several of {', '.join(UNITS)}")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Units that are not given were none for long: a study in trials looks as it did."""
-        content: dict[str, Any] = dump(self)
-        return {unit: amount for unit, amount in content.items() if amount is not None}
 
     @property
     def given(self) -> dict[str, float]:

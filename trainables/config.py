@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -171,11 +171,31 @@ class MaskingConfig(Strict):
         return ratio
 
 
-class LengthConfig(Strict):
+class Grown(Strict):
+    """A configuration that has got settings since: left out of dumps where they are null.
+
+    So what does not use them looks, and is identified, as it always was.
+    """
+
+    NEWER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = dump(self)
+        return {
+            key: value
+            for key, value in content.items()
+            if value is not None or key not in self.NEWER
+        }
+
+
+class LengthConfig(Grown):
     """How long a phase trains, in one of its units.
 
     Not in seconds: the same seed would not give the same result on another machine, or twice here.
     """
+
+    NEWER = frozenset({"images", "flops"})
 
     epochs: Positive | None
     images: Annotated[
@@ -200,16 +220,6 @@ class LengthConfig(Strict):
             what = " and ".join(named) or "epochs: null"
             raise ValueError(f"given {what}; expected one of {', '.join(LENGTHS)}")
         return {"epochs": None} | given if named else given
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Units that are not used were none for long: settings look as they did."""
-        content: dict[str, Any] = dump(self)
-        return {
-            key: value
-            for key, value in content.items()
-            if value is not None or key not in LENGTHS[1:]
-        }
 
 
 class PretrainConfig(LengthConfig):
