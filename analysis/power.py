@@ -2,26 +2,27 @@
 
     python -m analysis.power --studies 1000
 
-Simulated studies, whose every arm is known, are judged by what the report judges them by. A plan
-says how many seeds arms get; `verdict` is the one that study files are advised to take. To add a
-plan, an effect or a noise, add it to its table.
+In simulated studies, whose every arm is known, the same functions choose and judge as in real ones.
+A plan says how many seeds arms get; the one with a verdict is what study files are advised to take.
+To add a plan, an effect or a noise, add it to its table.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from statistics import NormalDist, fmean
 from typing import NamedTuple
 
 import numpy as np
 
 from analysis.statistics import LEVEL, against_control, difference, holm, t_interval
+from study.best import CONFIRM, VERDICT, Final, Standing, standings, winner
 from study.tables import table
 
 NUM_ARMS = 12
-CONTROL = "control"
+CONTROL, GOAL = "control", "maximize"
 RECORDED = "recorded"
 
 
@@ -129,47 +130,55 @@ def play(plan: Plan, effects: np.ndarray, noise: Noise, rng: np.random.Generator
     truth = dict(zip(names, effects, strict=True)) | {CONTROL: 0.0}
     total = plan.seeds + plan.confirm + plan.verdict
     drawn = noise(rng, (NUM_ARMS + 1, total)) + np.array([*effects, 0.0])[:, None]
-    values = {
-        arm: dict(enumerate(map(float, line))) for arm, line in zip(truth, drawn, strict=True)
-    }
-    searched = range(plan.seeds)
-    fresh = range(plan.seeds, plan.seeds + plan.confirm)
-    last = range(plan.seeds + plan.confirm, total)
+    scores = dict(zip(truth, drawn.tolist(), strict=True))
 
-    def mean(arm: str, *seeds: range) -> float:
-        return fmean(values[arm][seed] for part in seeds for seed in part)
+    def trials(arms: Iterable[str], origin: str, first: int, number: int) -> list[Final]:
+        seeds = range(first, first + number)
+        return [Final(arm, origin, seed, scores[arm][seed]) for arm in arms for seed in seeds]
 
-    arms, seeds = names, searched
+    def ranked(done: Sequence[Final]) -> list[Standing]:
+        seeds = {"confirm_seeds": plan.confirm, "verdict_seeds": plan.verdict}
+        return standings(done, GOAL, seeds=plan.seeds, **seeds)
+
+    done = trials([CONTROL], "control", 0, plan.seeds) + trials(names, "search", 0, plan.seeds)
     if plan.confirm:
-        arms = sorted(names, key=lambda arm: -mean(arm, searched))[: plan.arms]
-        seeds = fresh
-    if plan.verdict:
-        arms = [max(arms, key=lambda arm: mean(arm, searched, fresh))]
-        seeds = last
-    speaking: dict[str, dict[Hashable, float]] = {
-        arm: {seed: values[arm][seed] for seed in seeds} for arm in arms
+        best = [one.arm for one in ranked(done) if one.group == "search"][: plan.arms]
+        beside = [] if plan.verdict else [CONTROL]
+        done += trials([*best, *beside], CONFIRM, plan.seeds, plan.confirm)
+        if plan.verdict:
+            judged = [winner(done, best, GOAL) or "", CONTROL]
+            done += trials(judged, VERDICT, plan.seeds + plan.confirm, plan.verdict)
+    found = ranked(done)
+    leader = next(one for one in found if one.group == "search")
+    control = _by_seed(next(one for one in found if one.group == "control"))
+    tested = {
+        one.arm: _by_seed(one)
+        for one in found
+        if one.group == "search" and one.stage is leader.stage
     }
-    control: dict[Hashable, float] = {seed: values[CONTROL][seed] for seed in seeds}
     if plan.is_pooled:
-        found = against_control(speaking, control)
+        against = against_control(tested, control)
     else:
-        found = {arm: difference(own, control) for arm, own in speaking.items()}
-    told = {arm: one for arm, one in found.items() if one is not None}
-    claims = dict(
-        zip(told, (p < LEVEL for p in holm([one.p for one in told.values()])), strict=True)
-    )
-    best = max(arms, key=lambda arm: mean(arm, seeds))
-    score, gap = t_interval(list(speaking[best].values())), told[best]
-    is_shown = claims[best] and gap.mean > 0
+        against = {arm: difference(own, control) for arm, own in tested.items()}
+    told = {arm: one for arm, one in against.items() if one is not None}
+    adjusted = holm([one.p for one in told.values()])
+    claims = {arm: p < LEVEL for arm, p in zip(told, adjusted, strict=True)}
+    best_arm, gap = leader.arm, told[leader.arm]
+    score = t_interval(list(leader.values.values()))
+    is_shown = claims[best_arm] and gap.mean > 0
     return Found(
-        is_best=is_shown and truth[best] > 0 and truth[best] == max(effects),
-        is_better=is_shown and truth[best] > 0,
+        is_best=is_shown and truth[best_arm] > 0 and truth[best_arm] == max(effects),
+        is_better=is_shown and truth[best_arm] > 0,
         is_false=any(claims[arm] and told[arm].mean * truth[arm] <= 0 for arm in told),
-        covers_difference=gap.low <= truth[best] <= gap.high,
-        covers_score=score.low <= truth[best] <= score.high,
-        bias=score.mean - truth[best],
-        regret=float(max(effects) - truth[best]),
+        covers_difference=gap.low <= truth[best_arm] <= gap.high,
+        covers_score=score.low <= truth[best_arm] <= score.high,
+        bias=score.mean - truth[best_arm],
+        regret=float(max(effects) - truth[best_arm]),
     )
+
+
+def _by_seed(one: Standing) -> dict[Hashable, float]:
+    return {seed: value for seed, value in one.values.items()}
 
 
 def played(plan: Plan, effect: str, noise: str, studies: int, seed: int = 0) -> Found:

@@ -225,25 +225,30 @@ def to_judge(
     results: Mapping[str, Result],
     measured: Measured,
 ) -> str | None:
-    """The best of the arms that were confirmed, by all values so far.
+    """The arm that gets a verdict, of those that were confirmed; None: there is none."""
+    suggestions, objective = list(suggestions), spec.objectives[0]
+    assert spec.confirm is not None
+    candidates = to_confirm(spec, suggestions, results, measured)[: spec.confirm.arms]
+    trials = finals(suggestions, results, measured, objective.metric)
+    return winner(trials, candidates, objective.goal)
+
+
+def winner(trials: Iterable[Final], candidates: Sequence[str], goal: str) -> str | None:
+    """The best of the arms that were confirmed, by all their values but those of a verdict.
 
     Those that made it stand out count here, for among arms that were picked alike the mean of all
     ranks best; whatever is said of it rests on the seeds of its verdict. Of arms of which seeds
     have failed, those that have most are left. None: nobody has any.
     """
-    suggestions, objective = list(suggestions), spec.objectives[0]
-    assert spec.confirm is not None
-    candidates = to_confirm(spec, suggestions, results, measured)[: spec.confirm.arms]
     values: dict[str, list[float]] = {arm: [] for arm in candidates}
     num_fresh = dict.fromkeys(candidates, 0)
-    for arm, origin, _, value in finals(suggestions, results, measured, objective.metric):
+    for arm, origin, _, value in trials:
         if arm in values and origin != VERDICT and value is not None:
             values[arm].append(value)
             num_fresh[arm] += origin == CONFIRM
     most = max(num_fresh.values(), default=0)
     able = [arm for arm in candidates if num_fresh[arm] == most > 0]
-    turned = sign(objective.goal)
-    return max(able, key=lambda arm: turned * fmean(values[arm]), default=None)
+    return max(able, key=lambda arm: sign(goal) * fmean(values[arm]), default=None)
 
 
 def best_encoder(
